@@ -1,0 +1,10 @@
+"""cggr_compile: a ``torch.compile`` backend that back-propagates only where it pays."""
+
+from cggr_compile.explain import explain
+from cggr_compile.options import Options
+from cggr_compile.report import Explanation
+from cggr_compile.runtime import Runtime, runtime
+from cggr_compile.train_step import train_step
+
+__version__ = "0.1.0"
+__all__ = ["Explanation", "Options", "Runtime", "explain", "runtime", "train_step"]

@@ -1,0 +1,171 @@
+"""The ``torch.compile`` backend ``"cggr"``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cggr_compile import compat
+from cggr_compile.joint import joint_pre_pass, partition_with_passes
+from cggr_compile.options import OptionError, Options
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.pipeline import rewrite
+from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.runtime import Runtime, runtime_of
+
+log = logging.getLogger(__name__)
+
+
+def cggr(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one captured graph; ``torch.compile(model, backend="cggr", options=..., mode=...)`` calls this.
+
+    A training step of a language model is rewritten to back-propagate from selected tokens only; any other graph
+    goes to the compiler as it is. ``options``: see :class:`cggr_compile.Options`. ``mode``: as Inductor's.
+
+    The returned function raises ValueError at its first call for an unusable option: an exception raised here
+    would reach the user wrapped by Dynamo.
+    """
+    try:
+        return _compile(gm, list(example_inputs), Options.parse(options), mode)
+    except OptionError as error:
+        return _raiser(error)
+
+
+def _reset() -> None:
+    """``torch._dynamo.reset()``: nothing here outlives the compiled code it belongs to."""
+
+
+cggr.reset = _reset  # type: ignore[attr-defined]
+
+
+def _raiser(error: ValueError) -> Callable[..., Any]:
+    def raise_it(*_args: Any) -> Any:
+        raise type(error)(*error.args)
+
+    return raise_it
+
+
+def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    patches = {**compat.mode_options(mode or "default"), **options.inductor}
+    unknown = sorted(set(patches) - compat.inductor_option_names())
+    if unknown:
+        raise OptionError(f"inductor: unknown Inductor settings {unknown}")
+    runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    engine = _engine(options, inputs)
+    report = GraphReport(
+        index=len(runtime.reports),
+        training=_is_training(gm, inputs),
+        compiler=engine,
+        options=options.as_dict(),
+        reason="not a training graph: gradients are off or the model is in evaluation mode",
+    )
+    dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
+    ctx = GraphContext(options, inputs, compat.capture_fake_mode(gm))
+    work = rewrite(gm, ctx, report, dump) if report.training else gm
+    runtime.begin(report, options)
+    log.info("graph %d compiled by %s: %s", report.index, engine, report.reason)
+    for notice in ctx.notices if report.matched else ():
+        runtime.notify(notice)
+    if report.training and not report.matched and not ctx.dense:
+        runtime.fall_back(report)
+    dump.finish()
+    if not report.matched:
+        return _remember(_lower(work, inputs, engine, patches), runtime, report)
+    return _selective(work, inputs, ctx, runtime, report, dump, patches)
+
+
+def _engine(options: Options, inputs: list[Any]) -> str:
+    """Which compiler lowers the graph; ``doctor`` explains the choice."""
+    device = next((t.device.type for t in inputs if isinstance(t, Tensor)), "cpu")
+    usable = compat.has_triton() if device == "cuda" else compat.cpp_compiler() is not None and device == "cpu"
+    if options.compiler == "eager" or (options.compiler == "auto" and not usable):
+        return "eager"
+    return "Inductor CUDA" if device == "cuda" else "Inductor CPU"
+
+
+def _is_training(gm: GraphModule, inputs: list[Any]) -> bool:
+    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        return False
+    scopes = compat.frame_scopes()
+    paths = {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
+    modules = [m for path in paths if (m := compat.module_at(path, scopes)) is not None]
+    # a frozen part may be in evaluation mode; a functional model has no mode at all
+    return not modules or any(m.training for m in modules)
+
+
+def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:
+    if engine == "eager":
+        return gm.forward
+    return compat.compile_fx(gm, inputs, patches)
+
+
+def _remember(compiled: Callable[..., Any], runtime: Runtime, report: GraphReport) -> Callable[..., Any]:
+    """Note at each call which graph ran last; inference graphs are not noted."""
+    if not report.training:
+        return compiled
+
+    def run(*args: Any) -> Any:
+        runtime.record(report, None, None)
+        return compiled(*args)
+
+    return run
+
+
+def _selective(
+    gm: GraphModule,
+    inputs: list[Any],
+    ctx: GraphContext,
+    runtime: Runtime,
+    report: GraphReport,
+    dump: GraphDump,
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    assert ctx.selection is not None and ctx.loss is not None
+    device = ctx.loss.target.meta["example_value"].device
+    example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
+    compiled: Callable[..., Any]
+    if report.compiler == "eager":
+        compiled = compat.aot_eager(gm, example, partition_with_passes(report, dump))
+    else:
+        hook = joint_pre_pass(ctx.options, report, dump)
+        compiled = compat.compile_fx(gm, example, {**patches, "joint_custom_pre_pass": hook})
+    check = _label_check(gm, ctx)
+    check(inputs)
+
+    def run(*args: Any) -> Any:
+        if device.type == "cpu":
+            check(args)  # on an accelerator this would synchronise; there the loss asserts on the device
+        *outputs, selected, stats = compiled(*args, runtime.next_state(device))
+        runtime.record(report, selected, stats)
+        return tuple(outputs)
+
+    return run
+
+
+def _label_check(gm: GraphModule, ctx: GraphContext) -> Callable[[Sequence[Any]], None]:
+    loss = ctx.loss
+    assert loss is not None
+    if loss.labels is None or not isinstance(loss.vocab, int):
+        return lambda args: None
+    position = [str(n) for n in gm.graph.find_nodes(op="placeholder")].index(str(loss.labels))
+    vocab, ignored = loss.vocab, loss.ignore_index
+
+    def check(args: Sequence[Any]) -> None:
+        labels = args[position]
+        wrong = (labels != ignored) & ((labels < 0) | (labels >= vocab))
+        if bool(wrong.any()):
+            raise OptionError(f"labels must be in [0, {vocab}) or {ignored} (ignored), got {int(labels[wrong][0])}")
+
+    return check

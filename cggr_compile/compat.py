@@ -1,0 +1,127 @@
+"""Every torch-version branch and private import of the project (tested on torch 2.11 and 2.13)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+
+def capture_fake_mode(gm: GraphModule) -> Any:
+    """The FakeTensorMode that made a Dynamo graph's example values (not the one its backend traces under)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    values = (node.meta.get("example_value") for node in gm.graph.nodes)
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def frame_scopes() -> dict[str, dict[str, Any]]:
+    """Locals (L) and globals (G) of the frame that Dynamo is compiling; empty outside a capture."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx = InstructionTranslator.current_tx()
+    except AttributeError:  # thread-local is unset outside a capture
+        return {}
+    return {"L": tx.f_locals, "G": tx.f_globals}
+
+
+def module_at(path: str, scopes: dict[str, dict[str, Any]]) -> torch.nn.Module | None:
+    """The module that an ``nn_module_stack`` path such as ``L['self'].model.layers.0`` names."""
+    head = re.match(r"([LG])\['([^']+)'\]", path)
+    if head is None or head[1] not in scopes:
+        return None
+    value: Any = scopes[head[1]].get(head[2])
+    for name in filter(None, path[head.end() :].split(".")):
+        value = getattr(value, name, None)
+    return value if isinstance(value, torch.nn.Module) else None
+
+
+def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=config_patches)
+    return compiled  # type: ignore[no-any-return]
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for a ``torch.compile`` mode; ValueError for an unknown one."""
+    known = torch._inductor.list_mode_options()
+    if mode not in known:
+        raise ValueError(f"mode must be one of {sorted(known)}, got {mode!r}")
+    return dict(known[mode])
+
+
+def inductor_option_names() -> set[str]:
+    from torch._inductor import config
+
+    return set(config.get_config_copy())
+
+
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]) -> Callable[..., Any]:
+    """AOTAutograd with the given partition function, both halves run by plain PyTorch."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def run_graph(graph: GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        from functorch.compile import make_boxed_func
+
+        return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
+
+    compiled: Any = aot_autograd(fw_compiler=run_graph, partition_fn=partition)(gm, list(inputs))
+    return compiled  # type: ignore[no-any-return]
+
+
+def default_partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
+    from torch._functorch.partitioners import default_partition as partition
+
+    return partition(joint, inputs, **kwargs)
+
+
+def user_joint_passes() -> tuple[Callable[..., Any], ...]:
+    """The pass or passes the user set as ``torch._inductor.config.joint_custom_pre_pass``."""
+    from torch._inductor import config
+
+    value = config.joint_custom_pre_pass
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def custom_graph_pass() -> type:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that Inductor would use on the CPU, or None."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return str(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return None
+
+
+def has_triton() -> bool:
+    from torch.utils._triton import has_triton as available
+
+    return bool(available())
+
+
+def weak_tensor_dict() -> Any:
+    """A mapping from tensors (by identity) that does not keep them alive."""
+    from torch.utils.weak import WeakTensorKeyDictionary
+
+    return WeakTensorKeyDictionary()
+
+
+def trace_structured(name: str, text: str) -> None:
+    """Hand an artifact to the structured trace log (tlparse)."""
+    from torch._logging import trace_structured as emit
+
+    emit("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)

@@ -1,0 +1,46 @@
+"""``doctor``: what is installed, on which device, and which path the backend will take, and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+import cggr_compile
+from cggr_compile import compat
+
+
+def findings() -> list[tuple[str, str]]:
+    """(subject, finding) pairs; the last one is the path that will run and the reason."""
+    compiler = compat.cpp_compiler()
+    cuda = torch.cuda.is_available()
+    rows = [
+        ("cggr_compile", cggr_compile.__version__),
+        ("python", platform.python_version()),
+        ("torch", str(torch.__version__)),
+        *((name, _version(name)) for name in ("triton", "transformers")),
+        ("backend registered", "yes" if _registered() else "no: install the package (pip install .)"),
+        ("CUDA device", torch.cuda.get_device_name() if cuda else "none"),
+        ("Triton usable", "yes" if cuda and compat.has_triton() else "no"),
+        ("C++ compiler", compiler or "none"),
+    ]
+    if cuda and compat.has_triton():
+        path = "Inductor CUDA for models on the GPU"
+    elif cuda:
+        path = "eager on the GPU: a CUDA device is there, but Triton is not usable"
+    else:
+        path = "no CUDA device"
+    cpu = "Inductor CPU (C++ compiler found)" if compiler else "eager (no C++ compiler for Inductor)"
+    return [*rows, ("path", f"{path}; {cpu} for models on the CPU")]
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _registered() -> bool:
+    return "cggr" in torch.compiler.list_backends()

@@ -1,0 +1,10 @@
+"""The ``torch.ops.cggr`` operators. Importing this package registers them; one operator family per file.
+
+The eager implementation of an operator is its specification. Operators that later lower to kernels
+(``score``) are opaque to the compiler; the others decompose into ATen so that the compiler fuses them.
+"""
+
+from cggr_compile.ops import difficulty, metrics, rows, score, select, stop_rows
+from cggr_compile.ops.stop_rows import UnresolvedMarkerError
+
+__all__ = ["UnresolvedMarkerError", "difficulty", "metrics", "rows", "score", "select", "stop_rows"]

@@ -1,0 +1,30 @@
+"""``cggr::difficulty``: how hard a token is, from the router's statistics."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cggr_compile.ops.library import define_composite
+
+
+def difficulty_reference(entropy: Tensor, top1: Tensor, top2: Tensor, label_logprob: Tensor, scoring: str) -> Tensor:
+    """Difficulty per token, float32, same shape as the inputs.
+
+    entropy: H(p) - p_top1; margin: 1 - (p_top1 - p_top2); loss: -log p(label); combined: their sum.
+    """
+    modes = {
+        "entropy": lambda: entropy - top1,
+        "margin": lambda: 1.0 - (top1 - top2),
+        "loss": lambda: -label_logprob,
+    }
+    if scoring == "combined":
+        return modes["entropy"]() + modes["margin"]() + modes["loss"]()
+    if scoring not in modes:
+        raise ValueError(f"scoring must be one of {[*modes, 'combined']}, got {scoring!r}")
+    return modes[scoring]()
+
+
+difficulty = define_composite(
+    "difficulty(Tensor entropy, Tensor top1, Tensor top2, Tensor label_logprob, str scoring) -> Tensor",
+    difficulty_reference,
+)

@@ -1,0 +1,144 @@
+"""The options of ``torch.compile(model, backend="cggr", options={...})``: one frozen, validated record."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Scoring = Literal["entropy", "margin", "loss", "combined", "random"]
+SelectionName = Literal["topk", "random", "fixed_quota"]
+
+
+class OptionError(ValueError):
+    """An option or argument that the user has to change; raised at the call, not swallowed as a fallback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the backend does with a training graph.
+
+    Attributes:
+        min_tokens_ratio: share of each sequence's positions that contribute gradient, in (0, 1]. A sequence
+            of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone.
+        scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
+            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
+        selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
+            sequence; ``fixed_quota`` the same, by its older name. topk trains on a biased sample: see the README.
+        router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
+        gradient: ``routed`` stops the gradient into the residual stream of unselected positions at every
+            attention; ``exact`` is the true gradient of the selected loss.
+        kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
+            weights still learn from every position), ``stop`` at the keys and values.
+        logits: what a training forward returns as logits: ``drop`` an empty [B, 0, V] tensor, ``detach`` all of
+            them without gradient.
+        padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
+            (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first batch.
+        seed: seed of the random selection.
+        advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
+        fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
+            or be ``silent``. The graph is compiled as it is in any case.
+        compiler: ``inductor``, ``eager`` (AOTAutograd, no code generation), or ``auto``.
+        dump_dir: folder for readable graphs and report.json; None reads the environment's CGGR_DUMP_DIR.
+        inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``.
+    """
+
+    min_tokens_ratio: float = 0.25
+    scoring: Scoring = "combined"
+    selection: SelectionName = "random"
+    router_layers: int | Literal["full"] | None = None
+    gradient: Literal["routed", "exact"] = "routed"
+    kv_gradient: Literal["project", "stop"] = "project"
+    logits: Literal["drop", "detach"] = "drop"
+    padding: Literal["auto", "right", "any"] = "auto"
+    seed: int = 0
+    advance: Literal["auto", "manual"] = "auto"
+    fallback: Literal["warn", "error", "silent"] = "warn"
+    compiler: Literal["auto", "inductor", "eager"] = "auto"
+    dump_dir: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_number("min_tokens_ratio", self.min_tokens_ratio, "a number in (0, 1]")
+        if not 0.0 < self.min_tokens_ratio <= 1.0:
+            raise OptionError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio!r}")
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            if get_origin(hints[item.name]) is Literal:
+                _check_choice(item.name, getattr(self, item.name), get_args(hints[item.name]))
+        layers = self.router_layers
+        if not (layers is None or layers == "full" or (_is_int(layers) and int(layers) >= 1)):
+            raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**31:
+            raise OptionError(f"seed must be an integer in [0, 2**31), got {self.seed!r}")
+        if not (self.dump_dir is None or isinstance(self.dump_dir, str)):
+            raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
+        if not isinstance(self.inductor, Mapping):
+            raise OptionError(f"inductor must be a dict of Inductor settings, got {self.inductor!r}")
+        if self.selection in ("topk", "fixed_quota") and self.scoring == "random":
+            raise OptionError(
+                f"selection={self.selection!r} needs a score: scoring must be one of "
+                "['combined', 'entropy', 'loss', 'margin'], got 'random'"
+            )
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from a plain mapping.
+
+        Raises:
+            ValueError: for an unknown name (with the nearest valid one) or a value out of range.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, cls):
+            return options
+        if not isinstance(options, Mapping):
+            raise OptionError(f"options must be a dict, got {type(options).__name__}")
+        known = [item.name for item in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise OptionError(f"unknown option {name!r}{_hint(str(name), known)}; options: {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def ratio(self) -> Fraction:
+        """``min_tokens_ratio`` as a fraction, so that slot counts are integer arithmetic on any size."""
+        return max(Fraction(self.min_tokens_ratio).limit_denominator(10_000), Fraction(1, 10_000))
+
+    @property
+    def needs_router(self) -> bool:
+        return self.scoring != "random"
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """Hash of everything that can change the compiled graph."""
+        fields = {k: v for k, v in self.as_dict().items() if k not in ("dump_dir", "fallback", "advance", "seed")}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise OptionError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        hint = _hint(value, list(allowed)) if isinstance(value, str) else ""
+        raise OptionError(f"{name} must be one of {sorted(allowed)}, got {value!r}{hint}")

@@ -1,0 +1,127 @@
+"""The order of the passes; runs them over a graph and records what they did."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from torch.fx import Graph, GraphModule, Node
+
+from cggr_compile.ops import UnresolvedMarkerError
+from cggr_compile.options import OptionError
+from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult
+from cggr_compile.passes.candidates import AlignTargets
+from cggr_compile.passes.causal_mask import RecoverCausalMask
+from cggr_compile.passes.detach_outputs import DetachOutputs
+from cggr_compile.passes.find_loss import FindLoss
+from cggr_compile.passes.find_stack import FindStack
+from cggr_compile.passes.insert_router import InsertRouter
+from cggr_compile.passes.resolve_markers import ResolveMarkers
+from cggr_compile.passes.rewrite_loss import RewriteLoss
+from cggr_compile.passes.route_gradient import RouteGradient
+from cggr_compile.passes.select_rows import SelectRows
+from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
+
+log = logging.getLogger(__name__)
+
+# Semantic passes over the Dynamo graph that leave the mathematics alone: all that run at ratio 1.0.
+EXACT_PASSES: tuple[GraphPass, ...] = (FindLoss(), FindStack(), RecoverCausalMask())
+# The semantic passes, in order.
+DYNAMO_PASSES: tuple[GraphPass, ...] = (
+    *EXACT_PASSES,
+    AlignTargets(),
+    InsertRouter(),
+    SelectRows(),
+    RewriteLoss(),
+    RouteGradient(),
+    DetachOutputs(),
+)
+# Optimising passes over AOTAutograd's joint graph, in order. They must be exact.
+JOINT_PASSES: tuple[JointPass, ...] = (ResolveMarkers(),)
+
+
+def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump) -> GraphModule:
+    """Run the semantic passes over a copy of ``gm``.
+
+    Returns:
+        the rewritten copy, or ``gm`` itself if a required pass did not match; ``report`` says which and why.
+
+    Raises:
+        OptionError: an option that does not fit this model.
+    """
+    dump.stage("captured", gm)
+    work = copy_module(gm)
+    for graph_pass in EXACT_PASSES if ctx.dense else DYNAMO_PASSES:
+        record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        if record.matched:
+            work.recompile()
+            dump.stage(graph_pass.name, work, record)
+        elif graph_pass.required:
+            report.reason = f"{graph_pass.name}: {record.reason}"
+            return gm
+    # only now: what one pass inserts, a later one may be the first to use
+    work.graph.eliminate_dead_code()
+    work.recompile()
+    dump.stage("rewritten", work)
+    if ctx.dense:
+        report.reason = "min_tokens_ratio is 1.0: every token is trained on"
+        return work
+    report.matched = True
+    report.reason = "; ".join(r.reason for r in report.passes if r.name in ("find_stack", "select_rows"))
+    return work
+
+
+def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:
+    """Run the optimising passes over a joint graph, in place."""
+    for joint_pass in JOINT_PASSES:
+        record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
+        if record.matched:
+            owner = graph.owning_module
+            assert owner is not None
+            owner.recompile()
+            dump.stage(f"joint_{joint_pass.name}", owner, record)
+    dump.finish()
+
+
+def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
+    before, begin = operator_counts(graph), time.perf_counter()
+    try:
+        result = call()
+        graph.lint()
+    except (OptionError, UnresolvedMarkerError):
+        raise
+    except Exception as error:
+        if stage == "joint":
+            raise  # a half-rewritten backward must not run
+        log.exception("pass %s failed; the graph is compiled as it was captured", name)
+        result = PassResult(False, f"internal error: {type(error).__name__}: {error}")
+    after = operator_counts(graph)
+    record = PassRecord(
+        name,
+        stage,
+        result.matched,
+        result.reason,
+        result.details,
+        added=dict(after - before),
+        removed=dict(before - after),
+        seconds=time.perf_counter() - begin,
+    )
+    report.passes.append(record)
+    log.info("%s: %s, %s", name, "matched" if record.matched else "no match", record.reason)
+    return record
+
+
+def copy_module(gm: GraphModule) -> GraphModule:
+    """A copy that passes may change, with everything that AOTAutograd reads off a Dynamo graph."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        if hasattr(node, "_dynamo_source"):
+            mapping[node]._dynamo_source = node._dynamo_source
+    copied = GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copied._param_name_to_source = gm._param_name_to_source
+    return copied

@@ -1,0 +1,159 @@
+"""What happened to each graph: records of the passes, tables for people, files for later."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cggr_compile import compat
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, GraphModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class PassRecord:
+    """One pass over one graph. ``added``/``removed`` count operators by name; ``seconds`` is host time."""
+
+    name: str
+    stage: str
+    matched: bool
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+    added: dict[str, int] = field(default_factory=dict)
+    removed: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass
+class GraphReport:
+    """One captured graph: was it rewritten, by which passes, or why not.
+
+    Attributes:
+        matched: whether the graph trains on selected positions.
+        reason: why, in one sentence.
+        training: whether the graph was captured in a training step (gradients on, modules in train mode).
+        compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
+    """
+
+    index: int
+    training: bool
+    compiler: str
+    options: dict[str, Any]
+    matched: bool = False
+    reason: str = ""
+    passes: list[PassRecord] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Explanation:
+    """What ``explain`` returns: prints as a table.
+
+    Attributes:
+        graphs: a GraphReport per graph.
+        matched: whether a training graph trains on selected positions.
+        reason: of the matched graph, or of the first training graph.
+        passes: the PassRecords of that graph.
+    """
+
+    def __init__(self, graphs: list[GraphReport]) -> None:
+        self.graphs = graphs
+        training = [g for g in graphs if g.training]
+        chosen = next((g for g in training if g.matched), next(iter(training or graphs), None))
+        self.matched = chosen.matched if chosen else False
+        self.reason = chosen.reason if chosen else "the call compiled no graph"
+        self.passes = chosen.passes if chosen else []
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console(width=120, record=True, file=io.StringIO())
+        for graph in self.graphs:
+            title = f"graph {graph.index} · {'training' if graph.training else 'inference'} · {graph.compiler}"
+            table = Table(title=title, title_justify="left", caption=graph.reason, caption_justify="left")
+            for column in ("pass", "stage", "matched", "what", "operators"):
+                table.add_column(column, overflow="fold")
+            for record in graph.passes:
+                delta = _delta_text(record.added, record.removed)
+                table.add_row(record.name, record.stage, "yes" if record.matched else "no", record.reason, delta)
+            console.print(table)
+        console.print(f"matched: {self.matched} ({self.reason})", markup=False)
+        return console.export_text()
+
+    __repr__ = __str__
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json and report.txt into ``folder`` (made if missing); returns the JSON's path."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "report.txt").write_text(str(self))
+        path = target / "report.json"
+        path.write_text(json.dumps([g.as_dict() for g in self.graphs], indent=2, default=str))
+        return path
+
+
+class GraphDump:
+    """Writes one graph's numbered stages: ``00_captured.py``, ``01_<pass>.py``, ..., ``report.json``."""
+
+    def __init__(self, folder: str | None, report: GraphReport) -> None:
+        self.report = report
+        self.folder: Path | None = None
+        self.count = 0
+        if folder is not None:
+            root = Path(folder)
+            # the first graph goes into the folder itself, further ones (graph breaks, new shapes) beside it
+            self.folder = root if report.index == 0 else root / f"graph_{report.index:02d}"
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def stage(self, name: str, module: GraphModule, record: PassRecord | None = None) -> None:
+        header = [f"# graph {self.report.index}, stage {self.count:02d}: {name}"]
+        if record is not None:
+            header += [
+                f"# pass: {record.name} ({record.stage} graph)",
+                f"# matched: {record.matched}",
+                f"# reason: {record.reason}",
+                f"# operators: {_delta_text(record.added, record.removed) or 'unchanged'}",
+            ]
+        file = f"{self.count:02d}_{name}.py"
+        self.count += 1
+        if self.folder is None and not log.isEnabledFor(logging.DEBUG):
+            return
+        text = "\n".join(header) + "\n\n" + module.print_readable(print_output=False, include_device=False) + "\n"
+        log.debug("%s\n%s", file, text)
+        compat.trace_structured(f"cggr_{self.report.index}_{file}", text)
+        if self.folder is not None:
+            (self.folder / file).write_text(text)
+
+    def finish(self) -> None:
+        text = json.dumps(self.report.as_dict(), indent=2, default=str)
+        compat.trace_structured(f"cggr_{self.report.index}_report", text)
+        if self.folder is not None:
+            (self.folder / "report.json").write_text(text)
+
+
+def operator_counts(graph: Graph) -> Counter[str]:
+    return Counter(str(node.target).rsplit("built-in ", 1)[-1] for node in graph.nodes if node.op.startswith("call_"))
+
+
+def _delta_text(added: Mapping[str, int], removed: Mapping[str, int]) -> str:
+    signs = [f"+{n} {_short(name)}" for name, n in added.items()] + [
+        f"-{n} {_short(name)}" for name, n in removed.items()
+    ]
+    return ", ".join(signs[:6]) + (f", … ({len(signs) - 6} more)" if len(signs) > 6 else "")
+
+
+def _short(name: str) -> str:
+    """``<function cross_entropy at 0x7f...>`` -> ``cross_entropy``."""
+    parts = name.strip("<>").split()
+    return next((parts[i + 1] for i, part in enumerate(parts[:-1]) if part in ("function", "method")), name)

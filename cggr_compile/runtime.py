@@ -1,0 +1,211 @@
+"""What lives with a compiled model from step to step: counter, seed, selection, metrics, reports."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile import compat
+from cggr_compile.ops.metrics import STAT_NAMES
+from cggr_compile.options import OptionError, Options
+from cggr_compile.report import GraphReport
+
+log = logging.getLogger(__name__)
+_STATE_VERSION = 1
+
+
+class FallbackWarning(UserWarning):
+    """A training graph was compiled as it is, without selection."""
+
+
+class Runtime:
+    """State of one model under the backend. Get it with :func:`runtime`.
+
+    Attributes:
+        selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
+            positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
+            slots). None before the first, or with ``min_tokens_ratio=1.0``.
+        options: the options of the last compilation.
+        reports: a GraphReport per graph compiled for this model.
+    """
+
+    def __init__(self) -> None:
+        self.options = Options()
+        self.reports: list[GraphReport] = []
+        self.selected: Tensor | None = None
+        self._stats: Tensor | None = None
+        self._last: GraphReport | None = None
+        self._step = 0
+        self._seed: int | None = None  # None: the options'
+        self._device_state: Tensor | None = None
+        self._warned: set[str] = set()
+        self._observed: list[GraphReport] | None = None
+
+    def step(self) -> None:
+        """Advance the step by one. Needed with ``advance="manual"`` only (gradient accumulation)."""
+        self._step += 1
+        if self._device_state is not None:
+            self._device_state[1].add_(1)  # on the device: no transfer, no synchronisation
+
+    def metrics(self) -> dict[str, Any]:
+        """Figures of the last training forward. The only call that waits for the device.
+
+        Keys: step; token_ratio = tokens_selected / tokens_total; tokens_selected; tokens_total (candidates);
+        avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router ran); scoring;
+        selection; matched; fallback_reason (None if matched).
+        """
+        report = self._last
+        values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
+        if self._stats is not None:
+            numbers = self._stats.tolist()
+            values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=True)}
+            values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
+        total = values["tokens_total"]
+        matched = report.matched if report is not None else False
+        return {
+            "step": self._step,
+            "token_ratio": values["tokens_selected"] / total if total else (0.0 if total == 0 else 1.0),
+            **values,
+            "scoring": self.options.scoring,
+            "selection": self.options.selection,
+            "matched": matched,
+            "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: plain numbers, safe to store in any checkpoint."""
+        return {"version": _STATE_VERSION, "step": self._step, "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from :meth:`state_dict`; the next forward selects what it would have selected then.
+
+        Raises:
+            ValueError: if ``state`` is not such a dict.
+        """
+        expected = {"version", "step", "seed"}
+        if not isinstance(state, Mapping) or set(state) != expected:
+            raise ValueError(f"state must have exactly the keys {sorted(expected)}, got {state!r}")
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(f"state: version must be {_STATE_VERSION}, got {state['version']!r}")
+        for name in ("step", "seed"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"state: {name} must be an integer >= 0, got {state[name]!r}")
+        self._step, self._seed = state["step"], state["seed"]
+        self._device_state = None
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed if self._seed is None else self._seed
+
+    # What the backend calls.
+
+    def begin(self, report: GraphReport, options: Options) -> None:
+        """A graph of this model has been compiled."""
+        if options.seed != self.options.seed and self._seed is None:
+            self._device_state = None
+        self.options = options
+        self.reports.append(report)
+        self._note(report)
+
+    def next_state(self, device: torch.device) -> Tensor:
+        """(seed, step) for one training forward, as a fresh int64 [2] on ``device``; advances if automatic."""
+        if self._device_state is None or self._device_state.device != device:
+            self._device_state = torch.tensor([self.seed, self._step], dtype=torch.int64, device=device)
+        # a copy: the compiled graph may keep its input for the backward pass
+        state = self._device_state.clone()
+        if self.options.advance == "auto" and self._observed is None:
+            self.step()
+        return state
+
+    def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
+        self._note(report)
+        if self._observed is None:
+            self.selected, self._stats = selected, stats
+
+    def _note(self, report: GraphReport) -> None:
+        if self._observed is not None:
+            if report not in self._observed:
+                self._observed.append(report)
+        elif report.training:
+            self._last = report
+
+    @contextmanager
+    def observed(self) -> Iterator[list[GraphReport]]:
+        """Collects the reports of the graphs that run meanwhile; step, selection and metrics stand still."""
+        options, self._observed = self.options, []
+        try:
+            yield self._observed
+        finally:
+            self.options, self._observed = options, None
+
+    def fall_back(self, report: GraphReport) -> None:
+        """Say once, as the options ask, that a training graph is compiled as it is."""
+        if self.options.fallback == "error":
+            raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {report.reason}")
+        if self.options.fallback == "warn" and report.reason not in self._warned:
+            self._warned.add(report.reason)
+            warnings.warn(f"cggr: this training graph runs as it is: {report.reason}", FallbackWarning, stacklevel=2)
+
+    def notify(self, message: str) -> None:
+        """Log a message once per model."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message)
+
+
+class _Registry:
+    """Finds a model's runtime by its parameters, which a capture sees whatever wraps the model."""
+
+    def __init__(self) -> None:
+        self._by_parameter: Any = None
+        self._lock = threading.Lock()
+
+    def get(self, parameters: Iterable[Tensor]) -> Runtime:
+        tensors = [p for p in parameters if isinstance(p, Tensor)]
+        with self._lock:
+            if self._by_parameter is None:
+                self._by_parameter = compat.weak_tensor_dict()
+            found = next((self._by_parameter[p] for p in tensors if p in self._by_parameter), None) or Runtime()
+            for parameter in tensors:
+                self._by_parameter.setdefault(parameter, found)
+            return found
+
+
+_registry = _Registry()
+
+
+def runtime_of(parameters: Iterable[Tensor]) -> Runtime:
+    """The runtime of the model with these parameters (made if it has none)."""
+    return _registry.get(parameters)
+
+
+def runtime(model: torch.nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> Runtime:
+    """The runtime of a model compiled with ``backend="cggr"``.
+
+    Args:
+        model: the module (compiled in place, or the result of ``torch.compile``, or the original behind it); for
+            a functional model its parameters, as a mapping or an iterable.
+
+    Raises:
+        ValueError: if there are no parameters in it.
+    """
+    parameters: list[Tensor]
+    if isinstance(model, torch.nn.Module):
+        parameters = list(model.parameters())
+    elif isinstance(model, Mapping):
+        parameters = list(model.values())
+    elif isinstance(model, Iterable) and not isinstance(model, (str, Tensor)):
+        parameters = list(model)
+    else:
+        raise ValueError(f"model must be a module or its parameters, got {type(model).__name__}")
+    if not parameters or not all(isinstance(p, Tensor) for p in parameters):
+        raise ValueError("model must have at least one parameter")
+    return runtime_of(parameters)

@@ -1,0 +1,79 @@
+"""Recognises one attention call: scaled_dot_product_attention, or a hand-written softmax(q k^T) v."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Literal
+
+from cggr_compile.passes.base import Attention, same_size, shape_of
+from cggr_compile.passes.fx import argument, op_name
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+# what may stand between softmax and the two products
+_BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
+_AFTER_SOFTMAX = ("dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous")
+
+
+def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any) -> Attention | None:
+    """The attention at ``node`` whose keys and values are rows of the stream, else None.
+
+    Keys and values must be laid out with the batch on axis 0 and all ``length`` tokens on one axis.
+    """
+    name = op_name(node)
+    mask = None
+    if name == "scaled_dot_product_attention":
+        query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
+        key_axis, key_user, value_user = -2, node, node
+        mask = argument(node, 3, "attn_mask")
+    elif name == "softmax":
+        products = _products_around(node, stream)
+        if products is None:
+            return None
+        key_user, value_user = products
+        query, key, value = (
+            argument(key_user, 0, "input"),
+            argument(key_user, 1, "other"),
+            argument(value_user, 1, "other"),
+        )
+        key_axis = -1  # the key arrives transposed
+    else:
+        return None
+    if not all(n in stream for n in (query, key, value)):
+        return None
+    axes = []
+    for tensor, axis in ((key, key_axis), (value, -2)):
+        shape = shape_of(tensor)
+        if len(shape) < 3 or not same_size(shape[0], batch) or not same_size(shape[axis], length):
+            return None
+        axes.append(len(shape) + axis)
+    kind: Literal["sdpa", "softmax"] = "softmax" if name == "softmax" else "sdpa"
+    return Attention(kind, node, key, value, axes[0], axes[1], key_user, value_user, mask)
+
+
+def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node] | None:
+    """The products q k^T before a softmax over the last axis, and p v after it."""
+    axis = argument(node, 1, "dim")
+    if axis is None or axis % max(1, len(shape_of(node))) != len(shape_of(node)) - 1:
+        return None
+    scores = node.all_input_nodes[0]
+    while op_name(scores) != "matmul":
+        sources = [n for n in scores.all_input_nodes if n in stream]
+        if op_name(scores) not in _BEFORE_SOFTMAX or len(sources) != 1:
+            return None
+        scores = sources[0]
+    weights = node
+    while True:
+        users = [user for user in weights.users if user in stream]
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if op_name(user) == "matmul":
+            break
+        if op_name(user) not in _AFTER_SOFTMAX:
+            return None
+        weights = user
+    if argument(user, 0, "input") is not weights:
+        return None
+    return scores, user

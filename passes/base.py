@@ -1,0 +1,224 @@
+"""What every pass shares: its protocol, its result, and the facts earlier passes left for later ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, GraphModule, Node
+
+    from cggr_compile.options import Options
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Outcome of one pass.
+
+    Attributes:
+        matched: whether the pass found what it looks for (and, if it rewrites, rewrote it).
+        reason: one sentence; what was found, or why nothing was done.
+        details: facts for the report, JSON-serialisable.
+    """
+
+    matched: bool
+    reason: str
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class GraphPass(Protocol):
+    """A semantic pass over the Dynamo graph.
+
+    ``required``: without a match of this pass the whole graph goes to the compiler untouched.
+    ``analysis``: finds things for later passes and never changes the graph.
+    """
+
+    name: str
+    required: bool
+    analysis: bool
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult: ...
+
+
+class JointPass(Protocol):
+    """A pass over AOTAutograd's joint graph (ATen), before the partitioner. Must be exact."""
+
+    name: str
+
+    def __call__(self, graph: Graph) -> PassResult: ...
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call of a block.
+
+    Attributes:
+        node: the scaled_dot_product_attention call, or the softmax of a hand-written attention.
+        key, value: the tensors whose rows later positions attend to.
+        key_dim, value_dim: the token axis of each.
+        key_user, value_user: the calls that read them (the same one for scaled_dot_product_attention).
+        mask: the attn_mask argument, if any.
+    """
+
+    kind: Literal["sdpa", "softmax"]
+    node: Node
+    key: Node
+    value: Node
+    key_dim: int
+    value_dim: int
+    key_user: Node
+    value_user: Node
+    mask: Node | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer: everything between two nodes of the residual stream.
+
+    Attributes:
+        input, output: residual-stream nodes [B, S, H]; a block's output is the next one's input.
+        attention: the block's single attention.
+        name: module path from ``nn_module_stack`` where there is one, else ``block_<i>``.
+        signature: hash of the block's operators and shapes; equal for isomorphic blocks.
+    """
+
+    input: Node
+    output: Node
+    attention: Attention
+    name: str
+    signature: str
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The decoder: residual stream, blocks and the position-wise tail (final norm) before the head.
+
+    Attributes:
+        source: first residual-stream node [B, S, H] (the embedding).
+        tail: nodes from the last block's output (exclusive) to the head's input (inclusive), in order; each
+            works on every position by itself.
+        tail_start: first position that the tail keeps (it may slice the sequence).
+        stream: every node that depends on the embedding and reaches the head.
+    """
+
+    source: Node
+    blocks: tuple[Block, ...]
+    tail: tuple[Node, ...]
+    tail_start: int
+    stream: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class LossSite:
+    """Head and cross-entropy of a token-level language-model loss.
+
+    Attributes:
+        loss: the cross_entropy node.
+        head: the node that computes logits, with ``weight`` [V, H] (or [H, V] if ``transposed``) and ``bias``.
+        hidden: the head's input.
+        chain: nodes from the head (inclusive) to the cross-entropy's input (inclusive), in order.
+        target: class indices as given to the cross-entropy, aligned with the logits by the user's own shift.
+        labels: the graph input that ``target`` is computed from, if it is a single one.
+        start: first position of the sequence that has a logit row in the loss.
+        scale, softcap: logits are ``softcap * tanh(scale * (h W^T + b) / softcap)``; softcap 0 means none.
+    """
+
+    loss: Node
+    head: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    hidden: Node
+    chain: tuple[Node, ...]
+    target: Node
+    labels: Node | None
+    vocab: int
+    start: int
+    scale: float
+    softcap: float
+    reduction: Literal["mean", "sum"]
+    ignore_index: int
+    label_smoothing: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which positions may be selected, and what they predict.
+
+    Attributes:
+        target: int64 [B, S], class index per position, ``ignore_index`` where there is none.
+        valid: bool [B, S], the candidates: positions with a target that are not padding.
+        anchor: node in front of which router and selection are inserted.
+    """
+
+    target: Node
+    valid: Node
+    anchor: Node
+
+
+@dataclass(frozen=True)
+class RouterScores:
+    """float32 [B, S] each: difficulty, top-1 probability and entropy per position."""
+
+    difficulty: Node
+    top1: Node
+    entropy: Node
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected positions.
+
+    Attributes:
+        rows: int64 [B, K], distinct positions; the selected ones first and sorted, then unused slots.
+        keep: bool [B, K], False for an unused slot.
+        state: the graph input (seed, step), int64 [2].
+        stats: float32 [5], see ``cggr::stats``.
+    """
+
+    rows: Node
+    keep: Node
+    state: Node
+    stats: Node
+
+
+@dataclass
+class GraphContext:
+    """State of one graph's trip through the passes."""
+
+    options: Options
+    example_inputs: list[Any]
+    fake_mode: Any
+    loss: LossSite | None = None
+    stack: LayerStack | None = None
+    # bool or int [B, S] graph input that is nonzero at real tokens
+    padding: Node | None = None
+    candidates: Candidates | None = None
+    router: RouterScores | None = None
+    selection: Selection | None = None
+    # what the user should hear once
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def dense(self) -> bool:
+        """True when every token is kept, so that the graph stays the user's."""
+        return self.options.min_tokens_ratio == 1.0
+
+
+def shape_of(node: Node) -> tuple[Any, ...]:
+    """Shape of a node's (fake) tensor; sizes are ints or SymInts. Empty for non-tensors."""
+    value = fake_value(node)
+    return tuple(value.shape) if hasattr(value, "shape") else ()
+
+
+def fake_value(node: Any) -> Any:
+    """The fake tensor that the capture recorded for a node (Dynamo: example_value, AOTAutograd: val)."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are statically the same number, without adding a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left, right = getattr(getattr(a, "node", None), "expr", a), getattr(getattr(b, "node", None), "expr", b)
+    return bool(left == right)

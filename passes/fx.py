@@ -1,0 +1,181 @@
+"""Small FX helpers: reading nodes, following dataflow, inserting nodes with their fake values."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from cggr_compile.passes.base import fake_value, shape_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def op_name(node: Node) -> str:
+    """The operator's bare name, the same for ``x.add(y)``, ``x + y``, ``torch.add`` and ``x += y``."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+    else:
+        return node.op
+    if name.startswith("__") and name.endswith("__"):
+        name = name.strip("_")
+    return _ALIASES.get(name, name.rstrip("_") if not name.startswith("_") else name)
+
+
+_ALIASES = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div", "divide": "div"} | {
+    "multiply": "mul",
+    "concat": "cat",
+    "mm": "matmul",
+    "flatten": "reshape",
+    "unflatten": "reshape",
+    "_softmax": "softmax",
+}
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def is_floating(node: Node) -> bool:
+    value = fake_value(node)
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def descendants(roots: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
+    """Nodes computed from ``roots`` (inclusive), not looking past ``stop``."""
+    found: set[Node] = set()
+    halt = set(stop)
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node not in halt:
+            todo.extend(node.users)
+    return found
+
+
+def ancestors(roots: Iterable[Node]) -> set[Node]:
+    """Nodes that ``roots`` are computed from (inclusive)."""
+    found: set[Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def in_order(graph: Graph, nodes: set[Node] | frozenset[Node]) -> list[Node]:
+    return [node for node in graph.nodes if node in nodes]
+
+
+def bottlenecks(ordered: Sequence[Node]) -> list[Node]:
+    """Nodes of a sub-DAG, given in topological order, that every source-to-sink path goes through.
+
+    A node is one exactly if no edge jumps over it: a path is monotone in the order, so it lands on the
+    node or jumps over it; and an edge that jumps over it lies on a path from a source to a sink.
+    Every node of ``ordered`` must be reachable from its first node and reach its last one.
+    """
+    position = {node: i for i, node in enumerate(ordered)}
+    furthest = 0
+    found = []
+    for i, node in enumerate(ordered):
+        if furthest <= i:
+            found.append(node)
+        furthest = max([furthest, *(position[user] for user in node.users if user in position)])
+    return found
+
+
+def hoist(node: Node, anchor: Node) -> None:
+    """Move ``node`` and whatever it needs in front of ``anchor`` (pure nodes that do not depend on it)."""
+    before: set[Node] = set()
+    for earlier in node.graph.nodes:
+        if earlier is anchor:
+            break
+        before.add(earlier)
+    wanted = ancestors([node]) - before
+    if anchor in wanted:
+        raise ValueError(f"{node} depends on {anchor}")
+    for moved in [n for n in node.graph.nodes if n in wanted]:
+        anchor.prepend(moved)
+
+
+class Emitter:
+    """Inserts calls before an anchor and records their fake values, so that later passes can read shapes."""
+
+    def __init__(self, graph: Graph, fake_mode: Any, key: str = "example_value") -> None:
+        self.graph = graph
+        self.fake_mode = fake_mode
+        self.key = key
+        self.origin: dict[str, Any] = {}
+
+    @contextmanager
+    def before(self, anchor: Node, origin: str) -> Iterator[Emitter]:
+        """Insert in front of ``anchor``; ``origin`` names the pass in the dumped graph's comments."""
+        self.origin = {"stack_trace": f'File "cggr_compile/passes", line 0, in {origin}\n    {origin}'}
+        with self.graph.inserting_before(anchor):
+            yield self
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        return self._annotate(node, target, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_method(name, args, kwargs)
+        return self._annotate(node, getattr(torch.Tensor, name), args, kwargs)
+
+    def item(self, node: Node, index: int) -> Node:
+        return self.call(operator.getitem, node, index)
+
+    def size(self, node: Node, axis: int) -> int | Node:
+        """A size as a number where it is static, else as a node."""
+        size = shape_of(node)[axis]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, axis)
+
+    def minus(self, left: int | Node, right: int | Node) -> int | Node:
+        if isinstance(left, int) and isinstance(right, int):
+            return left - right
+        return self.call(operator.sub, left, right)
+
+    def copy(self, node: Node, mapping: dict[Node, Node]) -> Node:
+        """A copy of ``node`` with its inputs replaced."""
+        clone = self.graph.node_copy(node, lambda n: mapping.get(n, n))
+        clone.meta = {k: v for k, v in node.meta.items() if k != self.key}
+        function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        self._evaluate(clone, function, clone.args, clone.kwargs)
+        return clone
+
+    def _annotate(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> Node:
+        node.meta.update(self.origin)
+        self._evaluate(node, function, args, kwargs)
+        return node
+
+    def _evaluate(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
+        with self.fake_mode:
+            node.meta[self.key] = function(*fake_args, **fake_kwargs)
+
+
+def layout_only(node: Node) -> bool:
+    """Views that merge or split leading axes and leave the last one alone, and copies."""
+    name = op_name(node)
+    if name in ("contiguous", "clone"):
+        return True
+    if name not in ("view", "reshape"):
+        return False
+    old, new = shape_of(node.all_input_nodes[0]), shape_of(node)
+    return bool(old) and bool(new) and old[-1] == new[-1]

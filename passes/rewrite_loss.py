@@ -1,0 +1,84 @@
+"""Rewrites head and cross-entropy to run on the selected rows only."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+
+import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.fx import Emitter, layout_only, op_name
+from cggr_compile.passes.tail import copy_tail
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+class RewriteLoss:
+    """Gathers the hidden states before final norm and head, and takes the loss over those rows.
+
+    Before::
+
+        loss = cross_entropy(linear(norm(x), lm_head).float().view(-1, V), labels)
+
+    After::
+
+        h = cggr.gather_rows(x, rows, keep)                                  # [B, K, H]
+        t = where(keep, target.gather(1, rows), -100)                        # [B, K]
+        total = cross_entropy(linear(norm(h), lm_head).float().flatten(0, 1), t.flatten(), reduction="sum")
+        loss = total / keep.sum().clamp(min=1)
+
+    ``mean`` becomes the mean over the selected tokens. ``sum``, which the user divides by a count of his own
+    (gradient accumulation), becomes the selected sum times candidates / selected: an estimate of the full sum.
+    Without any candidate the loss is zero, with zero gradients.
+    """
+
+    name = "rewrite_loss"
+    required = True
+    analysis = False
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        stack, loss, candidates, selection = ctx.stack, ctx.loss, ctx.candidates, ctx.selection
+        assert stack is not None and loss is not None and candidates is not None and selection is not None
+        emit = Emitter(gm.graph, ctx.fake_mode)
+        with emit.before(stack.tail[0] if stack.tail else loss.head, self.name):
+            hidden = emit.call(
+                torch.ops.cggr.gather_rows.default, stack.blocks[-1].output, selection.rows, selection.keep
+            )
+        mapping = copy_tail(emit, stack, loss, hidden, in_place=True)
+        for node in loss.chain:
+            source = next((n for n in node.all_input_nodes if n in mapping), loss.hidden)
+            if node is not loss.head and (layout_only(node) or op_name(node) in _LAYOUT):
+                mapping[node] = mapping[source]
+                continue
+            with emit.before(node, self.name):
+                mapping[node] = emit.copy(node, mapping)
+        logits = mapping[loss.chain[-1]]
+        dtype = fake_value(loss.loss).dtype
+        with emit.before(loss.loss, self.name):
+            if dtype in (torch.float16, torch.bfloat16):
+                logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit
+            target = emit.call(torch.gather, candidates.target, 1, selection.rows)
+            target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
+            value = emit.call(
+                torch.nn.functional.cross_entropy,
+                emit.method("flatten", logits, 0, 1),
+                emit.method("flatten", target),
+                ignore_index=loss.ignore_index,
+                reduction="sum",
+                label_smoothing=loss.label_smoothing,
+            )
+            count = emit.method("clamp", emit.method("sum", selection.keep), min=1)
+            value = emit.call(operator.truediv, value, count)
+            if loss.reduction == "sum":
+                value = emit.call(operator.mul, value, emit.method("sum", candidates.valid))
+            if fake_value(value).dtype != dtype:
+                value = emit.method("to", value, dtype)
+        loss.loss.replace_all_uses_with(value)
+        gm.graph.erase_node(loss.loss)
+        return PassResult(True, f"{loss.reduction} over the selected rows", {"rows": str(selection.rows)})
+
+
+_LAYOUT = {"getitem", "transpose", "swapaxes", "permute", "mT"}

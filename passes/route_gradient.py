@@ -1,0 +1,90 @@
+"""Gradient routing: no gradient flows into the residual stream of unselected positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile.passes.base import Block, GraphContext, PassResult, same_size, shape_of
+from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order, op_name
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
+_PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
+
+
+class RouteGradient:
+    """Marks, at every attention, where the gradient of unselected positions ends.
+
+    Before::
+
+        attention(q_proj(x), k_proj(x), v_proj(x))
+
+    After, with ``kv_gradient="stop"``::
+
+        attention(q_proj(x), cggr.stop_rows(k_proj(x), 2), cggr.stop_rows(v_proj(x), 2))
+
+    and with ``kv_gradient="project"``, where the projections' weights still learn from every position::
+
+        y = cggr.stop_rows(x, 1)
+        attention(q_proj(x), k_proj(y), v_proj(y))
+
+    A fused projection takes its whole input from ``y``: the query gradient of an unselected position is zero
+    anyway. The marker names no rows, because early blocks run before the selection exists; a pass over the
+    joint graph (``resolve_markers``) gives it them.
+    """
+
+    name = "route_gradient"
+    required = False
+    analysis = False
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        assert ctx.stack is not None
+        if ctx.options.gradient == "exact":
+            return PassResult(False, "gradient='exact' stops nothing")
+        emit = Emitter(gm.graph, ctx.fake_mode)
+        for block in ctx.stack.blocks:
+            if ctx.options.kv_gradient == "stop":
+                self._stop_keys_and_values(emit, block)
+            else:
+                self._stop_projection_input(emit, block, ctx)
+        return PassResult(True, f"kv_gradient={ctx.options.kv_gradient!r} at {len(ctx.stack.blocks)} attentions")
+
+    def _stop_keys_and_values(self, emit: Emitter, block: Block) -> None:
+        attention = block.attention
+        keys = (attention.key, attention.key_user, attention.key_dim)
+        values = (attention.value, attention.value_user, attention.value_dim)
+        for tensor, user, axis in dict.fromkeys((keys, values)):  # some models share one tensor
+            with emit.before(tensor.next, self.name):
+                marked = emit.call(torch.ops.cggr.stop_rows.default, tensor, axis)
+            user.replace_input_with(tensor, marked)
+
+    def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
+        assert ctx.stack is not None
+        goal = {block.attention.key, block.attention.value}
+        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx.stack.stream
+        source = _projection_input(in_order(emit.graph, paths), block)
+        with emit.before(source.next, self.name):
+            marked = emit.call(torch.ops.cggr.stop_rows.default, source, 1)
+        for user in [u for u in source.users if u in paths]:
+            user.replace_input_with(source, marked)
+
+
+def _projection_input(ordered: list[Node], block: Block) -> Node:
+    """The last node [B, S, *] that all of the block's keys and values come through before any product."""
+    shape = shape_of(block.input)
+    before_products = ordered
+    for i, node in enumerate(ordered):
+        if op_name(node) in _PRODUCTS:
+            before_products = ordered[:i]
+            break
+    through = set(bottlenecks(ordered))
+    found = block.input
+    for node in before_products:
+        candidate = shape_of(node)
+        if node in through and len(candidate) == 3 and all(map(same_size, candidate[:2], shape[:2])):
+            found = node
+    return found

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from capture import Captured
+
+from cggr_compile.passes.base import shape_of
+
+
+def test_own_decoder(decoder_step):
+    captured = decoder_step()
+    result = captured.run("find_stack")
+    assert result.matched and result.reason == "4 blocks, alike"
+    stack = captured.ctx.stack
+    assert [b.name for b in stack.blocks] == [f"decoder.blocks.{i}" for i in range(4)]
+    for previous, block in zip(stack.blocks, stack.blocks[1:], strict=False):
+        assert previous.output is block.input
+    assert stack.source is stack.blocks[0].input
+    assert all(shape_of(b.output) == (2, 16, models.HIDDEN) for b in stack.blocks)
+    assert [b.attention.kind for b in stack.blocks] == ["sdpa"] * 4
+    assert stack.tail and stack.tail_start == 0
+
+
+def test_module_names_are_only_labels(decoder_step):
+    named, nameless = decoder_step(), decoder_step()
+    for node in nameless.gm.graph.nodes:
+        node.meta.pop("nn_module_stack", None)
+    named.run("find_stack")
+    assert nameless.run("find_stack").matched
+    strip = lambda c: [(str(b.input), str(b.output), b.signature) for b in c.ctx.stack.blocks]  # noqa: E731
+    assert strip(named) == strip(nameless)
+    assert [b.name for b in nameless.ctx.stack.blocks] == [f"block_{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("attend", [models.attend_softmax, models.attend_bidirectional])
+def test_other_attentions(attend, decoder_step):
+    captured = decoder_step(decoder=models.Decoder(attend))
+    assert captured.run("find_stack").matched
+
+
+def test_keys_are_found_before_the_transpose(decoder_step):
+    captured = decoder_step(decoder=models.Decoder(models.attend_softmax))
+    captured.run("find_stack")
+    attention = captured.ctx.stack.blocks[0].attention
+    assert shape_of(attention.key)[attention.key_dim] == 16 == shape_of(attention.value)[attention.value_dim]
+    assert (attention.key_dim, attention.value_dim) == (3, 2)
+
+
+def test_sizes_that_coincide():
+    """B = S = heads, S = hidden: axes must not be mixed up."""
+    size = models.HIDDEN
+    ids = torch.randint(0, models.VOCAB, (size, size))
+    captured = Captured(lambda i: F.cross_entropy(models.Decoder()(i).flatten(0, 1), i.flatten()), ids)
+    assert captured.run("find_stack").matched
+    assert {b.attention.key_dim for b in captured.ctx.stack.blocks} == {2}
+
+
+def test_symbolic_sizes(batch):
+    decoder = models.Decoder()
+
+    def step(ids, labels):
+        return F.cross_entropy(decoder(ids).flatten(0, 1), labels.flatten())
+
+    for tensor in batch.values():
+        torch._dynamo.mark_dynamic(tensor, 0)
+        torch._dynamo.mark_dynamic(tensor, 1)
+    captured = Captured(step, *batch.values())
+    assert captured.run("find_stack").matched
+    assert len(captured.ctx.stack.blocks) == 4
+
+
+def mlp(ids):
+    table = torch.ones(models.VOCAB, 8, requires_grad=True)
+    return F.cross_entropy(F.linear(F.relu(F.embedding(ids, table)), table).flatten(0, 1), ids.flatten())
+
+
+def no_embedding(ids):
+    table = torch.ones(models.VOCAB, 8, requires_grad=True)
+    return F.cross_entropy(F.linear(torch.ones(2, 16, 8), table).flatten(0, 1), ids.flatten())
+
+
+@pytest.mark.parametrize(("function", "why"), [(mlp, "no attention"), (no_embedding, "no token embedding")])
+def test_must_not_match(function, why, batch):
+    captured = Captured(function, batch["input_ids"])
+    result = captured.run("find_stack")
+    assert not result.matched and why in result.reason
+
+
+def test_tail_must_be_position_wise(batch):
+    decoder = models.Decoder()
+    decoder.ln_f.register_forward_hook(lambda module, args, out: out.cumsum(1))
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    result = captured.run("find_stack")
+    assert not result.matched and "cumsum" in result.reason
+
+
+def test_activation_checkpoints_are_named(batch):
+    model = models.family("llama")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    result = Captured(model, **batch, use_cache=False).run("find_stack")
+    assert not result.matched and "checkpoint" in result.reason

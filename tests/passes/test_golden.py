@@ -1,0 +1,121 @@
+"""What every rewriting pass adds to our own decoder, line by line. Regenerate: EXPECTTEST_ACCEPT=1 pytest <file>."""
+
+from __future__ import annotations
+
+import expecttest
+import models
+import pytest
+import torch.nn.functional as F
+from capture import Captured
+
+from cggr_compile.pipeline import DYNAMO_PASSES
+
+
+@pytest.fixture(scope="module")
+def expect():
+    return expecttest.TestCase().assertExpectedInline
+
+
+def added(captured, name: str, width: int = 200) -> str:
+    """The lines that one pass adds or changes."""
+    passes = [p.name for p in DYNAMO_PASSES]
+    captured.run(passes[passes.index(name) - 1])
+    before = set(captured.text().splitlines())
+    captured.run(name)
+    lines = [line[:width] for line in captured.text().splitlines() if line not in before]
+    return "\n".join(
+        line.replace("l_self_modules_decoder_modules_", "").replace("_parameters_weight_", "") for line in lines
+    )
+
+
+def test_align_targets(decoder_step, expect):
+    expect(
+        added(decoder_step(), "align_targets"),
+        """\
+reshape_6 = reshape(reshape_5, 2, 15)  # [2, 15]
+pad = pad(reshape_6, (0, 1), constant, -100)  # [2, 16]
+ne = ne(pad, -100)  # [2, 16]""",
+    )
+
+
+def test_insert_router(decoder_step, expect):
+    expect(
+        added(decoder_step(), "insert_router"),
+        """\
+detach = detach(x_2)  # [2, 16, 32]
+layer_norm_9 = layer_norm(detach, (32,), l_fn_decoder_modules_ln_f, l_fn_decoder_modules_ln_f_parameters_bias_, 1e-05)  # [2, 16, 32]
+detach_1 = detach(l_fn_decoder_modules_wte)  # [128, 32]
+detach_2 = detach(layer_norm_9)  # [2, 16, 32]
+score_default = score.default(detach_2, detach_1, None, pad, 1.0, 0.0)
+getitem = getitem(score_default, 1)  # [2, 16]
+getitem_14 = getitem(score_default, 2)  # [2, 16]
+getitem_15 = getitem(score_default, 3)  # [2, 16]
+getitem_16 = getitem(score_default, 4)  # [2, 16]
+difficulty_default = difficulty.default(getitem, getitem_14, getitem_15, getitem_16, combined)  # [2, 16]""",
+    )
+
+
+def test_select_rows(decoder_step, expect):
+    expect(
+        added(decoder_step(), "select_rows"),
+        """\
+uniform_default = uniform.default(cggr_state, ne)  # [2, 16]
+select_rows_default = select_rows.default(uniform_default, ne, 1, 4)
+getitem_17 = getitem(select_rows_default, 0)  # [2, 4]
+getitem_18 = getitem(select_rows_default, 1)  # [2, 4]
+stats_default = stats.default(getitem_18, ne, getitem_14, getitem, difficulty_default)  # [5]
+where = where(getitem_18, getitem_17, -1)  # [2, 4]""",
+    )
+
+
+def test_rewrite_loss(decoder_step, expect):
+    expect(
+        added(decoder_step(), "rewrite_loss"),
+        """\
+gather_rows_default = gather_rows.default(x_8, getitem_17, getitem_18)  # [2, 4, 32]
+layer_norm_10 = layer_norm(gather_rows_default, (32,), l_fn_decoder_modules_ln_f, l_fn_decoder_modules_ln_f_parameters_bias_, 1e-05)  # [2, 4, 32]
+logits_1 = linear(layer_norm_10, l_fn_decoder_modules_wte, None)  # [2, 4, 128]
+gather = gather(pad, 1, getitem_17)  # [2, 4]
+where_1 = where(getitem_18, gather, -100)  # [2, 4]
+flatten = reshape(logits_1, 0, 1)  # [8, 128]
+flatten_1 = reshape(where_1)  # [8]
+cross_entropy_1 = cross_entropy(flatten, flatten_1)  # []
+sum_1 = sum(getitem_18)  # []
+clamp = clamp(sum_1)  # []
+truediv = div(cross_entropy_1, clamp)  # []""",
+    )
+
+
+def test_route_gradient_stop(decoder_step, expect):
+    expect(
+        "\n".join(added(decoder_step({"kv_gradient": "stop"}), "route_gradient").splitlines()[:3]),
+        """\
+stop_rows_default = stop_rows.default(transpose_1, 2)  # [2, 4, 16, 8]
+stop_rows_default_1 = stop_rows.default(transpose_2, 2)  # [2, 4, 16, 8]
+y = scaled_dot_product_attention(transpose, stop_rows_default, stop_rows_default_1)  # [2, 4, 16, 8]""",
+    )
+
+
+def test_route_gradient_project(decoder_step, expect):
+    expect(
+        "\n".join(added(decoder_step(), "route_gradient").splitlines()[:3]),
+        """\
+stop_rows_default = stop_rows.default(h, 1)  # [2, 16, 32]
+linear = linear(stop_rows_default, l_fn_decoder_modules_blocks_modules_0_modules_qkv, l_fn_decoder_modules_blocks_modules_0_modules_qkv_parameters_bias_)  # [2, 16, 96]
+stop_rows_default_1 = stop_rows.default(h_1, 1)  # [2, 16, 32]""",
+    )
+
+
+def test_detach_outputs(batch, expect):
+    decoder = models.Decoder()
+
+    def step(ids, labels):
+        logits = decoder(ids)
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits, decoder.wte(ids)
+
+    expect(
+        added(Captured(step, *batch.values()), "detach_outputs"),
+        """\
+new_empty = new_empty(x, [2, 0, 128])  # [2, 0, 128]
+detach_3 = detach(embedding_2)  # [2, 16, 32]""",
+    )

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from capture import execute
+
+
+@pytest.mark.parametrize("layers", [None, 2, "full"])
+@pytest.mark.parametrize("scoring", ["entropy", "combined"])
+def test_difficulty_is_the_truncated_models(layers, scoring, decoder_step, batch):
+    decoder = models.Decoder()
+    captured = decoder_step({"router_layers": layers, "scoring": scoring}, decoder)
+    assert captured.run("insert_router").matched
+    captured.check_shapes()
+    router = captured.ctx.router
+    assert not router.difficulty.meta["example_value"].requires_grad
+    difficulty, top1, entropy = execute(captured, router.difficulty, router.top1, router.entropy)
+
+    ids, labels = batch.values()
+    x = decoder.wte(ids) + decoder.wpe(torch.arange(ids.shape[1]))
+    for block in decoder.blocks[: {None: 1, 2: 2, "full": 4}[layers]]:
+        x = block(x)
+    p = decoder.lm_head(decoder.ln_f(x)).softmax(-1)
+    expected_entropy = torch.distributions.Categorical(p).entropy()
+    torch.testing.assert_close(entropy, expected_entropy.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(top1, p.max(-1).values.detach(), atol=1e-5, rtol=1e-4)
+    expected = expected_entropy - p.max(-1).values
+    if scoring == "combined":
+        two = p.topk(2).values
+        target = F.pad(labels[:, 1:], (0, 1), value=-100)
+        nll = -p.log().gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target >= 0)
+        expected = expected + 1 - (two[..., 0] - two[..., 1]) + nll
+    torch.testing.assert_close(difficulty, expected.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_random_scoring_runs_no_router(decoder_step):
+    captured = decoder_step({"scoring": "random"})
+    result = captured.run("insert_router")
+    assert not result.matched and captured.ctx.router is None
