@@ -58,7 +58,10 @@ def _raiser(error: ValueError) -> Callable[..., Any]:
 
 
 def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    patches = {**compat.mode_options(mode or "default"), **options.inductor}
+    modes = compat.inductor_modes()
+    if mode is not None and mode not in modes:
+        raise OptionError(f"mode must be one of {sorted(modes)}, got {mode!r}")
+    patches = {**modes[mode or "default"], **options.inductor}
     unknown = sorted(set(patches) - compat.inductor_option_names())
     if unknown:
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
@@ -145,13 +148,18 @@ def _selective(
     check(inputs)
 
     def run(*args: Any) -> Any:
-        if device.type == "cpu":
-            check(args)  # on an accelerator this would synchronise; there the loss asserts on the device
+        if _checks_labels_every_step(device):
+            check(args)
         *outputs, selected, stats = compiled(*args, runtime.next_state(device))
         runtime.record(report, selected, stats)
         return tuple(outputs)
 
     return run
+
+
+def _checks_labels_every_step(device: torch.device) -> bool:
+    """On an accelerator looking at the labels would wait for the device; there the loss itself asserts."""
+    return device.type == "cpu"
 
 
 def _label_check(gm: GraphModule, ctx: GraphContext) -> Callable[[Sequence[Any]], None]:

@@ -17,12 +17,17 @@ from cggr_compile.pipeline import run_joint_passes
 from cggr_compile.report import GraphDump, GraphReport
 
 
+def sources() -> list[Path]:
+    root = Path(__file__).parent
+    # rglob does not follow the link that passes/ is in a checkout
+    return sorted({*root.rglob("*.py"), *(root / "passes").rglob("*.py")})
+
+
 @cache
 def source_digest() -> str:
     """Hash of every source file of the package: out-of-tree lowerings and passes are not in Inductor's cache key."""
     digest = hashlib.sha256(torch.__version__.encode())
-    root = Path(__file__).parent
-    for path in sorted([*root.rglob("*.py"), *(root / "passes").rglob("*.py")]):
+    for path in sources():
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

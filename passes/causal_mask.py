@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -44,9 +44,9 @@ class RecoverCausalMask:
     looked at for several lengths, one of them longer than every number in the mask's nodes.
     """
 
-    name: ClassVar[str] = "causal_mask"
-    required: ClassVar[bool] = False
-    analysis: ClassVar[bool] = False
+    name = "causal_mask"
+    required = False
+    analysis = False
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if ctx.stack is None:

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import warnings
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cggr_compile
+from cggr_compile import backend
+from cggr_compile.options import Options
+from cggr_compile.runtime import FallbackWarning
+
+
+def test_engine_choice(monkeypatch):
+    cpu = [torch.ones(1)]
+    assert backend._engine(Options(compiler="eager"), cpu) == "eager"
+    monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: "g++")
+    assert backend._engine(Options(), cpu) == "Inductor CPU"
+    monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: None)
+    assert backend._engine(Options(), cpu) == "eager"
+    assert backend._engine(Options(), [torch.ones(1, device="meta")]) == "eager"
+
+
+def test_no_cpp_compiler_trains_all_the_same(monkeypatch):
+    monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: None)
+    model = models.compiled(models.family("llama"), compiler="auto")
+    model(**models.make_batch()).loss.backward()
+    report = cggr_compile.runtime(model).reports[0]
+    assert report.matched and report.compiler == "eager"
+
+
+def test_mode_and_inductor_settings_are_checked():
+    model = torch.compile(models.Decoder(), backend=models.backend(), mode="fastest")
+    with pytest.raises(ValueError, match="mode must be one of"):
+        model(models.make_batch()["input_ids"])
+    torch._dynamo.reset()
+    model = models.compiled(models.Decoder(), inductor={"max_autotunes": True})
+    with pytest.raises(ValueError, match=r"unknown Inductor settings \['max_autotunes'\]"):
+        model(models.make_batch()["input_ids"])
+
+
+def test_internal_error_falls_back_loudly(monkeypatch, caplog):
+    def broken(self, gm, ctx):
+        raise KeyError("oops")
+
+    monkeypatch.setattr("cggr_compile.passes.rewrite_loss.RewriteLoss.__call__", broken)
+    model, batch = models.compiled(models.family("llama"), fallback="warn"), models.make_batch()
+    with pytest.warns(FallbackWarning, match="rewrite_loss: internal error: KeyError"):
+        loss = model(**batch).loss
+    assert "Traceback" in caplog.text
+    assert not cggr_compile.runtime(model).metrics()["matched"]
+    torch.testing.assert_close(loss, models.family("llama")(**batch).loss)
+
+
+def test_a_broken_joint_pass_never_runs(monkeypatch):
+    def broken(self, graph):
+        raise KeyError("oops")
+
+    monkeypatch.setattr("cggr_compile.passes.resolve_markers.ResolveMarkers.__call__", broken)
+    model = models.compiled(models.family("llama"))
+    with pytest.raises(Exception, match="oops"):
+        model(**models.make_batch())
+
+
+def test_optimizer_graphs_do_not_warn():
+    @torch.no_grad()
+    def update(p):
+        p.mul_(0.9)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        models.compiled(update, fallback="warn")(torch.ones(3, requires_grad=True))
+
+
+def test_reset():
+    model, batch = models.compiled(models.family("llama")), models.make_batch()
+    model(**batch)
+    torch._dynamo.reset()
+    model(**batch)
+    assert len(cggr_compile.runtime(model).reports) == 2
+
+
+def test_frozen_base_with_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    model = peft.get_peft_model(models.family("llama"), config)
+    models.compiled(model)(**models.make_batch()).loss.backward()
+    assert cggr_compile.runtime(model).metrics()["matched"]
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert trained and all("lora" in n for n in trained)
+
+
+def test_loss_in_half_precision_graph():
+    decoder, batch = models.Decoder().bfloat16(), models.make_batch()
+
+    def step(ids, labels):
+        return F.cross_entropy(decoder(ids).flatten(0, 1), labels.flatten())
+
+    loss = models.compiled(step)(batch["input_ids"], batch["labels"])
+    assert loss.dtype == torch.bfloat16
+    loss.backward()

@@ -1,0 +1,73 @@
+"""The joint-graph hook: identity for Inductor's caches, and passes that the user had set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import models
+import pytest
+import torch
+
+from cggr_compile import joint
+from cggr_compile.options import Options
+from cggr_compile.report import GraphDump, GraphReport
+
+
+def hook(**options):
+    report = GraphReport(0, True, "Inductor CPU", {})
+    return joint.joint_pre_pass(Options(**options), report, GraphDump(None, report))
+
+
+def test_uuid_changes_with_options_and_sources(monkeypatch):
+    assert hook().uuid() == hook().uuid()
+    assert hook().uuid() != hook(kv_gradient="stop").uuid()
+    before = hook().uuid()
+    monkeypatch.setattr(joint, "source_digest", lambda: "edited")
+    assert hook().uuid() != before
+
+
+def test_source_digest_covers_passes_and_operators():
+    covered = {p.name for p in joint.sources()}
+    assert {"resolve_markers.py", "stop_rows.py", "options.py"} <= covered
+
+
+def test_unkeyed_user_pass_turns_caching_off():
+    with torch._inductor.config.patch(joint_custom_pre_pass=lambda graph: None):
+        assert hook().uuid() is None
+
+
+@pytest.mark.slow
+def test_user_pass_still_runs():
+    seen = []
+    with torch._inductor.config.patch(joint_custom_pre_pass=lambda graph: seen.append(len(graph.nodes))):
+        models.compiled(models.Decoder(), compiler="inductor", fallback="silent")
+        model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="inductor")
+        model(**models.make_batch()).loss.backward()
+    assert seen
+
+
+@pytest.mark.slow
+def test_cache_hits_across_processes_and_misses_on_options(tmp_path):
+    program = textwrap.dedent("""
+        import sys, torch, models
+        from torch._dynamo.utils import counters
+        model = models.family("llama", num_hidden_layers=1)
+        models.compiled(model, compiler="inductor", kv_gradient=sys.argv[1])
+        model(**models.make_batch()).loss.backward()
+        print("HITS", counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
+    """)
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+
+    def run(kv_gradient: str) -> list[int]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, kv_gradient], env=environment, capture_output=True, text=True, check=True
+        )
+        line = next(line for line in done.stdout.splitlines() if line.startswith("HITS"))
+        return [int(n) for n in line.split()[1:]]
+
+    assert run("stop") == [0, 1]
+    assert run("stop") == [1, 0]
+    assert run("project") == [0, 1]

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cggr_compile import Options
+
+BAD = [
+    ({"min_tokens_ratio": 0}, "min_tokens_ratio"),
+    ({"min_tokens_ratio": 1.5}, "min_tokens_ratio"),
+    ({"min_tokens_ratio": float("nan")}, "min_tokens_ratio"),
+    ({"min_tokens_ratio": "0.25"}, "min_tokens_ratio"),
+    ({"min_tokens_ratio": True}, "min_tokens_ratio"),
+    ({"scoring": "entropie"}, r"scoring .*did you mean 'entropy'"),
+    ({"selection": "top_k"}, r"selection .*did you mean 'topk'"),
+    ({"selection": None}, "selection"),
+    ({"gradient": "route"}, "gradient .*did you mean 'routed'"),
+    ({"kv_gradient": "values"}, "kv_gradient"),
+    ({"logits": True}, "logits"),
+    ({"padding": "left"}, "padding"),
+    ({"fallback": "raise"}, "fallback"),
+    ({"compiler": "triton"}, "compiler"),
+    ({"advance": 1}, "advance"),
+    ({"router_layers": 0}, "router_layers"),
+    ({"router_layers": "all"}, "router_layers"),
+    ({"router_layers": True}, "router_layers"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 1.0}, "seed"),
+    ({"dump_dir": 3}, "dump_dir"),
+    ({"inductor": "max_autotune"}, "inductor"),
+    ({"min_token_ratio": 0.5}, "unknown option 'min_token_ratio', did you mean 'min_tokens_ratio'"),
+    ({"zzz": 0.5}, "unknown option 'zzz'; options: min_tokens_ratio"),
+    ({"selection": "topk", "scoring": "random"}, "scoring"),
+    (["ratio"], "options must be a dict"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD)
+def test_bad_options_name_the_argument(options, message):
+    with pytest.raises(ValueError, match=message):
+        Options.parse(options)
+
+
+def test_defaults_and_parse():
+    assert Options.parse(None) == Options() == Options.parse({})
+    assert Options.parse(Options(seed=3)).seed == 3
+    assert Options.parse({"router_layers": "full"}).router_layers == "full"
+
+
+def test_frozen_and_keyword_only():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().seed = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Options(0.5)  # type: ignore[misc]
+
+
+@given(st.floats(1e-6, 1.0))
+def test_ratio_is_a_usable_fraction(ratio):
+    fraction = Options(min_tokens_ratio=ratio).ratio
+    assert 0 < fraction <= 1 and abs(fraction - Fraction(ratio)) <= Fraction(1, 10_000)
+
+
+def test_digest_covers_what_changes_the_graph():
+    base = Options().digest()
+    assert Options(min_tokens_ratio=0.5).digest() != base
+    assert Options(kv_gradient="stop").digest() != base
+    assert Options(dump_dir="x", fallback="silent").digest() == base
+
+
+def test_every_field_is_documented():
+    for field in dataclasses.fields(Options):
+        assert f"{field.name}:" in (Options.__doc__ or ""), field.name

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import models
+import pytest
+
+STAGES = [
+    *("captured", "find_loss", "find_stack", "causal_mask", "align_targets", "insert_router", "select_rows"),
+    *("rewrite_loss", "route_gradient", "detach_outputs", "rewritten", "joint_resolve_markers"),
+]
+
+
+def test_dump(tmp_path):
+    model = models.compiled(models.family("llama"), dump_dir=str(tmp_path))
+    model(**models.make_batch()).loss.backward()
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == [*(f"{i:02d}_{name}.py" for i, name in enumerate(STAGES)), "report.json"]
+    for file in files[:-1]:
+        compile((tmp_path / file).read_text(), file, "exec")  # readable as Python
+    text = (tmp_path / "07_rewrite_loss.py").read_text()
+    assert text.startswith("# graph 0, stage 07: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True")
+    assert "cggr.gather_rows" in text and "# operators: +" in text
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["matched"] and report["passes"][-1]["name"] == "resolve_markers"
+    assert report["passes"][-1]["details"] == {"markers": 4}
+
+
+def test_dump_dir_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("CGGR_DUMP_DIR", str(tmp_path))
+    models.compiled(models.family("llama"))(**models.make_batch())
+    assert (tmp_path / "00_captured.py").exists()
+
+
+def test_further_graphs_get_folders(tmp_path):
+    model = models.compiled(models.family("llama"), dump_dir=str(tmp_path))
+    model(**models.make_batch())
+    model(**models.make_batch(2, 24))
+    assert (tmp_path / "graph_01" / "00_captured.py").exists()
+
+
+def test_logs(caplog):
+    with caplog.at_level(logging.DEBUG, logger="cggr_compile"):
+        models.compiled(models.family("llama"))(**models.make_batch())
+    assert any("find_stack: matched" in r.message for r in caplog.records)
+    assert any("compiled by eager" in r.message for r in caplog.records)
+
+
+def test_structured_trace(monkeypatch):
+    artifacts = {}
+    monkeypatch.setattr("cggr_compile.compat.trace_structured", lambda name, text: artifacts.setdefault(name, text))
+    models.compiled(models.family("llama"))(**models.make_batch())
+    if not artifacts:
+        pytest.fail("nothing handed to the structured trace")
+    assert "cggr_0_report" in artifacts
