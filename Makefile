@@ -1,0 +1,58 @@
+# Everything runs inside $(VENV); delete it with `make clean`.
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The release the tests ran with. Any other: make demo TORCH='torch>=2.11'
+TORCH  ?= torch==2.13.0
+# Options of the demo: make demo ARGS='--steps 50 --model-size small'
+ARGS   ?=
+# Options of pytest: make test PYTEST_ARGS='-m "not slow"'
+PYTEST_ARGS ?=
+# Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+BIN := $(VENV)/bin
+# One stamp for each torch requirement, so that another TORCH installs again.
+TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch-$(TORCH_ID): | $(BIN)/python
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+venv: $(VENV)/.dev  ## create .venv with the package (editable) and every development tool
+
+demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and random-token control
+	$(BIN)/python examples/train_gsm8k.py $(ARGS)
+
+test: lint  ## lint, then the whole test suite
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
