@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
 from cggr_compile.options import OptionError, Options
-from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.base import GraphContext, fake_value
 from cggr_compile.pipeline import rewrite
 from cggr_compile.report import GraphDump, GraphReport
 from cggr_compile.runtime import Runtime, runtime_of
@@ -67,15 +67,17 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
     runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     engine = _engine(options, inputs)
+    training = _is_training(gm, inputs)
     report = GraphReport(
-        index=len(runtime.reports),
-        training=_is_training(gm, inputs),
+        index=sum(r.training == training for r in runtime.reports),
+        training=training,
         compiler=engine,
         options=options.as_dict(),
         reason="not a training graph: gradients are off or the model is in evaluation mode",
     )
     dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
     ctx = GraphContext(options, inputs, compat.capture_fake_mode(gm))
+    dump.stage("captured", gm)
     work = rewrite(gm, ctx, report, dump) if report.training else gm
     runtime.begin(report, options)
     log.info("graph %d compiled by %s: %s", report.index, engine, report.reason)
@@ -101,6 +103,9 @@ def _engine(options: Options, inputs: list[Any]) -> str:
 def _is_training(gm: GraphModule, inputs: list[Any]) -> bool:
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return False
+    results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
+        return False  # an optimizer's update, say
     scopes = compat.frame_scopes()
     paths = {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
     modules = [m for path in paths if (m := compat.module_at(path, scopes)) is not None]

@@ -24,9 +24,9 @@ def frame_scopes() -> dict[str, dict[str, Any]]:
 
     try:
         tx = InstructionTranslator.current_tx()
-    except AttributeError:  # thread-local is unset outside a capture
-        return {}
-    return {"L": tx.f_locals, "G": tx.f_globals}
+    except AttributeError:  # the thread-local is unset outside a capture (2.13; 2.11 returns None)
+        tx = None
+    return {} if tx is None else {"L": tx.f_locals, "G": tx.f_globals}
 
 
 def module_at(path: str, scopes: dict[str, dict[str, Any]]) -> torch.nn.Module | None:
@@ -108,6 +108,11 @@ def has_triton() -> bool:
     from torch.utils._triton import has_triton as available
 
     return bool(available())
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """The same number for tensors (fake ones too) that share memory."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def weak_tensor_dict() -> Any:

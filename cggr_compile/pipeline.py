@@ -50,7 +50,6 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     Raises:
         OptionError: an option that does not fit this model.
     """
-    dump.stage("captured", gm)
     work = copy_module(gm)
     for graph_pass in EXACT_PASSES if ctx.dense else DYNAMO_PASSES:
         record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]

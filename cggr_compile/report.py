@@ -38,6 +38,7 @@ class GraphReport:
     """One captured graph: was it rewritten, by which passes, or why not.
 
     Attributes:
+        index: counts the model's training graphs, and by themselves its inference graphs.
         matched: whether the graph trains on selected positions.
         reason: why, in one sentence.
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
@@ -110,10 +111,14 @@ class GraphDump:
         self.report = report
         self.folder: Path | None = None
         self.count = 0
+        self._prefix = f"cggr_{'' if report.training else 'inference_'}{report.index}"
         if folder is not None:
-            root = Path(folder)
-            # the first graph goes into the folder itself, further ones (graph breaks, new shapes) beside it
-            self.folder = root if report.index == 0 else root / f"graph_{report.index:02d}"
+            # the first training graph goes into the folder itself, others (graph breaks, new shapes) into it
+            self.folder = Path(folder)
+            if not report.training:
+                self.folder /= f"inference_{report.index:02d}"
+            elif report.index:
+                self.folder /= f"graph_{report.index:02d}"
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str, module: GraphModule, record: PassRecord | None = None) -> None:
@@ -131,13 +136,13 @@ class GraphDump:
             return
         text = "\n".join(header) + "\n\n" + module.print_readable(print_output=False, include_device=False) + "\n"
         log.debug("%s\n%s", file, text)
-        compat.trace_structured(f"cggr_{self.report.index}_{file}", text)
+        compat.trace_structured(f"{self._prefix}_{file}", text)
         if self.folder is not None:
             (self.folder / file).write_text(text)
 
     def finish(self) -> None:
         text = json.dumps(self.report.as_dict(), indent=2, default=str)
-        compat.trace_structured(f"cggr_{self.report.index}_report", text)
+        compat.trace_structured(f"{self._prefix}_report", text)
         if self.folder is not None:
             (self.folder / "report.json").write_text(text)
 

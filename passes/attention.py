@@ -31,7 +31,7 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
         products = _products_around(node, stream)
         if products is None:
             return None
-        key_user, value_user = products
+        key_user, value_user, mask = products
         query, key, value = (
             argument(key_user, 0, "input"),
             argument(key_user, 1, "other"),
@@ -52,16 +52,20 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
     return Attention(kind, node, key, value, axes[0], axes[1], key_user, value_user, mask)
 
 
-def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node] | None:
-    """The products q k^T before a softmax over the last axis, and p v after it."""
+def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, Node | None] | None:
+    """The products q k^T before a softmax over the last axis and p v after it, and what is added in between."""
     axis = argument(node, 1, "dim")
     if axis is None or axis % max(1, len(shape_of(node))) != len(shape_of(node)) - 1:
         return None
     scores = node.all_input_nodes[0]
+    mask: Node | None = None
     while op_name(scores) != "matmul":
         sources = [n for n in scores.all_input_nodes if n in stream]
         if op_name(scores) not in _BEFORE_SOFTMAX or len(sources) != 1:
             return None
+        added = [n for n in scores.all_input_nodes if n not in stream and len(shape_of(n)) >= 2]
+        if op_name(scores) == "add" and added:
+            mask = added[0]
         scores = sources[0]
     weights = node
     while True:
@@ -76,4 +80,4 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node] 
         weights = user
     if argument(user, 0, "input") is not weights:
         return None
-    return scores, user
+    return scores, user, mask

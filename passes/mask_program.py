@@ -14,6 +14,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import in_order, op_name
 
@@ -194,7 +195,7 @@ def _storage(node: Node) -> int | None:
     if not isinstance(value, Tensor):
         return None
     try:
-        return int(value.untyped_storage()._cdata)
+        return compat.storage_id(value)
     except (NotImplementedError, RuntimeError):  # wrapper subclasses have none
         return None
 
@@ -239,6 +240,6 @@ def _moved(value: Any, device: str, strings: bool) -> Any:
 
 def _check_memory(values: Iterable[Any], node: Node) -> None:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    used = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    used = sum({compat.storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
     if used > MEMORY_LIMIT:
         raise Undecided(f"computing it takes {used / 2**30:.1f} GiB at {node.name}, too much to check")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
@@ -73,12 +74,23 @@ class RewriteLoss:
             count = emit.method("clamp", emit.method("sum", selection.keep), min=1)
             value = emit.call(operator.truediv, value, count)
             if loss.reduction == "sum":
-                value = emit.call(operator.mul, value, emit.method("sum", candidates.valid))
+                total = emit.method("sum", candidates.valid)
+                value = emit.call(operator.mul, value, total)
+                self._guard_user_count(emit, loss.loss, total)
             if fake_value(value).dtype != dtype:
                 value = emit.method("to", value, dtype)
         loss.loss.replace_all_uses_with(value)
         gm.graph.erase_node(loss.loss)
         return PassResult(True, f"{loss.reduction} over the selected rows", {"rows": str(selection.rows)})
+
+    def _guard_user_count(self, emit: Emitter, loss: Node, total: Node) -> None:
+        """The user's own count may be zero where no token has a label: 0 / 0 becomes 0 / 1."""
+        for user in list(loss.users):
+            divisor: Any = user.args[1] if op_name(user) == "div" and user.args[0] is loss else None
+            if isinstance(divisor, Node) and isinstance(fake_value(divisor), torch.Tensor):
+                with emit.before(user, self.name):
+                    some = emit.call(operator.gt, total, 0)
+                    user.replace_input_with(divisor, emit.call(torch.where, some, divisor, 1))
 
 
 _LAYOUT = {"getitem", "transpose", "swapaxes", "permute", "mT"}
