@@ -16,6 +16,8 @@ from cggr_compile.passes.causal_mask import RecoverCausalMask
 from cggr_compile.passes.detach_outputs import DetachOutputs
 from cggr_compile.passes.find_loss import FindLoss
 from cggr_compile.passes.find_stack import FindStack
+from cggr_compile.passes.functionalize import Functionalize
+from cggr_compile.passes.fx import mutated_operand
 from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
@@ -26,7 +28,7 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 log = logging.getLogger(__name__)
 
 # Semantic passes over the Dynamo graph that leave the mathematics alone: all that run at ratio 1.0.
-EXACT_PASSES: tuple[GraphPass, ...] = (FindLoss(), FindStack(), RecoverCausalMask())
+EXACT_PASSES: tuple[GraphPass, ...] = (Functionalize(), FindLoss(), FindStack(), RecoverCausalMask())
 # The semantic passes, in order.
 DYNAMO_PASSES: tuple[GraphPass, ...] = (
     *EXACT_PASSES,
@@ -60,7 +62,7 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
             report.reason = f"{graph_pass.name}: {record.reason}"
             return gm
     # only now: what one pass inserts, a later one may be the first to use
-    work.graph.eliminate_dead_code()
+    work.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or mutated_operand(n) is not None)
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:

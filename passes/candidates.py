@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cggr_compile import compat
 from cggr_compile.options import OptionError
-from cggr_compile.passes.base import Candidates, GraphContext, PassResult, shape_of
-from cggr_compile.passes.fx import Emitter, hoist, op_name
+from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, shape_of
+from cggr_compile.passes.fx import Emitter, ancestors, hoist, mutated_operand, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -36,6 +37,11 @@ class AlignTargets:
         stack, loss = ctx.stack, ctx.loss
         after = router_output(ctx)
         anchor = after.next
+        obstacle = _written_late(gm, ctx, anchor)
+        if obstacle is not None:
+            return PassResult(
+                False, f"{op_name(obstacle)!r} ({obstacle}) writes into the labels after the first blocks"
+            )
         hoist(loss.target, anchor)
         start = stack.tail_start + loss.start
         rest = _positions_after(ctx, start)
@@ -69,6 +75,20 @@ def _positions_after(ctx: GraphContext, start: int) -> int | None:
         return missing if missing >= 0 else None
     expression = missing.node.expr
     return int(expression) if expression.is_Integer and expression >= 0 else None
+
+
+def _written_late(gm: GraphModule, ctx: GraphContext, anchor: Node) -> Node | None:
+    """An in-place write, from ``anchor`` on, to a tensor that the target is computed from."""
+    assert ctx.loss is not None
+    memory = {
+        compat.storage_id(v) for n in ancestors([ctx.loss.target]) if isinstance(v := fake_value(n), torch.Tensor)
+    }
+    nodes: list[Node] = list(gm.graph.nodes)
+    for node in nodes[nodes.index(anchor) :]:
+        operand = mutated_operand(node)
+        if operand is not None and compat.storage_id(fake_value(operand)) in memory:
+            return node
+    return None
 
 
 def router_output(ctx: GraphContext) -> Node:

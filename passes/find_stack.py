@@ -21,7 +21,7 @@ from cggr_compile.passes.base import (
     same_size,
     shape_of,
 )
-from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order, op_name
+from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order, mutated_operand, op_name
 from cggr_compile.passes.tail import tail_start
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ class FindStack:
 def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     reaching = ancestors([hidden])
     roots = _roots(gm, reaching)
-    stream = _carrying(roots) & reaching
+    carrying = _carrying(roots)
+    for node in gm.graph.nodes:
+        if mutated_operand(node) is not None and any(n in carrying for n in node.all_input_nodes):
+            raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
+    stream = carrying & reaching
     ordered = in_order(gm.graph, stream)
     # several embeddings (tokens, positions) join before the first block: look from the join on
     spine = _common_path(ordered, roots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,44 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
+
+
+def mutated_operand(node: Node) -> Node | None:
+    """The tensor a call writes into: ``x.add_()``, ``x += y``, ``x[i] = y``, ``relu(x, inplace=True)``, ``out=x``."""
+    if node.op not in ("call_method", "call_function"):
+        return None
+    first = node.args[0] if node.args else None
+    operand = first if isinstance(first, Node) else None
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return operand if writes else None
+    target: Any = node.target
+    if isinstance(node.kwargs.get("out"), Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    if isinstance(target, torch._ops.OpOverload):
+        return operand if target._schema.is_mutable else None
+    name = getattr(target, "__name__", "")
+    if target in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
+        return operand
+    return operand if _inplace_flag(node) else None
+
+
+def _inplace_flag(node: Node) -> bool:
+    """Whether a call passes ``inplace=True``, by name or by position."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    try:
+        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin without a signature
+        return False
+    return "inplace" in names and bool(argument(node, names.index("inplace"), "inplace", False))
+
+
+_WRITING_OPERATORS = {
+    *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
+    *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
+}
 
 
 def is_floating(node: Node) -> bool:

@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": (
         "FalconConfig",
-        dict(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=4),
+        {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
     ),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, **_LLAMA)),
     # adds the routed experts' output in place
@@ -59,7 +59,7 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama4TextConfig",
         dict(num_local_experts=2, intermediate_size_mlp=64, head_dim=8, attention_chunk_size=8, **_LLAMA),
     ),
-    "bloom": ("BloomConfig", dict(vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=LAYERS, n_head=HEADS)),
+    "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
 }
 
 
@@ -69,7 +69,7 @@ def family(name: str, **overrides: Any) -> nn.Module:
 
     kind, arguments = (FAMILIES | OTHER_FAMILIES)[name]
     arguments = {**arguments, **overrides}
-    attention = arguments.pop("attn_implementation", "sdpa")
+    attention = arguments.pop("attn_implementation", None)  # None: what the model itself prefers
     config = getattr(transformers, kind)(**arguments)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -554,16 +554,18 @@ def test_symbolic_sizes_and_padding(build):
 # Hugging Face families.
 
 
-STATIC = ["llama", "qwen3", "gemma2", "phi3", "gpt2", "gpt_neox"]
+STATIC = ["llama", "qwen3", "gemma3", "phi3", "gpt2", "gpt_neox"]
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [*((name, False) for name in STATIC), ("llama", True), ("gemma2", True)])
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, False) for name in STATIC), ("llama", True), ("gemma3", True)])
 def test_families(name, dynamic):
-    model = models.family(name, **({"sliding_window": 64} if name == "gemma2" else {}))
+    model = models.family(name, **({"sliding_window": 64} if name == "gemma3" else {}))
     ids = torch.randint(0, 64, (B, S))
     one = capture(model, input_ids=ids, labels=ids, dynamic=dynamic)
     result, ctx = one.apply()
-    assert result.matched and kinds(result) == {"causal"} and ctx.padding is None
+    # newer releases of transformers build no mask where they need none
+    assert (result.matched and kinds(result) == {"causal"}) or "no mask tensor" in result.reason
+    assert ctx.padding is None
     assert_causal(one.gm)
 
     torch._dynamo.reset()
@@ -576,13 +578,16 @@ def test_families(name, dynamic):
 
 
 @pytest.mark.parametrize(("width", "matched"), [(S, 2), (8, 1)])
-def test_gemma2_alternates_window_and_full(width, matched):
-    model = models.family("gemma2", sliding_window=width, num_hidden_layers=2)
+def test_gemma3_alternates_window_and_full(width, matched):
+    layers = ["sliding_attention", "full_attention"]
+    model = models.family("gemma3", sliding_window=width, num_hidden_layers=2, layer_types=layers)
     ids = torch.randint(0, 64, (B, S))
-    one = capture(model, input_ids=ids, labels=ids)
+    one = capture(model, input_ids=ids, labels=ids, attention_mask=right_padded(16, 9))
     result, _ = one.apply()
     assert sum(mask["rewritten"] for mask in result.details["masks"]) == matched
-    assert kinds(result) == ({"causal"} if matched == 2 else {"causal", "sliding_window(8)"})
+    assert kinds(result) == (
+        {"causal_and_padding"} if matched == 2 else {"causal_and_padding", "sliding_window(8)_and_padding"}
+    )
 
 
 # Through the compiler.

@@ -1,0 +1,86 @@
+"""``cggr::attention_rows_backward``: the backward of attention from the selected queries only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cggr_compile.ops.library import define_opaque
+
+
+def attention_rows_backward_reference(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    all_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``softmax(scale q k^T + mask) v`` where only the queries at ``rows`` have an output gradient.
+
+    With P = exp(scale q k^T + mask - logsumexp), delta = rowsum(grad * out) and
+    dS = P * (grad v^T - delta):  dq = scale dS k,  dk = scale dS^T q,  dv = P^T grad
+    (FlashAttention-2, arXiv 2307.08691, algorithm 2, over the selected rows).
+
+    Args:
+        grad, query, out: [B, heads, K, D] at the selected positions. logsumexp: float32 [B, heads, K], natural log.
+        key, value: [B, heads, S, D], all positions.
+        rows: int64 [B, K], position of each query; those in use come first, in ascending order.
+        mask: [B or 1, heads or 1, K, S], bool (True attends) or additive, at the selected queries; or None.
+        causal: a query at position i attends to keys at positions <= i.
+        all_keys: key and value gradients for all positions, [B, heads, S, D]; else for the keys at ``rows`` only,
+            [B, heads, K, D].
+
+    Returns:
+        dq [B, heads, K, D], dk, dv.
+    """
+    scores = torch.matmul(query, key.transpose(-2, -1)).float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    if causal:
+        positions = torch.arange(key.shape[2], device=key.device)
+        scores = scores.masked_fill(positions > rows[:, None, :, None], -torch.inf)
+    # a fully masked row has logsumexp -inf (or +inf, as some kernels write it): its probabilities are zero
+    weights = torch.exp(scores - logsumexp[..., None])
+    weights = torch.where(torch.isfinite(logsumexp)[..., None], weights, 0.0).to(query.dtype)
+    delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+    slope = (weights.float() * (torch.matmul(grad, value.transpose(-2, -1)).float() - delta)).to(query.dtype)
+    dq = torch.matmul(slope, key) * scale
+    if not all_keys:
+        columns = rows[:, None, None, :].expand(-1, slope.shape[1], slope.shape[2], -1)
+        slope, weights = slope.gather(3, columns), weights.gather(3, columns)
+    dk = torch.matmul(slope.transpose(-2, -1), query) * scale
+    dv = torch.matmul(weights.transpose(-2, -1), grad)
+    return dq, dk, dv
+
+
+def _fake(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    all_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = key.shape[2] if all_keys else rows.shape[1]
+    dk = key.new_empty(key.shape[0], key.shape[1], length, key.shape[3])
+    dv = value.new_empty(value.shape[0], value.shape[1], length, value.shape[3])
+    return query.new_empty(query.shape), dk, dv
+
+
+attention_rows_backward = define_opaque(
+    "attention_rows_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
+    " Tensor rows, Tensor? mask, float scale, bool causal, bool all_keys) -> (Tensor, Tensor, Tensor)",
+    attention_rows_backward_reference,
+    _fake,
+)
