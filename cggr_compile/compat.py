@@ -61,13 +61,16 @@ def inductor_option_names() -> set[str]:
 def aot_eager(gm: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]) -> Callable[..., Any]:
     """AOTAutograd with the given partition function, both halves run by plain PyTorch."""
     from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
 
     def run_graph(graph: GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
         from functorch.compile import make_boxed_func
 
         return make_boxed_func(graph.forward)  # type: ignore[no-any-return]
 
-    compiled: Any = aot_autograd(fw_compiler=run_graph, partition_fn=partition)(gm, list(inputs))
+    # Inductor's decompositions: the joint passes then see the same operators on either path
+    compile_aot = aot_autograd(fw_compiler=run_graph, partition_fn=partition, decompositions=select_decomp_table())
+    compiled: Any = compile_aot(gm, list(inputs))
     return compiled  # type: ignore[no-any-return]
 
 

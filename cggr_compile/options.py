@@ -36,6 +36,8 @@ class Options:
             attention; ``exact`` is the true gradient of the selected loss.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
             weights still learn from every position), ``stop`` at the keys and values.
+        row_sparse: compute only the selected rows of the backward pass. Exact either way; False shows what the pass
+            itself contributes.
         logits: what a training forward returns as logits: ``drop`` an empty [B, 0, V] tensor, ``detach`` all of
             them without gradient.
         padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
@@ -55,6 +57,7 @@ class Options:
     router_layers: int | Literal["full"] | None = None
     gradient: Literal["routed", "exact"] = "routed"
     kv_gradient: Literal["project", "stop"] = "project"
+    row_sparse: bool = True
     logits: Literal["drop", "detach"] = "drop"
     padding: Literal["auto", "right", "any"] = "auto"
     seed: int = 0
@@ -77,6 +80,8 @@ class Options:
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise OptionError(f"seed must be an integer in [0, 2**31), got {self.seed!r}")
+        if not isinstance(self.row_sparse, bool):
+            raise OptionError(f"row_sparse must be True or False, got {self.row_sparse!r}")
         if not (self.dump_dir is None or isinstance(self.dump_dir, str)):
             raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
         if not isinstance(self.inductor, Mapping):

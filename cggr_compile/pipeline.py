@@ -22,6 +22,7 @@ from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
 from cggr_compile.passes.route_gradient import RouteGradient
+from cggr_compile.passes.row_sparse import RowSparseBackward
 from cggr_compile.passes.select_rows import SelectRows
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
@@ -40,7 +41,7 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     DetachOutputs(),
 )
 # Optimising passes over AOTAutograd's joint graph, in order. They must be exact.
-JOINT_PASSES: tuple[JointPass, ...] = (ResolveMarkers(),)
+JOINT_PASSES: tuple[JointPass, ...] = (RowSparseBackward(), ResolveMarkers())
 
 
 def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump) -> GraphModule:
@@ -76,6 +77,8 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
 def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:
     """Run the optimising passes over a joint graph, in place."""
     for joint_pass in JOINT_PASSES:
+        if isinstance(joint_pass, RowSparseBackward) and not report.options["row_sparse"]:
+            continue
         record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
         if record.matched:
             owner = graph.owning_module

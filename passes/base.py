@@ -205,7 +205,7 @@ class GraphContext:
         return self.options.min_tokens_ratio == 1.0
 
 
-def shape_of(node: Node) -> tuple[Any, ...]:
+def shape_of(node: Any) -> tuple[Any, ...]:
     """Shape of a node's (fake) tensor; sizes are ints or SymInts. Empty for non-tensors."""
     value = fake_value(node)
     return tuple(value.shape) if hasattr(value, "shape") else ()

@@ -169,7 +169,7 @@ class Emitter:
         with self.graph.inserting_before(anchor):
             yield self
 
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
         return self._annotate(node, target, args, kwargs)
 

@@ -17,7 +17,7 @@ from cggr_compile.report import GraphDump, GraphReport
 
 
 def hook(**options):
-    report = GraphReport(0, True, "Inductor CPU", {})
+    report = GraphReport(0, True, "Inductor CPU", Options(**options).as_dict())
     return joint.joint_pre_pass(Options(**options), report, GraphDump(None, report))
 
 

@@ -28,6 +28,7 @@ BAD = [
     ({"router_layers": 0}, "router_layers"),
     ({"router_layers": "all"}, "router_layers"),
     ({"router_layers": True}, "router_layers"),
+    ({"row_sparse": 1}, "row_sparse"),
     ({"seed": -1}, "seed"),
     ({"seed": 1.0}, "seed"),
     ({"dump_dir": 3}, "dump_dir"),

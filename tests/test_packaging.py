@@ -77,12 +77,13 @@ print(json.dumps({
 
 
 def passes_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.py")}
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
 def test_wheel_holds_the_passes_as_files(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
-    held = {name.rpartition("/")[2] for name in names if name.startswith("cggr_compile/passes/")}
+    prefix = "cggr_compile/passes/"
+    held = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and name.endswith(".py")}
     assert held == passes_in(ROOT / "passes")
     assert "cggr_compile/py.typed" in names
     top = {name.partition("/")[0] for name in names}

@@ -9,7 +9,7 @@ import torch
 
 STAGES = [
     *("captured", "find_loss", "find_stack", "causal_mask", "align_targets", "insert_router", "select_rows"),
-    *("rewrite_loss", "route_gradient", "detach_outputs", "rewritten", "joint_resolve_markers"),
+    *("rewrite_loss", "route_gradient", "detach_outputs", "rewritten", "joint_row_sparse", "joint_resolve_markers"),
 ]
 
 
@@ -26,8 +26,9 @@ def test_dump(tmp_path):
     assert text.startswith("# graph 0, stage 07: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True")
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["matched"] and report["passes"][-1]["name"] == "resolve_markers"
-    assert report["passes"][-1]["details"] == {"markers": 4}
+    assert report["matched"]
+    assert [p["name"] for p in report["passes"][-2:]] == ["row_sparse", "resolve_markers"]
+    assert report["passes"][-2]["details"] == {"densified": {}}
 
 
 def test_dump_dir_from_the_environment(tmp_path, monkeypatch):

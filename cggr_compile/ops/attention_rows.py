@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cggr_compile.ops.library import define_opaque
+from cggr_compile.compat import has_triton
+from cggr_compile.ops.library import LIBRARY, define_opaque
 
 
 def attention_rows_backward_reference(
@@ -78,9 +79,32 @@ def _fake(
     return query.new_empty(query.shape), dk, dv
 
 
+def _attention_rows_backward_cuda(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    all_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys)
+    if query.dtype == torch.float64 or query.shape[-1] > 256 or value.shape[-1] != query.shape[-1] or not has_triton():
+        return attention_rows_backward_reference(*arguments)
+    from cggr_compile.kernels.attention_rows import attention_rows_backward_triton
+
+    return attention_rows_backward_triton(*arguments)
+
+
 attention_rows_backward = define_opaque(
     "attention_rows_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
     " Tensor rows, Tensor? mask, float scale, bool causal, bool all_keys) -> (Tensor, Tensor, Tensor)",
     attention_rows_backward_reference,
     _fake,
 )
+# importing Triton waits for the first call on a device
+LIBRARY.impl("attention_rows_backward", _attention_rows_backward_cuda, "CUDA")

@@ -87,7 +87,9 @@ def test_autocast():
         loss, grads, selected = train_on_cuda(model, batch)
     expected = hf_reference(model, batch, selected)
     assert abs(loss - expected.loss) < 0.02 * expected.loss
-    assert error(grads, expected.grads) < 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = hf_reference(model, batch, selected)
+    assert error(grads, expected.grads) < 1.5 * error(eager.grads, expected.grads) + 1e-3
 
 
 def test_right_padding_runs_causal():

@@ -1,0 +1,362 @@
+"""Triton kernels of ``cggr::attention_rows_backward`` (FlashAttention-2, arXiv 2307.08691, algorithm 2, over rows).
+
+The specification is ``cggr_compile.ops.attention_rows.attention_rows_backward_reference``. Two launches:
+
+- ``_dq_kernel``: a program owns a block of selected queries and walks over the keys up to the last position that one
+  of its queries attends to. It also writes delta = rowsum(grad * out) and a logsumexp that is never -inf.
+- ``_dkv_kernel``: a program owns a block of keys (all positions, or gathered at ``rows``) and walks over the selected
+  queries.
+
+Both split their walk in two: blocks where something is masked by position or by the end of the sequence, and blocks
+where nothing is. The bounds come from the positions themselves, so they are exact in whatever order the rows are.
+Tensors may have any strides as long as the last one is 1; products of a stride and a position are 64 bits wide.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+SCAN = tl.constexpr(1024)  # rows looked at together when bounding the walk over queries
+
+# A length that happens to be 1 or a multiple of 16 is not worth a compilation of its own.
+LENGTHS = ["heads", "slots", "length"]
+
+
+@triton.jit
+def _probabilities(scores, lse, mask_tile, inside, scale, MASK: tl.constexpr):
+    """exp(scale * scores + mask - lse), with exp2, which is what the hardware has."""
+    if MASK == "none":
+        return tl.exp2(scores * (scale * LOG2E) - lse * LOG2E)
+    bias = tl.load(mask_tile, mask=inside, other=0)
+    if MASK == "bool":
+        scores = tl.where(bias != 0, scores * scale, float("-inf"))
+    else:
+        scores = scores * scale + bias.to(tl.float32)
+    # subtract first: a mask of finfo.min times LOG2E would be -inf, and -inf - -inf is NaN
+    return tl.exp2((scores - lse) * LOG2E)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _dq_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    rows_ptr,
+    mask_ptr,
+    dq_ptr,
+    delta_ptr,
+    finite_lse_ptr,
+    grad_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    out_stride,
+    lse_stride,
+    rows_stride,
+    mask_stride,
+    heads,
+    slots,
+    length,
+    scale,
+    GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    program = tl.program_id(0)
+    blocks = tl.cdiv(slots, BLOCK_M)
+    block = blocks - 1 - program % blocks  # under a causal mask later queries take longer: start with them
+    head = (program // blocks % heads).to(tl.int64)
+    batch = (program // blocks // heads).to(tl.int64)
+
+    slot = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    inside = slot < slots
+    d = tl.arange(0, BLOCK_D)
+    column = (d < D)[None, :]
+    tile = inside[:, None] & column
+    q_base = q_ptr + batch * q_stride[0] + head * q_stride[1]
+    grad_base = grad_ptr + batch * grad_stride[0] + head * grad_stride[1]
+    out_base = out_ptr + batch * out_stride[0] + head * out_stride[1]
+    q = tl.load(q_base + slot[:, None] * q_stride[2] + d[None, :], mask=tile, other=0.0)
+    grad = tl.load(grad_base + slot[:, None] * grad_stride[2] + d[None, :], mask=tile, other=0.0)
+    out = tl.load(out_base + slot[:, None] * out_stride[2] + d[None, :], mask=tile, other=0.0)
+    lse_row = lse_ptr + batch * lse_stride[0] + head * lse_stride[1]
+    lse = tl.load(lse_row + slot * lse_stride[2], mask=inside, other=float("inf"))
+    # +inf makes every probability of a fully masked query, and of a slot past the end, zero
+    lse = tl.where(tl.abs(lse) < float("inf"), lse, float("inf"))
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    flat = (batch * heads + head) * slots + slot
+    tl.store(finite_lse_ptr + flat, lse, mask=inside)
+    tl.store(delta_ptr + flat, delta, mask=inside)
+
+    if CAUSAL:
+        rows_base = rows_ptr + batch * rows_stride[0]
+        position = tl.load(rows_base + slot * rows_stride[1], mask=inside, other=0).to(tl.int32)
+        end = tl.minimum(tl.max(position, 0) + 1, length)
+        edge = tl.minimum(tl.min(tl.where(inside, position, length), 0) + 1, length)
+    else:
+        end = length
+        edge = length
+    edge = edge // BLOCK_N * BLOCK_N  # every query of the block attends to every key before the edge
+
+    k_row = k_ptr + batch * k_stride[0] + head // GROUP * k_stride[1]
+    v_row = v_ptr + batch * v_stride[0] + head // GROUP * v_stride[1]
+    step = tl.arange(0, BLOCK_N)
+    k_tile = step[:, None] * k_stride[2] + d[None, :]
+    v_tile = step[:, None] * v_stride[2] + d[None, :]
+    mask_row = mask_ptr + batch * mask_stride[0] + head * mask_stride[1]
+    mask_tile = slot[:, None] * mask_stride[2] + step[None, :] * mask_stride[3]
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for stage in tl.static_range(2):
+        if stage == 0:
+            low = edge * 0
+            high = edge
+        else:
+            low = edge
+            high = end
+        k_base = k_row + low.to(tl.int64) * k_stride[2]
+        v_base = v_row + low.to(tl.int64) * v_stride[2]
+        mask_base = mask_row + low.to(tl.int64) * mask_stride[3]
+        for start in range(low, high, BLOCK_N):
+            key = start + step
+            known = key < length
+            loaded = column
+            if stage == 1:
+                loaded = known[:, None] & column
+            k = tl.load(k_base + k_tile, mask=loaded, other=0.0)
+            v = tl.load(v_base + v_tile, mask=loaded, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            seen = inside[:, None] & known[None, :]
+            p = _probabilities(scores, lse[:, None], mask_base + mask_tile, seen, scale, MASK)
+            if stage == 1:
+                if CAUSAL:
+                    p = tl.where(position[:, None] >= key[None, :], p, 0.0)
+                # the keys are summed over: past the end p may be anything, up to inf
+                p = tl.where(known[None, :], p, 0.0)
+            slope = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+            dq = tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee")
+            k_base += BLOCK_N * k_stride[2]
+            v_base += BLOCK_N * v_stride[2]
+            mask_base += BLOCK_N * mask_stride[3]
+    tl.store(dq_ptr + flat[:, None] * D + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _dkv_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    mask_ptr,
+    delta_ptr,
+    finite_lse_ptr,
+    dk_ptr,
+    dv_ptr,
+    grad_stride,
+    q_stride,
+    k_stride,
+    v_stride,
+    rows_stride,
+    mask_stride,
+    heads,  # of the keys
+    slots,
+    length,
+    scale,
+    GROUP: tl.constexpr,  # query heads that share a key head
+    CAUSAL: tl.constexpr,
+    MASK: tl.constexpr,
+    ALL_KEYS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    keys = length if ALL_KEYS else slots
+    program = tl.program_id(0)
+    blocks = tl.cdiv(keys, BLOCK_N)
+    block = program % blocks
+    head = (program // blocks % heads).to(tl.int64)
+    batch = (program // blocks // heads).to(tl.int64)
+
+    key = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = key < keys
+    d = tl.arange(0, BLOCK_D)
+    column = (d < D)[None, :]
+    tile = inside[:, None] & column
+    rows_base = rows_ptr + batch * rows_stride[0]
+    position = key.to(tl.int64)
+    if not ALL_KEYS:
+        position = tl.load(rows_base + position * rows_stride[1], mask=inside, other=0)
+    k_base = k_ptr + batch * k_stride[0] + head * k_stride[1]
+    v_base = v_ptr + batch * v_stride[0] + head * v_stride[1]
+    k = tl.load(k_base + position[:, None] * k_stride[2] + d[None, :], mask=tile, other=0.0)
+    v = tl.load(v_base + position[:, None] * v_stride[2] + d[None, :], mask=tile, other=0.0)
+
+    low = slots * 0
+    edge = slots * 0
+    if CAUSAL:
+        # No query before `low` sees a key of this block; every query from `edge` on sees them all.
+        nearest = tl.min(tl.where(inside, position, length), 0)
+        farthest = tl.max(tl.where(inside, position, 0), 0)
+        low = slots
+        for start in range(0, slots, SCAN):
+            slot = start + tl.arange(0, SCAN)
+            row = tl.load(rows_base + slot.to(tl.int64) * rows_stride[1], mask=slot < slots, other=-1)
+            low = tl.minimum(low, tl.min(tl.where(row >= nearest, slot, slots), 0))
+            edge = tl.maximum(edge, tl.max(tl.where((row < farthest) & (slot < slots), slot + 1, 0), 0))
+        low = low // BLOCK_M * BLOCK_M
+        edge = tl.maximum(low, tl.cdiv(edge, BLOCK_M) * BLOCK_M)
+
+    step = tl.arange(0, BLOCK_M)
+    q_tile = step[:, None] * q_stride[2] + d[None, :]
+    grad_tile = step[:, None] * grad_stride[2] + d[None, :]
+    mask_row = mask_ptr + batch * mask_stride[0]
+    mask_tile = step[None, :] * mask_stride[2] + position[:, None] * mask_stride[3]
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(GROUP):
+        q_head = head * GROUP + member
+        q_row = q_ptr + batch * q_stride[0] + q_head * q_stride[1]
+        grad_row = grad_ptr + batch * grad_stride[0] + q_head * grad_stride[1]
+        flat = (batch * heads * GROUP + q_head) * slots
+        for stage in tl.static_range(0 if CAUSAL else 1, 2):
+            if stage == 0:
+                first = low
+                last = tl.minimum(edge, slots)
+            else:
+                first = edge
+                last = slots
+            q_base = q_row + first.to(tl.int64) * q_stride[2]
+            grad_base = grad_row + first.to(tl.int64) * grad_stride[2]
+            mask_base = mask_row + q_head * mask_stride[1] + first.to(tl.int64) * mask_stride[2]
+            for start in range(first, last, BLOCK_M):
+                slot = start + step
+                known = slot < slots
+                loaded = known[:, None] & column
+                q = tl.load(q_base + q_tile, mask=loaded, other=0.0)
+                grad = tl.load(grad_base + grad_tile, mask=loaded, other=0.0)
+                # +inf again: no probability past the last slot
+                lse = tl.load(finite_lse_ptr + flat + slot, mask=known, other=float("inf"))
+                delta = tl.load(delta_ptr + flat + slot, mask=known, other=0.0)
+                seen = inside[:, None] & known[None, :]
+                scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+                p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, scale, MASK)
+                if stage == 0:
+                    row = tl.load(rows_base + slot.to(tl.int64) * rows_stride[1], mask=known, other=-1)
+                    p = tl.where(row[None, :] >= position[:, None], p, 0.0)
+                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+                slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+                dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
+                q_base += BLOCK_M * q_stride[2]
+                grad_base += BLOCK_M * grad_stride[2]
+                mask_base += BLOCK_M * mask_stride[2]
+
+    target = ((batch * heads + head) * keys + key)[:, None] * D + d[None, :]
+    tl.store(dk_ptr + target, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile)
+    tl.store(dv_ptr + target, dv.to(dv_ptr.dtype.element_ty), mask=tile)
+
+
+INTERPRETED = not isinstance(_dq_kernel, triton.runtime.JITFunction)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_options(dtype: torch.dtype, block_d: int) -> dict[str, int]:
+    """Block sizes, warps and stages of both kernels: what ptxas fits into registers (float32 above 64 spills some)."""
+    if dtype == torch.float32:  # no tensor cores: ieee products
+        size, warps, stages = (32, 8, 1) if block_d <= 128 else (16, 8, 1)
+    elif block_d <= 64:
+        size, warps, stages = 64, 4, 3
+    else:
+        size, warps, stages = (64, 8, 2) if block_d <= 128 else (32, 8, 2)
+    return dict(BLOCK_M=size, BLOCK_N=size, num_warps=warps, num_stages=stages)
+
+
+def _check(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    if not query.dtype == key.dtype == value.dtype == grad.dtype or query.dtype not in DTYPES:
+        raise ValueError(f"one of {DTYPES} for all: query {query.dtype}, key {key.dtype}, grad {grad.dtype}")
+    if grad.shape != query.shape or out.shape != query.shape or key.shape != value.shape:
+        raise ValueError("grad, out and query must have one shape, and key and value must")
+    if query.shape[1] % key.shape[1] or query.shape[3] != key.shape[3] or query.shape[3] > 256:
+        raise ValueError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}, or heads wider than 256")
+
+
+def attention_rows_backward_triton(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    all_keys: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``attention_rows_backward_reference`` on CUDA; the query heads may also be a multiple of the key heads."""
+    _check(grad, query, key, value, out)
+    if INTERPRETED and query.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
+        grad, query, key, value, out = (tensor.float() for tensor in (grad, query, key, value, out))
+        dq, dk, dv = attention_rows_backward_triton(
+            grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys
+        )
+        return dq.bfloat16(), dk.bfloat16(), dv.bfloat16()
+
+    batch, heads, slots, dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    keys = length if all_keys else slots
+    dq = query.new_empty(query.shape)
+    dk, dv = (tensor.new_empty(batch, kv_heads, keys, dim) for tensor in (key, value))
+    if not query.numel():
+        return dq, dk.zero_(), dv.zero_()
+
+    grad, query, key, value, out = (
+        tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad, query, key, value, out)
+    )
+    kind = "none"
+    mask_stride: tuple[int, ...] = (0, 0, 0, 0)
+    if mask is None:
+        mask = rows  # any pointer: it is not read
+    else:
+        kind = "bool" if mask.dtype == torch.bool else "additive"
+        mask = mask.expand(batch, heads, slots, length)
+        mask = mask.view(torch.uint8) if kind == "bool" else mask
+        mask_stride = mask.stride()
+    delta, finite_lse = torch.empty(2, batch, heads, slots, dtype=torch.float32, device=query.device)
+
+    block_d = max(16, triton.next_power_of_2(dim))
+    options: dict[str, Any] = block_options(query.dtype, block_d)
+    options |= dict(GROUP=heads // kv_heads, CAUSAL=causal, MASK=kind, D=dim, BLOCK_D=block_d)
+    strides = [tensor.stride()[:3] for tensor in (grad, query, key, value)]
+    with torch.cuda.device_of(query):
+        _dq_kernel[(triton.cdiv(slots, options["BLOCK_M"]) * heads * batch,)](
+            *(grad, query, key, value, out, logsumexp, rows, mask, dq, delta, finite_lse),
+            *(*strides, out.stride()[:3], logsumexp.stride(), rows.stride(), mask_stride),
+            *(heads, slots, length, float(scale)),
+            **options,
+        )
+        _dkv_kernel[(triton.cdiv(keys, options["BLOCK_N"]) * kv_heads * batch,)](
+            *(grad, query, key, value, rows, mask, delta, finite_lse, dk, dv),
+            *(*strides, rows.stride(), mask_stride),
+            *(kv_heads, slots, length, float(scale)),
+            ALL_KEYS=all_keys,
+            **options,
+        )
+    return dq, dk, dv

@@ -1,0 +1,97 @@
+"""The row-sparse backward: computes only the selected rows of a backward pass that is zero on all others."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from cggr_compile.passes.base import PassResult, shape_of
+from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.row_sparse.attention import FORMS, attention
+from cggr_compile.passes.row_sparse.layout import Layout
+from cggr_compile.passes.row_sparse.rules import RULES, item
+from cggr_compile.passes.row_sparse.values import Rows, RowValues
+
+if TYPE_CHECKING:
+    from torch.fx import Graph
+
+ops = torch.ops.cggr
+
+
+class RowSparseBackward:
+    """Carries "rows at idx, zero elsewhere" through AOTAutograd's joint graph. Exact: no number changes its meaning.
+
+    Before::
+
+        g = cggr.scatter_rows(dh, rows, keep, S)              # [B, S, H], K rows of S are not zero
+        dx = mm(g.view(B * S, H), W)                          # all rows
+        dW = mm(g.view(B * S, H).permute(1, 0), x)            # all rows
+
+    After::
+
+        dx_rows = mm(dh.view(B * K, H), W)
+        dW = mm(dh.view(B * K, H).permute(1, 0), x[flat_rows])
+
+    An operator without a rule gets the full tensor back (scatter into zeros), counted by name in the report.
+    """
+
+    name = "row_sparse"
+
+    def __call__(self, graph: Graph) -> PassResult:
+        seeds = graph.find_nodes(op="call_function", target=ops.scatter_rows.default)
+        if len(seeds) != 1:
+            return PassResult(False, f"{len(seeds)} cggr::scatter_rows in the joint graph, expected one")
+        (seed,) = seeds
+        _, rows, keep, length = seed.args
+        sizes = (*shape_of(seed), *shape_of(rows))
+        if not all(isinstance(size, int) for size in (*sizes, length)):
+            return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
+        rv = RowValues(graph, rows, keep, batch=sizes[0], length=sizes[1])
+        rv.backward = descendants([seed])
+        nodes = list(graph.nodes)
+        for node in nodes[nodes.index(seed) :]:
+            with rv.emit.before(node, self.name):
+                _visit(rv, node)
+        graph.eliminate_dead_code()
+        total = sum(rv.densified.values())
+        reason = f"{len(rv.sparse)} values on rows, {total} made dense again"
+        return PassResult(True, reason, {"densified": dict(rv.densified)})
+
+
+def _visit(rv: RowValues, node: Node) -> None:
+    if node.target is ops.scatter_rows.default:
+        layout: Layout = ("B", "S", None)
+        values: Any = node.args[0]
+        rv.sparse[node] = Rows(rv.kept(values, layout), layout)
+        return
+    if node.target is ops.stop_rows_backward.default:
+        rv.sparse[node] = _stop(rv, node)
+        return
+    inputs = [n for n in node.all_input_nodes if n in rv.sparse]
+    if not inputs:
+        return
+    if node.target in FORMS and attention(rv, node):
+        return
+    rule = item if node.target is operator.getitem else RULES.get(node.target)
+    result = rule(rv, node) if rule is not None else None
+    if isinstance(result, Rows):
+        rv.sparse[node] = result
+    elif result is not None:
+        node.replace_all_uses_with(rv.strided_like(result, node))
+    else:
+        for sparse in inputs:
+            rv.densified[str(node.target)] += 1
+            node.replace_input_with(sparse, rv.dense(sparse))
+
+
+def _stop(rv: RowValues, node: Node) -> Rows:
+    """A marker: the gradient on the selected rows, nothing elsewhere."""
+    grad: Any = node.args[0]
+    axis: Any = node.args[1]
+    layout = tuple("B" if i == 0 else "S" if i == axis else None for i in range(len(shape_of(node))))
+    if grad in rv.sparse and rv.sparse[grad].layout == layout:
+        return rv.sparse[grad]
+    return Rows(rv.kept(rv.version(grad, layout), layout), layout)

@@ -1,0 +1,186 @@
+"""Row versions of tensors: gathering them, spreading them out again, and the memory of both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cggr_compile.passes.base import fake_value, shape_of
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.row_sparse.layout import Layout, align, has_rows, regroup, resize
+
+if TYPE_CHECKING:
+    from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor that is zero outside the selected positions: ``values`` holds the rest, laid out as ``layout``."""
+
+    values: Node
+    layout: Layout
+
+
+class RowValues:
+    """Everything the rules need: the selected rows, the sparse values so far, and how to make row versions."""
+
+    def __init__(self, graph: Graph, rows: Node, keep: Node, batch: int, length: int) -> None:
+        self.graph, self.rows, self.keep = graph, rows, keep
+        self.batch, self.length, self.slots = batch, length, shape_of(rows)[1]
+        self.emit = Emitter(graph, fake_value(rows).fake_mode, key="val")
+        self.sparse: dict[Node, Rows] = {}
+        self.backward: set[Node] = set()  # nodes that depend on a gradient: their dense value may never be needed
+        self.densified: Counter[str] = Counter()
+        self._versions: dict[tuple[Node, Layout], Node] = {}
+        self._dense: dict[Node, Node] = {}
+        self._flat: Node | None = None
+
+    def flat_rows(self) -> Node:
+        """int64 [B * K]: positions in a flattened [B * S]."""
+        if self._flat is None:
+            call = self.emit.call
+            device = fake_value(self.rows).device
+            start = call(aten.mul.Tensor, call(torch.ops.prims.iota.default, self.batch, start=0, step=1,
+                         dtype=torch.int64, device=device, requires_grad=False), self.length)  # fmt: skip
+            flat = call(aten.add.Tensor, self.rows, call(aten.unsqueeze.default, start, 1))
+            self._flat = call(aten.view.default, flat, [self.batch * self.slots])
+        return self._flat
+
+    def index(self, shape: list[int], layout: Layout) -> tuple[int, Node]:
+        """Axis of the positions and the slots' positions expanded to a row version's ``shape``."""
+        first, axis = (i for i, tag in enumerate(layout) if tag in ("B", "b", "S"))
+        assert layout[axis] == "S"
+        view = [1] * len(shape)
+        view[first], view[axis] = self.batch, self.slots
+        return axis, self.emit.call(aten.expand.default, self.emit.call(aten.view.default, self.rows, view), shape)
+
+    def gather(self, node: Node, layout: Layout) -> Node:
+        if "BS" in layout:
+            indices = [None] * layout.index("BS")
+            return self.emit.call(aten.index.Tensor, node, [*indices, self.flat_rows()])
+        shape = resize(shape_of(node), layout, self.batch, self.slots)
+        if "b" in layout:
+            full = list(shape_of(node))
+            full[layout.index("b")] = self.batch
+            node = self.emit.call(aten.expand.default, node, full)
+        axis, index = self.index(shape, layout)
+        return self.emit.call(aten.gather.default, node, axis, index)
+
+    def kept(self, values: Node, layout: Layout) -> Node:
+        """``values`` with unused slots set to zero."""
+        shape = [1] * len(layout)
+        if "BS" in layout:
+            shape[layout.index("BS")] = self.batch * self.slots
+        else:
+            shape[layout.index("B")], shape[layout.index("S")] = self.batch, self.slots
+        mask = self.emit.call(aten.view.default, self.keep, shape)
+        value = fake_value(values)
+        zero = self.emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
+        return self.emit.call(aten.where.self, mask, values, zero)
+
+    def dense(self, node: Node) -> Node:
+        """The full tensor of a sparse value."""
+        if node not in self._dense:
+            rows = self.sparse[node]
+            value = fake_value(node)
+            zeros = self.emit.call(
+                aten.full.default, list(value.shape), 0, dtype=value.dtype, device=value.device, pin_memory=False
+            )
+            if "BS" in rows.layout:
+                indices = [None] * rows.layout.index("BS")
+                full = self.emit.call(aten.index_put.default, zeros, [*indices, self.flat_rows()], rows.values)
+            else:
+                axis, index = self.index(list(shape_of(rows.values)), rows.layout)
+                full = self.emit.call(aten.scatter.src, zeros, axis, index, rows.values)
+            self._dense[node] = self.strided_like(full, node)
+        return self._dense[node]
+
+    def strided_like(self, made: Node, original: Node) -> Node:
+        """``made`` with the strides of the value it replaces: views downstream rely on them."""
+        wanted = fake_value(original).stride()
+        if fake_value(made).stride() == wanted:
+            return made
+        order = sorted(range(len(wanted)), key=lambda axis: -wanted[axis])
+        inverse = [order.index(axis) for axis in range(len(order))]
+        packed = self.emit.call(aten.permute.default, made, order)
+        packed = self.emit.call(aten.clone.default, packed, memory_format=torch.contiguous_format)
+        return self.emit.call(aten.permute.default, packed, inverse)
+
+    def view(self, node: Node, shape: list[int]) -> Node:
+        if not fake_value(node).is_contiguous():
+            node = self.emit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self.emit.call(aten.view.default, node, shape)
+
+    def version(self, node: Node, layout: Layout) -> Node:
+        """The row version of ``node``: through views and cheap arithmetic, gathered where something is stored."""
+        if not has_rows(layout):
+            return self.dense(node) if node in self.sparse else node
+        if node in self.sparse and self.sparse[node].layout == layout:
+            return self.sparse[node].values
+        key = (node, layout)
+        if key not in self._versions:
+            made = None if node in self.sparse else self._recompute(node, layout)
+            source = self.dense(node) if node in self.sparse else node
+            self._versions[key] = made if made is not None else self.gather(source, layout)
+        return self._versions[key]
+
+    def _recompute(self, node: Node, layout: Layout) -> Node | None:
+        target: Any = node.target
+        if node.op != "call_function":
+            return None
+        if target in POINTWISE:
+            operands = self.aligned(node, layout)
+            return self.emit.call(target, *operands, **node.kwargs) if operands is not None else None
+        source: Any = node.args[0] if node.args else None
+        if target in (aten.view.default, aten._unsafe_view.default):
+            before = regroup(shape_of(node), layout, shape_of(source), self.batch)
+            if before is None or "b" in layout:
+                return None
+            return self.view(self.version(source, before), resize(shape_of(node), layout, self.batch, self.slots))
+        if target is aten.permute.default:
+            order: Any = node.args[1]
+            before = tuple(layout[list(order).index(i)] for i in range(len(layout)))
+            return self.emit.call(target, self.version(source, before), order)
+        if target is aten.unsqueeze.default and "b" not in layout:
+            position: Any = node.args[1]
+            axis = position % len(layout)
+            before = layout[:axis] + layout[axis + 1 :]
+            return self.emit.call(target, self.version(source, before), axis) if layout[axis] is None else None
+        # in the forward pass the product is there already; in the backward pass only its rows may be needed
+        if target is aten.mm.default and node in self.backward and layout == ("BS", None):
+            return self.emit.call(target, self.version(source, layout), node.args[1])
+        return None
+
+    def aligned(self, node: Node, layout: Layout) -> list[Any] | None:
+        """Arguments of an elementwise call on rows, or None if an operand does not line up."""
+        shape = shape_of(node)
+        operands: list[Any] = []
+        for argument in node.args:
+            if not isinstance(argument, torch.fx.Node) or not shape_of(argument):
+                operands.append(argument)
+                continue
+            mine = align(layout, shape, shape_of(argument))
+            if mine is None:  # no batch axis of its own: give it one
+                lead = [1] * (len(shape) - len(shape_of(argument)))
+                argument = self.emit.call(aten.view.default, argument, [*lead, *shape_of(argument)])
+                mine = align(layout, shape, shape_of(argument))
+                if mine is None:
+                    return None
+            operands.append(self.version(argument, mine))
+        return operands
+
+
+POINTWISE = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
+    *(aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.exp.default),
+    *(aten.pow.Tensor_Scalar, aten.sigmoid.default, aten.tanh.default, aten.erf.default, aten.relu.default),
+    *(aten.reciprocal.default, aten.square.default, aten.where.self, aten.alias.default, aten.clone.default),
+    *(aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.le.Scalar),
+    *(aten.eq.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default, aten.logical_not.default, aten.abs.default),
+    *(torch.ops.prims.convert_element_type.default, aten.detach.default, aten.log.default, aten.gelu.default),
+}

@@ -1,0 +1,227 @@
+"""The Triton kernels of ``attention_rows_backward`` without a GPU: interpreted for their numbers, compiled for fit.
+
+Triton decides at import whether its kernels are interpreted, so a child pytest runs this file with TRITON_INTERPRET=1
+and sees the tests marked ``interpreted``; everything else runs here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from ops.test_attention_rows import errors, make_case, poisoned  # noqa: E402
+
+from cggr_compile.kernels import attention_rows as kernels  # noqa: E402
+from cggr_compile.ops.attention_rows import attention_rows_backward_reference  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted(test):
+    return test if INTERPRETED else None
+
+
+def compiled(test):
+    return None if INTERPRETED else test
+
+
+def check(arguments, expected, tolerance):
+    with poisoned():
+        got = kernels.attention_rows_backward_triton(*arguments)
+    reference = attention_rows_backward_reference(*arguments)
+    assert [(g.shape, g.dtype, g.stride()) for g in got] == [(r.shape, r.dtype, r.stride()) for r in reference]
+    assert max(errors(got, expected)) < tolerance
+    assert max(errors(got, reference)) < tolerance
+
+
+@interpreted
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_mode(causal, mask, all_keys):
+    modes = dict(causal=causal, mask=mask, all_keys=all_keys)
+    check(*make_case(70, 130, 16, unused=9, **modes), 1e-5)
+    check(*make_case(33, 64, 8, unused=3, dtype=torch.float16, **modes), 1e-2)
+    check(*make_case(1, 7, 8, **modes), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "length", "dim", "dtype"),
+    [
+        (1, 1, 8, torch.float32),
+        (1, 97, 16, torch.float32),
+        (65, 65, 16, torch.float32),
+        (128, 128, 64, torch.float16),
+        (40, 200, 80, torch.float32),
+        (40, 90, 200, torch.float16),
+        (7, 1100, 16, torch.float32),
+        (1030, 1100, 16, torch.float16),  # more rows than are scanned together
+    ],
+)
+def test_sizes(slots, length, dim, dtype, all_keys):
+    arguments, expected = make_case(slots, length, dim, all_keys=all_keys, heads=1, batch=1, dtype=dtype)
+    check(arguments, expected, 1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@interpreted
+def test_bfloat16_is_upcast():
+    check(*make_case(20, 50, 16, dtype=torch.bfloat16), 1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("all_keys", [False, True])
+def test_key_heads_are_shared(all_keys):
+    arguments, expected = make_case(40, 100, 16, heads=6, kv_heads=2, all_keys=all_keys, mask="bool")
+    with poisoned():
+        got = kernels.attention_rows_backward_triton(*arguments)
+    assert max(errors(got, expected)) < 1e-5
+
+
+@interpreted
+def test_strides():
+    arguments, expected = make_case(40, 100, 16, heads=3)
+    grad, query, key, value, out, logsumexp, rows, *rest = arguments
+    fused = torch.cat([key, value], -1)  # slices of one projection
+    key, value = fused[..., :16], fused[..., 16:]
+    query = torch.stack([query, query], -1)[..., 0]  # last stride 2
+    logsumexp = logsumexp.mT.contiguous().mT
+    rows = torch.stack([rows, rows], -1)[..., 1]
+    check((grad, query, key, value, out, logsumexp, rows, *rest), expected, 1e-5)
+    grad = torch.ones(()).expand(grad.shape)  # the gradient of a sum: all strides 0
+    arguments = (grad, query, key, value, out, logsumexp, rows, *rest)
+    check(arguments, attention_rows_backward_reference(*arguments), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("all_keys", [False, True])
+def test_rows_in_any_order(all_keys):
+    """The bounds of the walks come from the positions, so an unsorted tail (here: all of it) loses nothing."""
+    arguments, _ = make_case(140, 300, 16, batch=1, heads=1, unused=140, all_keys=all_keys)
+    grad = torch.randn_like(arguments[0])
+    arguments = (grad, *arguments[1:])
+    check(arguments, attention_rows_backward_reference(*arguments), 1e-5)
+
+
+@interpreted
+def test_logsumexp_of_fully_masked_queries():
+    arguments, _ = make_case(20, 50, 16, mask="bool")
+    logsumexp, blind = arguments[5], ~arguments[7].any(-1).expand(-1, 2, -1)
+    assert blind.any() and (logsumexp[blind] == -torch.inf).all()
+    for value in (-torch.inf, torch.inf, torch.nan):
+        replaced = (*arguments[:5], logsumexp.masked_fill(blind, value), *arguments[6:])
+        check(replaced, attention_rows_backward_reference(*replaced), 1e-5)
+
+
+@interpreted
+def test_finite_mask_values_as_large_as_they_get():
+    arguments, _ = make_case(20, 50, 16, mask="additive")
+    mask = arguments[7].clamp(min=torch.finfo(torch.float32).min)
+    logsumexp = arguments[5].clamp(min=torch.finfo(torch.float32).min)
+    arguments = (*arguments[:5], logsumexp, arguments[6], mask, *arguments[8:])
+    check(arguments, attention_rows_backward_reference(*arguments), 1e-5)
+
+
+@interpreted
+def test_the_comparison_can_fail():
+    arguments, expected = make_case(40, 100, 16, all_keys=True)
+    for wrong in ((*arguments[:9], False, True), (*arguments[:6], arguments[6].flip(0), *arguments[7:])):
+        assert max(errors(kernels.attention_rows_backward_triton(*wrong), expected)) > 1e-2
+
+
+@compiled
+def test_under_the_interpreter():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", os.path.abspath(__file__)],
+        env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed and int(passed[1]) >= 30, child.stdout[-2000:]
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """Calls the public function with kernels that are compiled for a device that is not there, and not launched."""
+
+    def call(arch, *arguments):
+        device = SimpleNamespace(
+            get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+        binaries = []
+
+        class WithoutLaunch:
+            def __init__(self, kernel):  # a copy: the cache of the real one must not hold these binaries
+                self.kernel = triton.jit(kernel.fn, do_not_specialize=kernels.LENGTHS)
+
+            def __getitem__(self, grid):
+                return lambda *args, **options: binaries.append(self.kernel.warmup(*args, grid=grid, **options))
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(triton.runtime.driver, "_active", device)
+        for name in ("_dq_kernel", "_dkv_kernel"):
+            monkeypatch.setattr(kernels, name, WithoutLaunch(getattr(kernels, name)))
+        kernels.attention_rows_backward_triton(*arguments)
+        return binaries
+
+    return call
+
+
+@compiled
+@pytest.mark.parametrize(("arch", "shared_memory"), [(90, 232448), (80, 166912)])
+@pytest.mark.parametrize(
+    ("slots", "dim", "dtype", "modes"),
+    [
+        (64, 64, torch.bfloat16, dict()),
+        (64, 128, torch.bfloat16, dict(all_keys=True)),
+        (40, 256, torch.bfloat16, dict(causal=False, mask="additive")),
+        (1, 80, torch.float16, dict(all_keys=True, mask="bool", kv_heads=1)),  # 1 is special in Triton's signatures
+        (40, 64, torch.float32, dict(mask="bool")),
+    ],
+)
+def test_compiles_without_a_gpu(build, arch, shared_memory, slots, dim, dtype, modes):
+    arguments, _ = make_case(slots, 100, dim, dtype=dtype, **modes)
+    binaries = build(arch, *arguments)
+    assert [kernel.metadata.name for kernel in binaries] == ["_dq_kernel", "_dkv_kernel"]
+    for kernel in binaries:
+        assert kernel.asm["cubin"].startswith(b"\x7fELF")
+        assert f".target sm_{arch}" in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= shared_memory
+        assert ("mma" in kernel.asm["ptx"]) == (dtype != torch.float32)  # tensor cores, but ieee products in float32
+
+
+@compiled
+def test_refuses_what_it_cannot_do():
+    (grad, query, key, value, *rest), _ = make_case(4, 9, 8, heads=3)
+    for wrong in (
+        (grad, query, key[:, :2], value[:, :2]),  # 3 heads over 2
+        (grad, query, key, value[..., :4]),
+        (grad.double(), query.double(), key.double(), value.double()),
+        (grad, query.half(), key, value),
+    ):
+        with pytest.raises(ValueError):
+            kernels.attention_rows_backward_triton(*wrong, *rest)
+
+
+@compiled
+def test_no_slots():
+    for all_keys in (False, True):
+        arguments, _ = make_case(0, 9, 8, all_keys=all_keys)
+        got = kernels.attention_rows_backward_triton(*arguments)
+        reference = attention_rows_backward_reference(*arguments)
+        assert all(torch.equal(g, r) for g, r in zip(got, reference, strict=True))

@@ -1,0 +1,160 @@
+"""The optimised graph against the semantic graph: the same loss, every gradient equal."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import assert_same, backward
+
+import cggr_compile
+from cggr_compile.passes.row_sparse import rules
+
+
+def compare(make, call, tolerance=1e-5, **options):
+    """Same weights, selection and random stream, with the pass and without it; returns the pass's record."""
+    records = []
+    runs = []
+    for row_sparse in (True, False):
+        torch._dynamo.reset()
+        model = make()
+        step = models.compiled(lambda model=model: call(model), row_sparse=row_sparse, **options)
+        torch.manual_seed(7)
+        runs.append(backward(model, step()))
+        records.append({p.name: p for p in cggr_compile.runtime(model).reports[-1].passes})
+    assert "row_sparse" not in records[1] and records[0]["row_sparse"].matched
+    assert_same(runs[0], runs[1], tolerance)
+    return records[0]["row_sparse"]
+
+
+def llama_call(batch):
+    return lambda model: model(**batch).loss
+
+
+FULLY_SPARSE = ["llama", "qwen2", "qwen3", "gemma", "olmo2", "smollm3", "cohere", "granite", "mistral", "gemma3", "phi"]
+
+
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+@pytest.mark.parametrize("family", FULLY_SPARSE)
+def test_nothing_is_made_dense(family, kv_gradient):
+    record = compare(lambda: models.family(family), llama_call(models.make_batch()), kv_gradient=kv_gradient)
+    assert record.details["densified"] == {}
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_gradient", "dense"),
+    [
+        ("gpt2", "stop", {"aten.sum.dim_IntList": 1}),  # learned positions: a sum over sequences alone
+        ("gpt_neox", "stop", {}),
+        ("phi3", "stop", {}),
+        ("gpt2", "project", {"aten.sum.dim_IntList": 1, "aten.cat.default": 4}),  # fused: K and V need all rows
+        ("gpt_neox", "project", {"aten.cat.default": 4}),
+    ],
+)
+def test_what_is_made_dense_is_counted(family, kv_gradient, dense):
+    record = compare(lambda: models.family(family), llama_call(models.make_batch()), kv_gradient=kv_gradient)
+    assert record.details["densified"] == dense
+
+
+def test_exact_gradient():
+    compare(lambda: models.family("llama"), llama_call(models.make_batch()), gradient="exact")
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([4, 8, 16, 32]),  # heads, head size, and the hidden size among them
+    st.sampled_from([0.01, 0.25, 0.6, 0.99]),
+    st.sampled_from(["stop", "project"]),
+)
+def test_shapes_and_ratios(size, seq, ratio, kv_gradient):
+    batch = models.make_batch(size, seq)
+    compare(
+        lambda: models.family("llama", num_hidden_layers=2),
+        llama_call(batch),
+        min_tokens_ratio=ratio,
+        kv_gradient=kv_gradient,
+    )
+
+
+def test_batch_equals_length_equals_width():
+    batch = models.make_batch(models.HIDDEN, models.HIDDEN)
+    compare(lambda: models.family("llama", num_hidden_layers=2), llama_call(batch), kv_gradient="stop")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+def test_padding(side, kv_gradient):
+    batch = models.make_batch(3, 16)
+    batch["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
+    padded = slice(0, 7) if side == "left" else slice(9, 16)
+    batch["attention_mask"][1, padded] = 0
+    batch["labels"][1, padded] = -100
+    batch["labels"][2, 2:] = -100  # fewer candidates than slots
+    compare(lambda: models.family("llama"), llama_call(batch), kv_gradient=kv_gradient, min_tokens_ratio=0.6)
+
+
+@pytest.mark.parametrize("dropout", ["attn_pdrop", "resid_pdrop", "embd_pdrop"])
+def test_dropout_draws_the_same_numbers(dropout):
+    compare(lambda: models.family("gpt2", **{dropout: 0.3}), llama_call(models.make_batch()), kv_gradient="stop")
+
+
+def test_adapters():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.1)
+
+    def make():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(models.family("llama"), config)
+        return models.randomise(model)
+
+    compare(make, llama_call(models.make_batch()))
+
+
+def test_autocast():
+    def call(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**models.make_batch()).loss
+
+    compare(lambda: models.family("llama"), call, tolerance=2e-2)
+
+
+def test_hand_written_attention_and_documents():
+    batch = models.make_batch()
+
+    def call(model):
+        return F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+    def decoder(*args, **kwargs):
+        torch.manual_seed(0)
+        return models.Decoder(*args, **kwargs)
+
+    compare(lambda: decoder(models.attend_softmax), call)
+    compare(lambda: decoder(documents=True), call, kv_gradient="stop")
+
+
+def test_symbolic_sizes_stay_dense():
+    batch = models.make_batch()
+    for tensor in batch.values():
+        torch._dynamo.mark_dynamic(tensor, 1)
+    model = models.compiled(models.family("llama"))
+    model(**batch).loss.backward()
+    records = {p.name: p for p in cggr_compile.runtime(model).reports[-1].passes}
+    assert not records["row_sparse"].matched and "symbolic" in records["row_sparse"].reason
+    assert records["resolve_markers"].matched
+
+
+def test_unknown_operators_are_made_dense_and_counted(monkeypatch):
+    monkeypatch.delitem(rules.RULES, torch.ops.aten.neg.default)
+    record = compare(lambda: models.family("llama"), llama_call(models.make_batch()), kv_gradient="stop")
+    assert record.details["densified"]["aten.neg.default"] > 0
+
+
+def test_control_a_wrong_rule_fails(monkeypatch):
+    """The comparison can fail: a rule that loses a factor is found out."""
+    monkeypatch.setitem(rules.RULES, torch.ops.aten.neg.default, lambda rv, node: rv.sparse[node.args[0]])
+    with pytest.raises(AssertionError, match="differ"):
+        compare(lambda: models.family("llama"), llama_call(models.make_batch()), kv_gradient="stop")
