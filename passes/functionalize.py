@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,9 @@ import torch
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
-from cggr_compile.passes.fx import Emitter, mutated_operand, op_name
+from cggr_compile.passes.fx import Emitter, inplace_position, mutated_operand, op_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.fx import Graph, GraphModule, Node
 
 
@@ -95,18 +92,10 @@ def _out_of_place(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]
         if name.endswith("_") and getattr(home, name, None) is target:
             function = getattr(home, name[:-1], None)
             return ("call_function", function, args, kwargs) if function is not None else None
-    position = _inplace_position(target)
+    position = inplace_position(target)
     if position is not None and len(args) > position:
         return "call_function", target, (*args[:position], False, *args[position + 1 :]), kwargs
     return None
-
-
-def _inplace_position(function: Callable[..., Any]) -> int | None:
-    try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # a builtin without a signature
-        return None
-    return names.index("inplace") if "inplace" in names else None
 
 
 def _aliases(graph: Graph, target: Node) -> list[Node]:

@@ -73,22 +73,23 @@ def _inplace_flag(node: Node) -> bool:
     """Whether a call passes ``inplace=True``, by name or by position."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
+    position = inplace_position(node.target)
+    return position is not None and bool(argument(node, position, "inplace", False))
+
+
+def inplace_position(function: Any) -> int | None:
+    """Where a function takes its ``inplace`` flag, or None if it has none."""
     try:
-        names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+        names = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a builtin without a signature
-        return False
-    return "inplace" in names and bool(argument(node, names.index("inplace"), "inplace", False))
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 _WRITING_OPERATORS = {
     *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
     *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
 }
-
-
-def is_floating(node: Node) -> bool:
-    value = fake_value(node)
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def descendants(roots: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
