@@ -107,6 +107,11 @@ def cpp_compiler() -> str | None:
         return None
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has bfloat16 products in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def has_triton() -> bool:
     from torch.utils._triton import has_triton as available
 

@@ -32,6 +32,9 @@ class Options:
         selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
             sequence; ``fixed_quota`` the same, by its older name. topk trains on a biased sample: see the README.
         router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
+        router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``; or
+            ``auto``: bf16 on a CPU that multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only
+            scores and metrics see it, never the loss.
         gradient: ``routed`` stops the gradient into the residual stream of unselected positions at every
             attention; ``exact`` is the true gradient of the selected loss.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
@@ -55,6 +58,7 @@ class Options:
     scoring: Scoring = "combined"
     selection: SelectionName = "random"
     router_layers: int | Literal["full"] | None = None
+    router_precision: Literal["auto", "model", "bf16"] = "auto"
     gradient: Literal["routed", "exact"] = "routed"
     kv_gradient: Literal["project", "stop"] = "project"
     row_sparse: bool = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value
 from cggr_compile.passes.candidates import router_output
 from cggr_compile.passes.fx import Emitter, hoist
@@ -48,7 +49,7 @@ class InsertRouter:
             if loss.transposed:
                 weight = emit.method("t", weight)
             bias = emit.method("detach", loss.bias) if loss.bias is not None else None
-            dtype = _compute_dtype(fake_value(loss.weight))
+            dtype = _compute_dtype(fake_value(loss.weight), ctx.options.router_precision)
             operands = [
                 node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)
                 for node in (emit.method("detach", hidden), weight, bias)
@@ -65,7 +66,9 @@ class InsertRouter:
         return PassResult(True, f"{ctx.options.scoring} difficulty after block {number} of {len(stack.blocks)}")
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The dtype the head runs in: autocast's, where it is on."""
+def _compute_dtype(weight: torch.Tensor, precision: str) -> torch.dtype:
+    """The dtype the router's head runs in; ``model`` is that of the model's own head, autocast's where it is on."""
     kind = weight.device.type
+    if precision == "bf16" or (precision == "auto" and kind == "cpu" and compat.cpu_multiplies_bf16()):
+        return torch.bfloat16
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

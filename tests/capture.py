@@ -28,6 +28,7 @@ class Captured:
 
         torch.compile(function, backend=keep)(*args, **kwargs)
         self.gm, self.inputs = graphs[0]
+        options = {"router_precision": "model", **(options or {})}  # the same graph on every processor
         self.ctx = GraphContext(Options.parse(options), self.inputs, compat.capture_fake_mode(self.gm))
         self.results: dict[str, PassResult] = {}
 

@@ -756,7 +756,9 @@ def test_manual_advance() -> None:
 def test_topk_selects_the_hardest(scoring: str, layers: str | int) -> None:
     model, batch = family("gemma2"), padded("right", size=3)
     batch["labels"][1, 3:8] = -100
-    compiled(model, min_tokens_ratio=RATIO, selection="topk", scoring=scoring, router_layers=layers)
+    compiled(
+        model, min_tokens_ratio=RATIO, selection="topk", scoring=scoring, router_layers=layers, router_precision="model"
+    )
     check_against_reference(model, batch)
 
     target = shift(batch["labels"])

@@ -26,12 +26,10 @@ def test_opcheck_all():
     rows, keep = rows_of(2, 8, 3), torch.tensor([[True, True, False], [True, True, True]])
     valid = torch.rand(2, 8) > 0.4
     state = torch.tensor([3, 5])
-    labels = torch.randint(0, 10, (2, 8))
     stats = [torch.rand(2, 8) for _ in range(4)]
     calls = [
         (ops.gather_rows.default, (hidden, rows, keep)),
         (ops.scatter_rows.default, (torch.randn(2, 3, 4), rows, keep, 8)),
-        (ops.score.default, (hidden.detach(), torch.randn(10, 4), torch.randn(10), labels, 0.5, 3.0)),
         (ops.difficulty.default, (*stats, "combined")),
         (ops.uniform.default, (state, valid)),
         (ops.select_rows.default, (torch.rand(2, 8), valid, 1, 4)),
@@ -59,46 +57,6 @@ def test_unused_slots_pass_no_gradient():
     ops.gather_rows(hidden, rows, keep).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [1, 3]
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.sampled_from([0.0, 2.0]), st.sampled_from([1.0, 0.3])
-)
-def test_score_equals_softmax(batch, length, vocab, softcap, scale):
-    hidden, weight = torch.randn(batch, length, 6), torch.randn(vocab, 6)
-    labels = torch.randint(-1, vocab, (batch, length))
-    labels[labels < 0] = -100
-    lse, entropy, top1, top2, logprob = ops.score(hidden, weight, None, labels, scale, softcap)
-    z = (hidden.double() @ weight.double().T) * scale
-    z = torch.tanh(z / softcap) * softcap if softcap else z
-    p = z.softmax(-1)
-    ordered = p.sort(-1, descending=True).values
-    torch.testing.assert_close(lse.double(), z.logsumexp(-1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(entropy.double(), torch.distributions.Categorical(p).entropy(), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(top1.double(), ordered[..., 0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        top2.double(), ordered[..., 1] if vocab > 1 else 0 * ordered[..., 0], atol=1e-5, rtol=1e-4
-    )
-    expected = torch.where(labels < 0, 0.0, p.log().gather(-1, labels.clamp(min=0)[..., None])[..., 0])
-    torch.testing.assert_close(logprob.double(), expected, atol=1e-4, rtol=1e-4)
-
-
-def test_score_chunks_agree(monkeypatch):
-
-    import cggr_compile.ops.score as implementation
-
-    arguments = (torch.randn(3, 7, 5), torch.randn(11, 5), torch.randn(11), torch.randint(0, 11, (3, 7)), 1.0, 0.0)
-    whole = implementation.score_reference(*arguments)
-    monkeypatch.setattr(implementation, "CHUNK_LOGITS", 22)
-    for a, b in zip(whole, implementation.score_reference(*arguments), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_score_ties():
-    hidden, weight = torch.ones(1, 1, 1), torch.tensor([[1.0], [1.0], [0.0]])
-    _, _, top1, top2, _ = ops.score(hidden, weight, None, torch.tensor([[0]]), 1.0, 0.0)
-    assert top1.item() == top2.item()
 
 
 def test_difficulty_formulas():

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from capture import execute
 
+from cggr_compile import compat
+
 
 @pytest.mark.parametrize("layers", [None, 2, "full"])
 @pytest.mark.parametrize("scoring", ["entropy", "combined"])
@@ -39,3 +41,27 @@ def test_random_scoring_runs_no_router(decoder_step):
     captured = decoder_step({"scoring": "random"})
     result = captured.run("insert_router")
     assert not result.matched and captured.ctx.router is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "native", "expected"),
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("model", True, torch.float32),
+    ],
+)
+def test_precision(monkeypatch, decoder_step, precision, native, expected):
+    monkeypatch.setattr(compat, "cpu_multiplies_bf16", lambda: native)
+    decoder = models.Decoder()
+    captured, exact = (decoder_step({"router_precision": p}, decoder) for p in (precision, "model"))
+    for each in (captured, exact):
+        each.run("insert_router")
+    captured.check_shapes()
+    (score,) = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.score.default)
+    assert {arg.meta["example_value"].dtype for arg in score.args[:2]} == {expected}
+    found = [execute(each, each.ctx.router.difficulty)[0] for each in (captured, exact)]
+    assert found[0].dtype == torch.float32
+    ranks = torch.stack([value.flatten().argsort().argsort().float() for value in found])
+    assert torch.corrcoef(ranks)[0, 1] > 0.99

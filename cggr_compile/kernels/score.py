@@ -1,0 +1,191 @@
+"""Triton kernel of ``cggr::score_partials``: one pass over the vocabulary, online reductions, no logits in memory.
+
+The specification is ``cggr_compile.ops.score.score_partials_reference``. A program owns a block of rows and one span
+of the vocabulary: it multiplies tile after tile of the head's weight and folds each into four running numbers per row
+(online softmax, Milakov and Gimelshein, arXiv 1805.02867, with the second maximum and the entropy's sum beside it).
+
+Measured on an H100: one loop over (tile, step along H), so that the loads of the next tile are under way while a tile
+is folded, and tensor descriptors (TMA) together bring 65 % of the speed of the plain product to 92 %.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Logit of a column past the end. Not -inf, whose product with its probability, zero, would be NaN.
+NOWHERE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _top2(high, second, other_high, other_second):
+    return tl.maximum(high, other_high), tl.maximum(tl.minimum(high, other_high), tl.maximum(second, other_second))
+
+
+@triton.jit
+def _fold(z, high, second, total, slope):
+    """Adds a tile of logits [M, N] to the running maximum, second maximum, sum of exp2 and sum of exp2 * z."""
+    tile_high, tile_second = tl.reduce((z, tl.full(z.shape, float("-inf"), tl.float32)), 1, _top2)
+    new_high, second = _top2(high, second, tile_high, tile_second)
+    weight = tl.exp2(z - new_high[:, None])
+    factor = tl.exp2(high - new_high)
+    slope = factor * slope + tl.sum(weight * z, 1)
+    total = factor * total + tl.sum(weight, 1)
+    return new_high, second, total, slope
+
+
+@triton.jit
+def _score_kernel(
+    x_ptr,
+    x_stride,
+    x_column,
+    w_ptr,
+    w_stride,
+    bias_ptr,
+    out_ptr,
+    N,
+    V,
+    H,
+    parts,
+    scale,
+    softcap,
+    SPAN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    # neighbours in time share tiles of both operands: GROUP row blocks walk over the same span
+    program = tl.program_id(0)
+    blocks = tl.cdiv(N, BLOCK_M)
+    first = program // (GROUP * parts) * GROUP
+    size = tl.minimum(blocks - first, GROUP)
+    inside = program % (GROUP * parts)
+    block = first + inside % size
+    part = inside // size
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(H, BLOCK_K)
+    start = part * SPAN
+    tiles = tl.cdiv(tl.minimum(SPAN, V - start), BLOCK_N)
+    if not DESCRIPTORS:  # rows and columns past the end read the last one
+        x_tile = x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * x_stride
+
+    high = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    second = high
+    total = tl.zeros([BLOCK_M], tl.float32)
+    slope = total
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    low = start - BLOCK_N
+    step = -1
+    for _ in range(tiles * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        low = tl.where(step == 0, low + BLOCK_N, low)
+        if DESCRIPTORS:
+            x = x_ptr.load([block * BLOCK_M, step * BLOCK_K])
+            w = w_ptr.load([low, step * BLOCK_K])
+        else:
+            column = tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)
+            along = step * BLOCK_K + k
+            x_at = x_tile + along[None, :] * x_column
+            w_at = w_ptr + column.to(tl.int64)[:, None] * w_stride + along[None, :]
+            if EVEN_H:
+                x = tl.load(x_at)
+                w = tl.load(w_at)
+            else:
+                x = tl.load(x_at, mask=(along < H)[None, :], other=0.0)
+                w = tl.load(w_at, mask=(along < H)[None, :], other=0.0)
+        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        if step == steps - 1:
+            z = acc
+            if HAS_BIAS:
+                z += tl.load(bias_ptr + tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)).to(tl.float32)[None, :]
+            if SOFTCAP:
+                # tanh(y) = 1 - 2 / (exp(2 y) + 1)
+                z = (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E * scale / softcap)) + 1.0)) * (softcap * LOG2E)
+            else:
+                z *= scale * LOG2E
+            if not EVEN_V:
+                z = tl.where((low + tl.arange(0, BLOCK_N) < V)[None, :], z, NOWHERE)
+            high, second, total, slope = _fold(z, high, second, total, slope)
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+    row_ok = row < N
+    out = out_ptr + part.to(tl.int64) * N + row
+    stat = parts.to(tl.int64) * N
+    tl.store(out, high * LN2, mask=row_ok)
+    tl.store(out + stat, total, mask=row_ok)
+    tl.store(out + 2 * stat, (slope - high * total) * LN2, mask=row_ok)
+    tl.store(out + 3 * stat, tl.where(second > NOWHERE, second * LN2, float("-inf")), mask=row_ok)
+
+
+INTERPRETED = not isinstance(_score_kernel, triton.runtime.JITFunction)
+
+
+def configuration(dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes: measured on an H100 for 16-bit dtypes; in float32, which is twice as wide, half the tile."""
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=16, num_warps=4, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=16, num_warps=8, num_stages=3)
+
+
+def has_descriptors(tensor: Tensor) -> bool:
+    """Whether tiles of a matrix can be loaded by TMA: Hopper or later, rows that start at multiples of 16 bytes."""
+    width = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * width % 16 == 0 and tensor.stride(1) == 1
+    return aligned and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
+def score_partials_triton(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, span: int, **overrides: Any
+) -> Tensor:
+    """As the reference. ``overrides`` replace entries of :func:`configuration` and the choice of ``DESCRIPTORS``."""
+    (rows, width), vocab = hidden.shape, weight.shape[0]
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    parts = -(-vocab // span)
+    out = torch.empty(4, parts, rows, dtype=torch.float32, device=hidden.device)
+    if rows == 0:
+        return out
+    config = {
+        **configuration(hidden.dtype),
+        "DESCRIPTORS": has_descriptors(hidden) and has_descriptors(weight),
+        **overrides,
+    }
+    if span % config["BLOCK_N"]:
+        raise ValueError(f"span must be a multiple of {config['BLOCK_N']}, got {span}")
+    if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
+        hidden, weight = hidden.float(), weight.float()
+    x: Any = hidden
+    w: Any = weight
+    if config["DESCRIPTORS"]:
+        x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    _score_kernel[(-(-rows // config["BLOCK_M"]) * parts,)](
+        *(x, hidden.stride(0), hidden.stride(1), w, weight.stride(0), bias, out, rows, vocab, width, parts),
+        *(scale, softcap),
+        SPAN=span,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=softcap != 0.0,
+        EVEN_H=width % config["BLOCK_K"] == 0,
+        EVEN_V=vocab % config["BLOCK_N"] == 0,
+        PRECISION="tf32" if tf32 else "ieee",
+        **config,
+    )
+    return out

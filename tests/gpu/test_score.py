@@ -1,0 +1,66 @@
+"""The fused scoring kernel on a GPU: parity with float64, both ways of loading tiles, sizes past 2**31, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.test_score import check, expected, make_case
+
+from cggr_compile.kernels import score as kernels
+from cggr_compile.ops.score import SPAN, score, score_partials, score_partials_reference
+
+TOLERANCE = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-4}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width"), [(1, 100, 64), (300, 5000, 200), (513, 4096, 576), (130, 50257, 768), (64, 2049, 33)]
+)
+@pytest.mark.parametrize("modes", [dict(), dict(bias=True, softcap=20.0, scale=0.5)])
+def test_equals_softmax(rows, vocab, width, dtype, modes):
+    case = make_case(rows, vocab, width, dtype=dtype, device="cuda", **modes)
+    check(score(*case), expected(*case), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_ways_of_loading(dtype, descriptors):
+    case = make_case(200, 6000, 128, dtype=dtype, device="cuda")
+    arguments = (*case[:3], *case[4:], SPAN)
+    if descriptors and not kernels.has_descriptors(case[0]):
+        pytest.skip("no tensor descriptors before Hopper")
+    got = kernels.score_partials_triton(*arguments, DESCRIPTORS=descriptors)
+    wanted = score_partials_reference(*(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_strides_that_descriptors_cannot_take():
+    hidden, weight, bias, labels, *rest = make_case(200, 3000, 128, dtype=torch.bfloat16, device="cuda")
+    shifted = torch.empty(200 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(200, 128).copy_(hidden)
+    assert not kernels.has_descriptors(shifted)
+    wanted = expected(hidden, weight, bias, labels, *rest)
+    check(score(shifted, weight, bias, labels, *rest), wanted, 1e-3)
+    check(score(hidden.t().contiguous().t(), weight.t().contiguous().t(), bias, labels, *rest), wanted, 1e-3)
+
+
+def test_more_logits_than_an_int32_counts_and_no_memory_for_them():
+    rows, vocab, width = 45_000, 50_000, 64
+    assert rows * vocab > 2**31
+    hidden, weight, bias, labels, *rest = make_case(rows, vocab, width, dtype=torch.bfloat16, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    got = score(hidden, weight, bias, labels, *rest)
+    assert torch.cuda.max_memory_allocated() - before < rows * 1024
+    last = slice(rows - 50, rows)
+    wanted = expected(hidden[last], weight, bias, labels[last], *rest)
+    check([value[last] for value in got], wanted, 1e-3)
+
+
+def test_the_kernel_runs(monkeypatch):
+    called = []
+    original = kernels.score_partials_triton
+    monkeypatch.setattr(kernels, "score_partials_triton", lambda *a, **k: called.append(1) or original(*a, **k))
+    case = make_case(10, 100, 64, dtype=torch.bfloat16, device="cuda")
+    score_partials(*case[:3], *case[4:], SPAN)
+    assert called

@@ -1,0 +1,63 @@
+"""Running and compiling Triton kernels on a machine without a GPU.
+
+Triton decides at import whether its kernels are interpreted, so a child pytest runs a test file with
+TRITON_INTERPRET=1 and sees the tests marked ``interpreted``; everything else runs in the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def interpreted(test):
+    return test if INTERPRETED else None
+
+
+def compiled(test):
+    return None if INTERPRETED else test
+
+
+def pass_under_the_interpreter(path, at_least):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", os.path.abspath(path)],
+        env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", child.stdout)
+    assert passed and int(passed[1]) >= at_least, child.stdout[-2000:]
+
+
+def binaries_for(monkeypatch, tmp_path, arch, module, names, call):
+    """What ``call`` would launch of the kernels ``names`` of ``module``, compiled for a device that is not there."""
+    import triton
+
+    device = SimpleNamespace(
+        get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    binaries = []
+
+    class WithoutLaunch:
+        def __init__(self, kernel):  # a copy: the cache of the real one must not hold these binaries
+            self.kernel = triton.jit(kernel.fn, do_not_specialize=kernel.do_not_specialize)
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: binaries.append(self.kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton.runtime.driver, "_active", device)
+    for name in names:
+        monkeypatch.setattr(module, name, WithoutLaunch(getattr(module, name)))
+    call()
+    return binaries

@@ -1,0 +1,108 @@
+"""The Triton kernel of ``score_partials`` without a GPU: interpreted for its numbers, compiled for fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from kernels.harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
+from ops.test_score import check, expected, make_case  # noqa: E402
+
+import cggr_compile.ops.score as implementation  # noqa: E402
+from cggr_compile.kernels import score as kernels  # noqa: E402
+from cggr_compile.ops.score import score_partials_reference  # noqa: E402
+
+SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
+
+
+def run(case, span, **overrides):
+    """All of ``score`` with the kernel in place of the reference; outputs poisoned."""
+    arguments = (*case[:3], *case[4:], span)
+    partials = kernels.score_partials_triton(*arguments, **{**SMALL, **overrides})
+    assert partials.shape == score_partials_reference(*arguments).shape
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementation, "score_partials", lambda *_: partials)
+        return implementation.score_reference(*case)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width", "span"),
+    [(1, 1, 16, 16), (33, 64, 16, 32), (16, 50, 24, 32), (40, 130, 33, 64), (50, 32, 64, 2048), (3, 17, 5, 16)],
+)
+@pytest.mark.parametrize("modes", [dict(), dict(bias=True, softcap=2.0, scale=0.3)])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_sizes(rows, vocab, width, span, modes, descriptors):
+    case = make_case(rows, vocab, width, sharp=3.0, **modes)
+    check(run(case, span, DESCRIPTORS=descriptors and width % 4 == 0), expected(*case), 1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits(dtype):
+    case = make_case(20, 70, 32, dtype=dtype, bias=True)
+    check(run(case, 32), expected(*case), 1e-3)
+
+
+@interpreted
+def test_ties_within_and_across_spans():
+    case = make_case(20, 64, 16)
+    for source, target in ((0, 5), (1, 33)):
+        weight = case[1].clone() * 0.1
+        weight[source] = weight[target] = 5.0
+        hidden = case[0].abs()
+        _, _, top1, top2, _ = run((hidden, weight, *case[2:]), 32)
+        assert torch.equal(top1, top2)
+
+
+@interpreted
+def test_strides():
+    hidden, weight, bias, labels, *rest = make_case(20, 40, 16, bias=True)
+    wide = torch.stack([hidden, hidden], -1)[..., 0]
+    columns = weight.t().contiguous().t()
+    check(run((wide, columns, bias, torch.stack([labels, labels], -1)[..., 1], *rest), 32),
+          expected(hidden, weight, bias, labels, *rest), 1e-4)  # fmt: skip
+
+
+@interpreted
+def test_large_logits():
+    case = make_case(6, 100, 16, sharp=300.0)
+    check(run(case, 32), expected(*case), 1e-3)
+
+
+@interpreted
+def test_the_comparison_can_fail():
+    case = make_case(20, 64, 16)
+    with pytest.raises(AssertionError):
+        check(run((*case[:3], case[3].roll(1), *case[4:]), 32), expected(*case), 1e-4)
+
+
+@compiled
+def test_under_the_interpreter():
+    pass_under_the_interpreter(__file__, at_least=29)
+
+
+@compiled
+@pytest.mark.parametrize(("arch", "shared_memory"), [(80, 166912), (90, 232448), (100, 232448)])
+@pytest.mark.parametrize(
+    ("vocab", "width", "descriptors", "modes"),
+    [
+        (49152, 576, True, dict(dtype=torch.bfloat16)),
+        (50257, 100, False, dict(dtype=torch.float16, bias=True, softcap=30.0)),
+        (49152, 576, False, dict(dtype=torch.float32)),
+    ],
+)
+def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, vocab, width, descriptors, modes):
+    descriptors = descriptors and arch >= 90
+    case = make_case(256, vocab, width, **modes)
+
+    def call():
+        kernels.score_partials_triton(*case[:3], *case[4:], 2048, DESCRIPTORS=descriptors)
+
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, kernels, ["_score_kernel"], call)
+    assert kernel.asm["cubin"].startswith(b"\x7fELF")
+    assert f".target sm_{arch}" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= shared_memory
+    assert ("mma" in kernel.asm["ptx"]) == (modes["dtype"] != torch.float32)
