@@ -90,6 +90,7 @@ def test_under_the_interpreter():
     ("vocab", "width", "descriptors", "modes"),
     [
         (49152, 576, True, dict(dtype=torch.bfloat16)),
+        (100, 64, True, dict(dtype=torch.bfloat16)),  # a single span
         (50257, 100, False, dict(dtype=torch.float16, bias=True, softcap=30.0)),
         (49152, 576, False, dict(dtype=torch.float32)),
     ],
