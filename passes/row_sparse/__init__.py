@@ -12,6 +12,7 @@ from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants
 from cggr_compile.passes.row_sparse.attention import FORMS, attention
 from cggr_compile.passes.row_sparse.layout import Layout
+from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.rules import RULES, item
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
 
@@ -56,6 +57,7 @@ class RowSparseBackward:
             with rv.emit.before(node, self.name):
                 _visit(rv, node)
         graph.eliminate_dead_code()
+        place_early(graph, set(graph.nodes).difference(nodes))
         total = sum(rv.densified.values())
         reason = f"{len(rv.sparse)} values on rows, {total} made dense again"
         return PassResult(True, reason, {"densified": dict(rv.densified)})
