@@ -310,7 +310,7 @@ def attention_rows_backward_triton(
     causal: bool,
     all_keys: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``attention_rows_backward_reference`` on CUDA; the query heads may also be a multiple of the key heads."""
+    """``attention_rows_backward_reference`` on CUDA."""
     _check(grad, query, key, value, out)
     if INTERPRETED and query.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
         grad, query, key, value, out = (tensor.float() for tensor in (grad, query, key, value, out))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,17 +32,28 @@ def attention_rows_backward_reference(
 
     Args:
         grad, query, out: [B, heads, K, D] at the selected positions. logsumexp: float32 [B, heads, K], natural log.
-        key, value: [B, heads, S, D], all positions.
+        key, value: [B, kv_heads, S, D], all positions; ``heads / kv_heads`` consecutive query heads share a key head
+            (grouped-query attention, arXiv 2305.13245).
         rows: int64 [B, K], position of each query; those in use come first, in ascending order.
         mask: [B or 1, heads or 1, K, S], bool (True attends) or additive, at the selected queries; or None.
         causal: a query at position i attends to keys at positions <= i.
-        all_keys: key and value gradients for all positions, [B, heads, S, D]; else for the keys at ``rows`` only,
-            [B, heads, K, D].
+        all_keys: key and value gradients for all positions, [B, kv_heads, S, D]; else for the keys at ``rows`` only,
+            [B, kv_heads, K, D].
 
     Returns:
         dq [B, heads, K, D], dk, dv.
     """
-    scores = torch.matmul(query, key.transpose(-2, -1)).float() * scale
+    batch, heads, slots, _ = query.shape
+    kv_heads = key.shape[1]
+
+    def shared(tensor: Tensor) -> Tensor:
+        """The rows of all query heads that share a key head, one after the other: [B, kv_heads, group * K, ...]."""
+        return tensor.reshape(batch, kv_heads, heads // kv_heads * slots, tensor.shape[3])
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return torch.matmul(shared(left), right).view(batch, heads, slots, right.shape[3])
+
+    scores = product(query, key.transpose(-2, -1)).float() * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     if causal:
@@ -50,13 +63,13 @@ def attention_rows_backward_reference(
     weights = torch.exp(scores - logsumexp[..., None])
     weights = torch.where(torch.isfinite(logsumexp)[..., None], weights, 0.0).to(query.dtype)
     delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    slope = (weights.float() * (torch.matmul(grad, value.transpose(-2, -1)).float() - delta)).to(query.dtype)
-    dq = torch.matmul(slope, key) * scale
+    slope = (weights.float() * (product(grad, value.transpose(-2, -1)).float() - delta)).to(query.dtype)
+    dq = product(slope, key) * scale
     if not all_keys:
-        columns = rows[:, None, None, :].expand(-1, slope.shape[1], slope.shape[2], -1)
+        columns = rows[:, None, None, :].expand(-1, heads, slots, -1)
         slope, weights = slope.gather(3, columns), weights.gather(3, columns)
-    dk = torch.matmul(slope.transpose(-2, -1), query) * scale
-    dv = torch.matmul(weights.transpose(-2, -1), grad)
+    dk = torch.matmul(shared(slope).transpose(-2, -1), shared(query)) * scale
+    dv = torch.matmul(shared(weights).transpose(-2, -1), shared(grad))
     return dq, dk, dv
 
 
@@ -79,20 +92,8 @@ def _fake(
     return query.new_empty(query.shape), dk, dv
 
 
-def _attention_rows_backward_cuda(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    rows: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    all_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys)
+def _attention_rows_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, query, _, value, *_ = arguments
     if query.dtype == torch.float64 or query.shape[-1] > 256 or value.shape[-1] != query.shape[-1] or not has_triton():
         return attention_rows_backward_reference(*arguments)
     from cggr_compile.kernels.attention_rows import attention_rows_backward_triton

@@ -10,10 +10,9 @@ from torch.fx import Node
 
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants
-from cggr_compile.passes.row_sparse.attention import FORMS, attention
-from cggr_compile.passes.row_sparse.layout import Layout
+from cggr_compile.passes.row_sparse.attention import attention
 from cggr_compile.passes.row_sparse.placement import place_early
-from cggr_compile.passes.row_sparse.rules import RULES, item
+from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
 
 if TYPE_CHECKING:
@@ -36,7 +35,8 @@ class RowSparseBackward:
         dx_rows = mm(dh.view(B * K, H), W)
         dW = mm(dh.view(B * K, H).permute(1, 0), x[flat_rows])
 
-    An operator without a rule gets the full tensor back (scatter into zeros), counted by name in the report.
+    An operator without a rule gets the full tensor back (scatter into zeros), counted by name in the report; an
+    attention whose backward stays dense is counted by the reason why.
     """
 
     name = "row_sparse"
@@ -60,12 +60,16 @@ class RowSparseBackward:
         place_early(graph, set(graph.nodes).difference(nodes))
         total = sum(rv.densified.values())
         reason = f"{len(rv.sparse)} values on rows, {total} made dense again"
-        return PassResult(True, reason, {"densified": dict(rv.densified)})
+        if rv.dense_attention:
+            named = ", ".join(f"{count} × {why}" for why, count in rv.dense_attention.items())
+            reason += f"; dense attention: {named}"
+        details = {"densified": dict(rv.densified), "dense_attention": dict(rv.dense_attention)}
+        return PassResult(True, reason, details)
 
 
 def _visit(rv: RowValues, node: Node) -> None:
     if node.target is ops.scatter_rows.default:
-        layout: Layout = ("B", "S", None)
+        layout = rv.layout("B", "S", None)
         values: Any = node.args[0]
         rv.sparse[node] = Rows(rv.kept(values, layout), layout)
         return
@@ -75,13 +79,14 @@ def _visit(rv: RowValues, node: Node) -> None:
     inputs = [n for n in node.all_input_nodes if n in rv.sparse]
     if not inputs:
         return
-    if node.target in FORMS and attention(rv, node):
+    if attention(rv, node):
         return
-    rule = item if node.target is operator.getitem else RULES.get(node.target)
+    rule = item if node.target is operator.getitem else RULES.get(node.target) or LATE_RULES.get(str(node.target))
     result = rule(rv, node) if rule is not None else None
     if isinstance(result, Rows):
         rv.sparse[node] = result
     elif result is not None:
+        rv.backward.add(result)
         node.replace_all_uses_with(rv.strided_like(result, node))
     else:
         for sparse in inputs:
@@ -93,7 +98,7 @@ def _stop(rv: RowValues, node: Node) -> Rows:
     """A marker: the gradient on the selected rows, nothing elsewhere."""
     grad: Any = node.args[0]
     axis: Any = node.args[1]
-    layout = tuple("B" if i == 0 else "S" if i == axis else None for i in range(len(shape_of(node))))
+    layout = rv.layout(*("B" if i == 0 else "S" if i == axis else None for i in range(len(shape_of(node)))))
     if grad in rv.sparse and rv.sparse[grad].layout == layout:
         return rv.sparse[grad]
     return Rows(rv.kept(rv.version(grad, layout), layout), layout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,18 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.row_sparse.layout import Layout, align
+from cggr_compile.passes.row_sparse.layout import Layout
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
 
 aten = torch.ops.aten
-HEADS: Layout = ("B", None, "S", None)
+
+FORMS = {
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+}
+FLEX = "flex_attention_backward"
 
 
 @dataclass(frozen=True)
@@ -33,81 +39,107 @@ class Call:
     mask: Node | None
     dropout: float
     causal: bool
+    scale: float
 
 
-def _call(a: Any, mask: Any, dropout: Any, causal: Any, out: int = 4) -> Call:
-    return Call(a[0], a[1], a[2], a[3], a[out], a[out + 1], mask, float(dropout), bool(causal))
-
-
-def _cpu(a: Any, k: Any) -> Call:
-    return _call(a, k.get("attn_mask"), a[6], a[7])
-
-
-def _flash(a: Any, k: Any) -> Call:
-    return _call(a, None, a[10], a[11])
-
-
-def _efficient(a: Any, k: Any) -> Call:
-    return _call(a, a[4], a[9], a[11] if len(a) > 11 else k.get("is_causal", False), out=5)
-
-
-def _cudnn(a: Any, k: Any) -> Call:
-    return _call(a, a[8], a[13], a[14])
-
-
-FORMS: dict[Any, Callable[[Any, Any], Call]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _cpu,
-    aten._scaled_dot_product_flash_attention_backward.default: _flash,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient,
-    aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn,
-}
+def read(node: Node) -> Call:
+    """The call's arguments, found by the names in its schema: their order differs between forms and releases."""
+    target: Any = node.target
+    parameters = target._schema.arguments
+    given: dict[str, Any] = {p.name: p.default_value for p in parameters}
+    given |= dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs
+    query: Any = given["query"]
+    scale = given["scale"]
+    return Call(
+        node.args[0],  # type: ignore[arg-type]  # named grad_out or grad_out_
+        *(query, given["key"], given["value"], given["out"], given["logsumexp"]),
+        mask=given.get("attn_mask", given.get("attn_bias")),
+        dropout=given["dropout_p"],
+        causal=given["is_causal"],
+        scale=1.0 / math.sqrt(shape_of(query)[-1]) if scale is None else scale,
+    )
 
 
 def attention(rv: RowValues, node: Node) -> bool:
-    """Replace a dense attention backward whose output gradient is sparse; False if its form is not handled."""
-    call = FORMS[node.target](node.args, node.kwargs)
-    grad = rv.sparse.get(call.grad)
-    same_heads = shape_of(call.key)[1] == shape_of(call.query)[1] and shape_of(call.key)[2] == rv.length
-    if grad is None or grad.layout != HEADS or call.dropout or not same_heads or 3 in _items(node):
+    """Replace an attention backward whose output gradient is sparse; False for any other call.
+
+    Where a form is not handled its backward stays dense, under a name in the report; the gradient of the queries
+    is on rows all the same: without an output gradient a query has none.
+    """
+    flex = str(node.target) == FLEX
+    if node.target not in FORMS and not flex:
         return False
-    statistics = call.logsumexp
-    if len(shape_of(statistics)) == 4:
-        statistics = rv.emit.call(aten.squeeze.dim, statistics, 3)
-    mask = None
-    if call.mask is not None:
-        whole = (*shape_of(call.query)[:3], shape_of(call.key)[2])
-        layout = align(HEADS, whole, shape_of(call.mask))
-        if layout is None or len(layout) != 4:
-            return False
-        mask = rv.version(call.mask, layout)
+    grad: Any = node.args[5] if flex else node.args[0]
+    if grad not in rv.sparse:
+        return False
+    heads = rv.layout("B", None, "S", None)
+    known = rv.sparse[grad].layout == heads
     items = _items(node)
-    only_rows = all(_is_marker(user) for i in (1, 2) for getter in items.get(i, []) for user in getter.users)
-    scale: Any = node.kwargs.get("scale")
-    results = rv.emit.call(
-        torch.ops.cggr.attention_rows_backward.default,
-        grad.values,
-        rv.version(call.query, HEADS),
-        call.key,
-        call.value,
-        rv.version(call.out, HEADS),
-        rv.gather(statistics, HEADS[:3]),
-        rv.rows,
-        mask,
-        float(scale) if scale is not None else 1.0 / math.sqrt(shape_of(call.query)[-1]),
-        bool(call.causal),
-        not only_rows,
-    )
+    only_rows = all(_ends_at_marker(getter) for i in (1, 2) for getter in items.get(i, []))
+    found: Node | str
+    if flex:
+        found = "FlexAttention"
+    elif not known:
+        found = f"an output gradient laid out as {rv.sparse[grad].layout}"
+    else:
+        found = _on_rows(rv, read(node), heads, items, only_rows)
+    if isinstance(found, str):
+        rv.dense_attention[found] += 1
+        whole = rv.dense(grad)
+        dense = rv.graph.node_copy(node, lambda n: whole if n is grad else n)
+        for index, getters in items.items():
+            value = rv.emit.item(dense, index)
+            for getter in getters:
+                if index == 0 and known:
+                    rv.sparse[getter] = Rows(rv.version(value, heads), heads)
+                else:
+                    getter.replace_all_uses_with(value)
+        return True
     for index, getters in items.items():
-        value = rv.emit.item(results, index)
+        value = rv.emit.item(found, index)
         for getter in getters:
             if index == 0:
-                rv.sparse[getter] = Rows(value, HEADS)
+                rv.sparse[getter] = Rows(value, heads)
             elif only_rows:
                 # keys at unused slots take no part
-                rv.sparse[getter] = Rows(rv.kept(value, HEADS), HEADS)
+                rv.sparse[getter] = Rows(rv.kept(value, heads), heads)
             else:
                 getter.replace_all_uses_with(rv.strided_like(value, getter))
     return True
+
+
+def _on_rows(rv: RowValues, call: Call, heads: Layout, items: dict[int, list[Node]], only_rows: bool) -> Node | str:
+    """The backward from the selected queries, or why there is none."""
+    query, key = shape_of(call.query), shape_of(call.key)
+    if call.dropout:
+        return f"attention dropout {call.dropout:g}"
+    if 3 in items:
+        return "an attention mask with a gradient"
+    if key[2] != rv.length:
+        return f"{query[2]} queries over {key[2]} keys"
+    mask = call.mask
+    if mask is not None:
+        lead = [1] * (4 - len(shape_of(mask)))
+        mask = rv.emit.call(aten.view.default, mask, [*lead, *shape_of(mask)]) if lead else mask
+        mask = rv.operand(mask, heads, (*query[:3], key[2]))
+        assert mask is not None  # four axes line up with the scores
+    statistics = call.logsumexp
+    if len(shape_of(statistics)) == 4:
+        statistics = rv.emit.call(aten.squeeze.dim, statistics, 3)
+    return rv.emit.call(
+        torch.ops.cggr.attention_rows_backward.default,
+        rv.sparse[call.grad].values,
+        rv.version(call.query, heads),
+        call.key,
+        call.value,
+        rv.version(call.out, heads),
+        rv.gather(statistics, heads[:3]),
+        rv.rows,
+        mask,
+        call.scale,
+        call.causal,
+        not only_rows,
+    )
 
 
 def _items(node: Node) -> dict[int, list[Node]]:
@@ -119,5 +151,11 @@ def _items(node: Node) -> dict[int, list[Node]]:
     return found
 
 
-def _is_marker(node: Node) -> bool:
-    return bool(node.target is torch.ops.cggr.stop_rows_backward.default and node.args[1] == 2)
+def _ends_at_marker(node: Node) -> bool:
+    """Whether all that becomes of a key's gradient, but for casts, is its rows."""
+    casts = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+    return all(
+        (user.target is torch.ops.cggr.stop_rows_backward.default and user.args[1] == 2)
+        or (user.target in casts and _ends_at_marker(user))
+        for user in node.users
+    )

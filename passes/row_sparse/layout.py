@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# "B": sequences. "S": positions. "BS": both, flattened. "b": size 1 where its partners have "B". None: neither.
+# "B": sequences. "B*": sequences, flattened with axes after them (attention heads). "S": positions.
+# "BS": sequences and positions, flattened. "b": size 1 where its partners have "B". None: none of these.
 Tag = str | None
 Layout = tuple[Tag, ...]
+SEQUENCES = ("B", "B*", "b")
+
+
+def canonical(layout: Layout, batch: int) -> Layout:
+    """One sequence needs no axis of its own: views drop and add axes of size 1 anywhere, so "S" alone is "BS"."""
+    if batch > 1:
+        return layout
+    return tuple("BS" if tag in ("S", "BS") else None for tag in layout)
 
 
 def token_axes(layout: Layout) -> list[int]:
-    return [axis for axis, tag in enumerate(layout) if tag in ("B", "S", "BS")]
+    return [axis for axis, tag in enumerate(layout) if tag in ("B", "B*", "S", "BS")]
 
 
 def has_rows(layout: Layout) -> bool:
@@ -22,25 +31,20 @@ def regroup(old: Sequence[int], layout: Layout, new: Sequence[int], batch: int) 
     """Layout of a view of ``old`` as ``new``; None if it mixes positions with anything but their batch.
 
     A view splits into independent groups of axes with equal products; only the order of axes decides.
+    ``layout`` is canonical, and so is the result.
     """
     tags: list[Tag] = []
     i = j = 0
-    lone = batch == 1  # a batch axis of size 1 comes and goes in views: "S" alone is then "BS"
     while i < len(old) or j < len(new):
         left, right = [], []
         # axes of size 1 stand for themselves, unless they are what carries a tag
         if i < len(old) and old[i] == 1 and not (j < len(new) and new[j] == 1):
-            if layout[i] in ("S", "BS"):
+            if layout[i] is not None:
                 return None
-            if layout[i] == "B":
-                layout = tuple("BS" if tag == "S" else tag for tag in layout)
             i += 1
             continue
         if j < len(new) and new[j] == 1 and not (i < len(old) and old[i] == 1):
-            joined = lone and i < len(old) and layout[i] == "BS"
-            if joined:
-                layout = tuple("S" if tag == "BS" else tag for tag in layout)
-            tags.append("B" if joined else None)
+            tags.append(None)
             j += 1
             continue
         if i >= len(old) or j >= len(new):
@@ -66,8 +70,10 @@ def regroup(old: Sequence[int], layout: Layout, new: Sequence[int], batch: int) 
             tags.extend([None] * len(right))
         elif inside == ["B", "S"] and len(right) == 1:
             tags.append("BS")
-        elif inside == ["BS"] and len(right) == 2:
+        elif inside == ["BS"] and len(right) == 2 and new[right[0]] == batch:
             tags.extend(["B", "S"])
+        elif inside[0] in ("B", "B*") and not any(inside[1:]) and new[right[0]] % batch == 0:
+            tags.extend(["B" if new[right[0]] == batch else "B*", *[None] * (len(right) - 1)])
         else:
             return None
     return tuple(tags)
@@ -75,7 +81,7 @@ def regroup(old: Sequence[int], layout: Layout, new: Sequence[int], batch: int) 
 
 def resize(shape: Sequence[int], layout: Layout, batch: int, slots: int) -> list[int]:
     """Shape of the row version: positions become slots."""
-    sizes = {"B": batch, "b": batch if has_rows(layout) else 1, "S": slots, "BS": batch * slots}
+    sizes = {"b": batch if has_rows(layout) else 1, "S": slots, "BS": batch * slots}
     return [sizes.get(tag, size) if tag else size for size, tag in zip(shape, layout, strict=True)]
 
 
@@ -90,7 +96,7 @@ def align(layout: Layout, shape: Sequence[int], other: Sequence[int]) -> Layout 
         tags.append(tag if mine == size else ("b" if tag == "B" else None))
     found = tuple(tags)
     if not has_rows(found):
-        return tuple(tag if tag == "B" else None for tag in found)
-    if "BS" not in found and "B" not in found and "b" not in found:
+        return tuple(tag if tag in ("B", "B*") else None for tag in found)
+    if "BS" not in found and not any(tag in SEQUENCES for tag in found):
         return None
     return found

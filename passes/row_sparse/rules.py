@@ -201,22 +201,41 @@ def reduction(rv: RowValues, node: Node) -> Result:
 
 
 def matmul(rv: RowValues, node: Node) -> Result:
-    left, right = _sparse(rv, node.args[0]), _sparse(rv, node.args[1])
-    a: Any = node.args[0]
-    b: Any = node.args[1]
-    if left is not None and left.layout == ("BS", None) and right is None:
-        return Rows(rv.emit.call(node.target, left.values, b), left.layout)
-    if left is not None and left.layout == (None, "BS"):
-        return rv.emit.call(node.target, left.values, rv.version(b, ("BS", None)))
-    if right is not None and right.layout == ("BS", None):
-        return rv.emit.call(node.target, rv.version(a, (None, "BS")), right.values)
+    """Products of matrices, and of batches of them: rows of a factor are rows of the result, unless summed over."""
+    for position in (0, 1):
+        a: Any = node.args[0]
+        b: Any = node.args[1]
+        grad = _sparse(rv, node.args[position])
+        if grad is None:
+            continue
+        *lead, left, right = grad.layout
+        if any(tag in ("S", "BS") for tag in lead):
+            return None
+        summed, free = (right, left) if position == 0 else (left, right)
+        if summed in ("S", "BS") and free is None:
+            columns, rows = (*lead, None, summed), (*lead, summed, None)
+            return rv.emit.call(node.target, rv.version(a, columns), rv.version(b, rows))
+        other = b if position == 0 else a
+        if free in ("S", "BS") and summed is None and other not in rv.sparse:
+            factors = (grad.values, b) if position == 0 else (a, grad.values)
+            return Rows(rv.emit.call(node.target, *factors), grad.layout)
     return None
+
+
+def fused_multiply_add(rv: RowValues, node: Node) -> Result:
+    """x * g + h, which ends the backward of softmax."""
+    _, factor, term = node.args
+    left, right = _sparse(rv, factor), _sparse(rv, term)
+    if left is None or right is None or left.layout != right.layout or not _spans(factor, right.layout, node):
+        return None
+    operands = rv.aligned(node, right.layout)
+    return None if operands is None else Rows(rv.emit.call(node.target, *operands), right.layout)
 
 
 def embedding(rv: RowValues, node: Node) -> Result:
     """The table's gradient: only the selected rows' tokens get one."""
     grad = _sparse(rv, node.args[0])
-    if grad is None or token_axes(grad.layout) != list(range(len(grad.layout) - 1)):
+    if grad is None or grad.layout[-1] is not None:
         return None
     index: Any = node.args[1]
     return rv.emit.call(node.target, grad.values, rv.version(index, grad.layout[:-1]), *node.args[2:])
@@ -234,7 +253,7 @@ def accumulate(rv: RowValues, node: Node) -> Result:
         return None
     (index,) = indices
     ids = len(shape_of(index))
-    if token_axes(grad.layout) != [a for a in range(ids) if grad.layout[a]] or len(token_axes(grad.layout)) != ids:
+    if any(axis >= ids for axis in token_axes(grad.layout)):
         return None
     rows = rv.version(index, grad.layout[:ids])  # type: ignore[arg-type]
     if masked:
@@ -276,7 +295,10 @@ RULES: dict[Any, Rule] = {
     aten.sum.default: reduction,
     aten.mean.dim: reduction,
     aten.mm.default: matmul,
+    aten.bmm.default: matmul,
     aten.embedding_dense_backward.default: embedding,
     aten._unsafe_masked_index_put_accumulate.default: accumulate,
     aten.index_put.default: accumulate,
 }
+# operators that torch._inductor registers, which is not imported with this module
+LATE_RULES: dict[str, Rule] = {"prims.fma.default": fused_multiply_add}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import torch
 
 from cggr_compile.passes.base import fake_value, shape_of
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.row_sparse.layout import Layout, align, has_rows, regroup, resize
+from cggr_compile.passes.row_sparse.layout import SEQUENCES, Layout, Tag, align, canonical, has_rows, regroup, resize
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -35,29 +36,48 @@ class RowValues:
         self.emit = Emitter(graph, fake_value(rows).fake_mode, key="val")
         self.sparse: dict[Node, Rows] = {}
         self.backward: set[Node] = set()  # nodes that depend on a gradient: their dense value may never be needed
-        self.densified: Counter[str] = Counter()
+        self.densified: Counter[str] = Counter()  # by operator
+        self.dense_attention: Counter[str] = Counter()  # by reason
         self._versions: dict[tuple[Node, Layout], Node] = {}
         self._dense: dict[Node, Node] = {}
         self._flat: Node | None = None
+        self._folded: dict[tuple[Node, int], Node] = {}
+
+    def layout(self, *tags: Tag) -> Layout:
+        return canonical(tags, self.batch)
 
     def flat_rows(self) -> Node:
         """int64 [B * K]: positions in a flattened [B * S]."""
         if self._flat is None:
             call = self.emit.call
-            device = fake_value(self.rows).device
-            start = call(aten.mul.Tensor, call(torch.ops.prims.iota.default, self.batch, start=0, step=1,
-                         dtype=torch.int64, device=device, requires_grad=False), self.length)  # fmt: skip
-            flat = call(aten.add.Tensor, self.rows, call(aten.unsqueeze.default, start, 1))
+            flat = self.rows
+            if self.batch > 1:
+                device = fake_value(self.rows).device
+                start = call(aten.mul.Tensor, call(torch.ops.prims.iota.default, self.batch, start=0, step=1,
+                             dtype=torch.int64, device=device, requires_grad=False), self.length)  # fmt: skip
+                flat = call(aten.add.Tensor, self.rows, call(aten.unsqueeze.default, start, 1))
             self._flat = call(aten.view.default, flat, [self.batch * self.slots])
         return self._flat
 
+    def folded(self, selected: Node, size: int) -> Node:
+        """``rows`` or ``keep`` [B, K] for a batch axis of ``size`` that has others folded into it: [size, K]."""
+        if size == self.batch:
+            return selected
+        key = (selected, size)
+        if key not in self._folded:
+            shape = [self.batch, size // self.batch, self.slots]
+            wide = self.emit.call(aten.expand.default, self.emit.call(aten.unsqueeze.default, selected, 1), shape)
+            self._folded[key] = self.view(wide, [size, self.slots])
+        return self._folded[key]
+
     def index(self, shape: list[int], layout: Layout) -> tuple[int, Node]:
         """Axis of the positions and the slots' positions expanded to a row version's ``shape``."""
-        first, axis = (i for i, tag in enumerate(layout) if tag in ("B", "b", "S"))
+        first, axis = (i for i, tag in enumerate(layout) if tag in (*SEQUENCES, "S"))
         assert layout[axis] == "S"
         view = [1] * len(shape)
-        view[first], view[axis] = self.batch, self.slots
-        return axis, self.emit.call(aten.expand.default, self.emit.call(aten.view.default, self.rows, view), shape)
+        view[first], view[axis] = shape[first], self.slots
+        rows = self.emit.call(aten.view.default, self.folded(self.rows, shape[first]), view)
+        return axis, self.emit.call(aten.expand.default, rows, shape)
 
     def gather(self, node: Node, layout: Layout) -> Node:
         if "BS" in layout:
@@ -74,11 +94,14 @@ class RowValues:
     def kept(self, values: Node, layout: Layout) -> Node:
         """``values`` with unused slots set to zero."""
         shape = [1] * len(layout)
+        keep = self.keep
         if "BS" in layout:
             shape[layout.index("BS")] = self.batch * self.slots
         else:
-            shape[layout.index("B")], shape[layout.index("S")] = self.batch, self.slots
-        mask = self.emit.call(aten.view.default, self.keep, shape)
+            first, axis = (i for i, tag in enumerate(layout) if tag)
+            shape[first], shape[axis] = shape_of(values)[first], self.slots
+            keep = self.folded(keep, shape[first])
+        mask = self.emit.call(aten.view.default, keep, shape)
         value = fake_value(values)
         zero = self.emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
         return self.emit.call(aten.where.self, mask, values, zero)
@@ -146,33 +169,49 @@ class RowValues:
             order: Any = node.args[1]
             before = tuple(layout[list(order).index(i)] for i in range(len(layout)))
             return self.emit.call(target, self.version(source, before), order)
+        if target is aten.expand.default:
+            rows = self.operand(source, layout, shape_of(node)) if "b" not in layout else None
+            shape = resize(shape_of(node), layout, self.batch, self.slots)
+            return None if rows is None else self.emit.call(target, rows, shape)
+        if target is aten.full.default and "b" not in layout:
+            shape = resize(shape_of(node), layout, self.batch, self.slots)
+            return self.emit.call(target, shape, *node.args[1:], **node.kwargs)
         if target is aten.unsqueeze.default and "b" not in layout:
             position: Any = node.args[1]
             axis = position % len(layout)
             before = layout[:axis] + layout[axis + 1 :]
             return self.emit.call(target, self.version(source, before), axis) if layout[axis] is None else None
         # in the forward pass the product is there already; in the backward pass only its rows may be needed
-        if target is aten.mm.default and node in self.backward and layout == ("BS", None):
-            return self.emit.call(target, self.version(source, layout), node.args[1])
+        if target in (aten.mm.default, aten.bmm.default) and node in self.backward and "b" not in layout:
+            other: Any = node.args[1]
+            *_, left, right = layout
+            if left in ("S", "BS"):
+                return self.emit.call(target, self.version(source, layout), other)
+            if right in ("S", "BS"):
+                return self.emit.call(target, source, self.version(other, layout))
         return None
 
     def aligned(self, node: Node, layout: Layout) -> list[Any] | None:
         """Arguments of an elementwise call on rows, or None if an operand does not line up."""
-        shape = shape_of(node)
         operands: list[Any] = []
         for argument in node.args:
             if not isinstance(argument, torch.fx.Node) or not shape_of(argument):
                 operands.append(argument)
                 continue
-            mine = align(layout, shape, shape_of(argument))
-            if mine is None:  # no batch axis of its own: give it one
-                lead = [1] * (len(shape) - len(shape_of(argument)))
-                argument = self.emit.call(aten.view.default, argument, [*lead, *shape_of(argument)])
-                mine = align(layout, shape, shape_of(argument))
-                if mine is None:
-                    return None
-            operands.append(self.version(argument, mine))
+            rows = self.operand(argument, layout, shape_of(node))
+            if rows is None:
+                return None
+            operands.append(rows)
         return operands
+
+    def operand(self, node: Node, layout: Layout, shape: Sequence[int]) -> Node | None:
+        """The row version of what broadcasts to ``shape`` with ``layout``; None if it does not line up."""
+        mine = align(layout, shape, shape_of(node))
+        if mine is None:  # no batch axis of its own: give it one
+            lead = [1] * (len(shape) - len(shape_of(node)))
+            node = self.emit.call(aten.view.default, node, [*lead, *shape_of(node)])
+            mine = align(layout, shape, shape_of(node))
+        return None if mine is None else self.version(node, mine)
 
 
 POINTWISE = {

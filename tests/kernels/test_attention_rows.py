@@ -81,10 +81,8 @@ def test_bfloat16_is_upcast():
 @interpreted
 @pytest.mark.parametrize("all_keys", [False, True])
 def test_key_heads_are_shared(all_keys):
-    arguments, expected = make_case(40, 100, 16, heads=6, kv_heads=2, all_keys=all_keys, mask="bool")
-    with poisoned():
-        got = kernels.attention_rows_backward_triton(*arguments)
-    assert max(errors(got, expected)) < 1e-5
+    for mask in (None, "bool", "additive"):
+        check(*make_case(40, 100, 16, heads=6, kv_heads=2, all_keys=all_keys, mask=mask), 1e-5)
 
 
 @interpreted
@@ -183,7 +181,7 @@ def build(monkeypatch, tmp_path):
 
 
 @compiled
-@pytest.mark.parametrize(("arch", "shared_memory"), [(90, 232448), (80, 166912)])
+@pytest.mark.parametrize(("arch", "shared_memory"), [(100, 232448), (90, 232448), (80, 166912)])
 @pytest.mark.parametrize(
     ("slots", "dim", "dtype", "modes"),
     [

@@ -130,6 +130,16 @@ def test_reference_equals_autograd(causal, mask, all_keys):
         assert max(errors(got, expected)) < 2e-6, (slots, length)  # scores are float32 in the reference
 
 
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_key_heads_are_shared(kv_heads, mask, all_keys):
+    arguments, expected = make_case(5, 17, 8, heads=4, kv_heads=kv_heads, mask=mask, all_keys=all_keys, unused=2)
+    got = attention_rows_backward(*arguments)
+    assert [tensor.shape for tensor in got] == [tensor.shape for tensor in expected]
+    assert max(errors(got, expected)) < 1e-5
+
+
 def test_the_comparison_can_fail():
     arguments, expected = make_case(5, 17, 8, all_keys=True)
     assert max(errors(attention_rows_backward(*arguments), expected)) < 1e-5
@@ -140,6 +150,7 @@ def test_the_comparison_can_fail():
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 @pytest.mark.parametrize("all_keys", [False, True])
 def test_opcheck(all_keys, mask):
-    arguments, _ = make_case(5, 17, 8, all_keys=all_keys, mask=mask, batch=1)
-    outcome = opcheck(attention_rows_backward, arguments)
-    assert set(outcome.values()) == {"SUCCESS"}, outcome
+    for kv_heads in (1, 2):
+        arguments, _ = make_case(5, 17, 8, all_keys=all_keys, mask=mask, batch=1, kv_heads=kv_heads)
+        outcome = opcheck(attention_rows_backward, arguments)
+        assert set(outcome.values()) == {"SUCCESS"}, outcome
