@@ -15,7 +15,7 @@ class Disagreement(Exception):
 
 def first_layer_gradient(model: LlamaForCausalLM) -> list[Tensor]:
     """Copies on the CPU: they take none of the device's memory."""
-    return [p.grad.cpu().clone() for p in model.model.layers[0].parameters()]
+    return [p.grad.to("cpu", copy=True) for p in model.model.layers[0].parameters()]
 
 
 def check_dense(losses: dict[str, float], gradients: dict[str, list[Tensor]], dtype: str) -> None:

@@ -66,7 +66,7 @@ def title(result: dict[str, Any]) -> str:
 
 
 def rich_table(result: dict[str, Any]) -> Table:
-    table = Table(title=title(result), title_justify="left")
+    table = Table(title=title(result), title_justify="left", caption="* partly from a cache", caption_justify="left")
     table.add_column("arm")
     for name in ("fwd ms", "bwd ms", "step ms", "fwd ×", "bwd ×", "step ×", "× plain", "peak MB", "peak ×"):
         table.add_column(name, justify="right")
@@ -86,7 +86,7 @@ def rich_table(result: dict[str, Any]) -> Table:
             text(ratios["peak_mb"], "{:.2f}"),
             text(record.get("saved_mb"), "{:.0f}"),
             text(ratios["saved_mb"], "{:.2f}"),
-            text(record["compile_s"], "{:.1f}") + (" (cached)" if record["compile_cached"] else ""),
+            text(record["compile_s"], "{:.1f}") + ("*" if record["compile_cached"] else ""),
             text(record.get("tokens_per_s"), "{:.0f}"),
         )
     return table

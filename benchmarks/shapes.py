@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
 def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, *, tied: bool) -> dict[str, Any]:
@@ -68,8 +68,7 @@ def build_model(shape: Shape, *, device: str, dtype: torch.dtype, layers: int | 
     config = LlamaConfig(**arguments, max_position_embeddings=shape.length, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
-    return model.to(dtype).train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
 def make_batch(shape: Shape, *, device: str) -> tuple[Tensor, Tensor]:

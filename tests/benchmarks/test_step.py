@@ -182,6 +182,7 @@ def test_models_have_their_published_sizes() -> None:
         model = build_model(shape, device="meta", dtype=torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
         assert model.config.vocab_size == MODELS[name]["vocab_size"]
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "angles rounded to bfloat16"
 
 
 # ---------------------------------------------------------------------------------------------------------------
