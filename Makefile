@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch==2.13.0
 # Options of the demo: make demo ARGS='--steps 50 --model-size small'
 ARGS   ?=
+# ... and of the benchmark: make bench ARGS='--arms fair,selective --repeats 30'
 # Options of pytest: make test PYTEST_ARGS='-m "not slow"'
 PYTEST_ARGS ?=
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo bench test lint format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ venv: $(VENV)/.dev  ## create .venv with the package (editable) and every develo
 
 demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and random-token control
 	$(BIN)/python examples/train_gsm8k.py $(ARGS)
+
+bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
+	$(BIN)/python benchmarks/step.py $(ARGS)
 
 test: lint  ## lint, then the whole test suite
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

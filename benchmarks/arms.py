@@ -1,0 +1,117 @@
+"""The ways of computing one training step that the benchmarks compare.
+
+plain        ``torch.compile(model)``, called as users do: ``model(input_ids=ids, labels=labels).loss``. Compiled,
+             transformers builds a dense causal mask (it cannot rule out packed sequences), and the logits are outputs.
+fair         the same model and the same loss (transformers' own: float32 logits, shifted, mean cross-entropy) without
+             these two handicaps: SDPA with ``is_causal=True`` and no mask tensor, a compiled function that returns the
+             loss alone. None of this project's code takes part.
+selective    ``backend="cggr"`` with its default options, router included.
+stop         the same with ``kv_gradient="stop"``.
+random       control: random tokens, no router.
+exact        ``gradient="exact"``: the true gradient of the selected loss.
+dense-cggr   control: ``backend="cggr"`` at ratio 1.0, where it must equal the dense model.
+
+How `fair` gets rid of the mask: transformers makes no mask for an attention function that has no mask function
+registered beside it, and its SDPA function is causal without a mask. So the arm's model uses that very SDPA function
+under another name. :func:`check_fair` looks at the captured graph to prove it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from shapes import SHAPES, build_model, make_batch
+from torch import Tensor
+from torch.fx import GraphModule
+from transformers import AttentionInterface, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from cggr_compile.backend import cggr
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+BASELINES = ("plain", "fair")
+# options of backend "cggr" beside the ratio
+SELECTIVE: dict[str, dict[str, Any]] = {
+    "selective": {},
+    "stop": {"kv_gradient": "stop"},
+    "random": {"scoring": "random"},
+    "exact": {"gradient": "exact"},
+    "dense-cggr": {"min_tokens_ratio": 1.0},
+}
+ARMS = (*BASELINES, *SELECTIVE)
+DEFAULT_ARMS = ("plain", "fair", "selective", "stop", "random")
+# arms that compute the dense model: their losses and gradients must agree
+DENSE = ("fair", "plain", "dense-cggr")
+
+MASKLESS = "sdpa_without_mask"
+AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+
+
+def without_mask(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with causal attention that needs no mask tensor; the parameters are shared."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twin.set_attn_implementation(MASKLESS)
+    return twin
+
+
+def loss_of(model: LlamaForCausalLM) -> Step:
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=labels).loss
+        return loss
+
+    return step
+
+
+def build_arm(
+    name: str,
+    model: LlamaForCausalLM,
+    *,
+    ratio: float,
+    compiler: str = "auto",
+    cuda_graphs: bool = False,
+    dump_dir: str | None = None,
+) -> Step:
+    """A function (ids, labels) -> loss, compiled at its first call. All arms of one ``model`` share its parameters."""
+    mode = "reduce-overhead" if cuda_graphs else None
+    dense = "aot_eager" if compiler == "eager" else "inductor"
+    if name == "plain":
+        return loss_of(torch.compile(model, backend=dense, mode=mode))
+    if name == "fair":
+        return torch.compile(loss_of(without_mask(model)), backend=dense, mode=mode)
+    options: dict[str, Any] = {"min_tokens_ratio": ratio, "compiler": compiler, "dump_dir": dump_dir}
+    options |= {"fallback": "error", **SELECTIVE[name]}
+    # the function behind backend="cggr": found in a checkout that is not installed, too
+    return loss_of(torch.compile(model, backend=cggr, mode=mode, options=options))
+
+
+def captured(step: Step, *batch: Tensor) -> list[GraphModule]:
+    """The graphs that Dynamo captures of a call; they run as they are."""
+    graphs: list[GraphModule] = []
+
+    def keep(gm: GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(step, backend=keep)(*batch)
+    return graphs
+
+
+def plain_causal(graph: GraphModule) -> list[bool]:
+    """For every attention of a captured graph: is it causal by its flag, without a mask tensor?"""
+    calls = [n for n in graph.graph.nodes if getattr(n.target, "__name__", "") == "scaled_dot_product_attention"]
+    return [len(n.args) == 3 and n.kwargs.get("attn_mask") is None and n.kwargs.get("is_causal") is True for n in calls]
+
+
+def check_fair() -> None:
+    """Raises RuntimeError unless the fair arm is one graph that returns the loss, with causal attention and no mask."""
+    shape = SHAPES["tiny"]
+    model = build_model(shape, device="cpu", dtype=torch.float32, layers=1)
+    graphs = captured(loss_of(without_mask(model)), *make_batch(shape, device="cpu"))
+    torch._dynamo.reset()
+    outputs = [len(graph.graph.output_node().all_input_nodes) for graph in graphs]
+    if outputs != [1] or plain_causal(graphs[0]) != [True]:
+        raise RuntimeError("this release of transformers gives the fair baseline a mask tensor or further outputs")

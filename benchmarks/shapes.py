@@ -1,0 +1,78 @@
+"""What the benchmarks run: Llama models with random weights, batches of random tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "intermediate_size": mlp,
+        "tie_word_embeddings": tied,
+    }
+
+
+# The dimensions of SmolLM-135M and -360M and of Llama-3.2-1B; the others are ours.
+MODELS = {
+    "tiny": _llama(256, 64, 2, (4, 2), 128, tied=True),
+    "cpu": _llama(8192, 384, 8, (6, 2), 1024, tied=False),
+    "135m": _llama(49152, 576, 30, (9, 3), 1536, tied=True),
+    "360m": _llama(49152, 960, 32, (15, 5), 2560, tied=True),
+    "1b": _llama(128256, 2048, 16, (32, 8), 8192, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and a batch of ``batch`` sequences of ``length`` tokens."""
+
+    model: str
+    batch: int
+    length: int
+    device: str
+    dtype: str
+
+
+SHAPES = {
+    "tiny": Shape("tiny", 2, 64, "cpu", "float32"),
+    "cpu-384": Shape("cpu", 4, 512, "cpu", "float32"),
+    "135m-16x2048": Shape("135m", 16, 2048, "cuda", "bfloat16"),
+    "360m-8x2048": Shape("360m", 8, 2048, "cuda", "bfloat16"),
+    "1b-8x1024": Shape("1b", 8, 1024, "cuda", "bfloat16"),
+    "1b-4x4096": Shape("1b", 4, 4096, "cuda", "bfloat16"),
+    "135m-16x512": Shape("135m", 16, 512, "cuda", "bfloat16"),
+    "135m-4x512": Shape("135m", 4, 512, "cuda", "bfloat16"),
+}
+DEFAULT_SHAPES = {
+    "cpu": ["cpu-384"],
+    "cuda": [name for name, shape in SHAPES.items() if shape.device == "cuda"],
+}
+
+
+def build_model(shape: Shape, *, device: str, dtype: torch.dtype, layers: int | None = None) -> LlamaForCausalLM:
+    """The shape's model in training mode; the same weights at every call. ``layers`` makes it shorter."""
+    arguments = dict(MODELS[shape.model])
+    if layers is not None:
+        arguments["num_hidden_layers"] = layers
+    # no cache of keys and values: no trainer asks for one, and it would be an output that carries gradient
+    config = LlamaConfig(**arguments, max_position_embeddings=shape.length, use_cache=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def make_batch(shape: Shape, *, device: str) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, int64 [batch, length] each: equal, but two tensors."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(MODELS[shape.model]["vocab_size"], (shape.batch, shape.length), generator=generator)
+    return ids.to(device), ids.to(device, copy=True)

@@ -1,0 +1,104 @@
+"""Times one training step (forward and backward, no optimizer) of selective training and of dense baselines.
+
+The arms (see arms.py) share one model and one batch and take turns, one step each in every round; the figures are
+medians over the rounds after the warm-up. Ratios are `fair` over the arm: how many times faster, or smaller. Peak
+memory is over what is allocated between steps; "saved" is what the forward keeps for the backward. Compile time is the
+first step; what another arm, or an earlier process with the same TORCHINDUCTOR_CACHE_DIR, has compiled already is not
+compiled again, so compile times compare only between processes with one arm and an empty cache each.
+
+The JSON file is written after every arm and every round, so that an interrupted run leaves what it measured.
+
+    python benchmarks/step.py                                             # CPU
+    python benchmarks/step.py --device cuda --shapes 135m-16x2048 --json runs/135m.json
+    python benchmarks/step.py --merge runs/135m.json runs/1b.json --readme
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from agreement import Disagreement
+from arms import ARMS, DEFAULT_ARMS, check_fair
+from machine import describe
+from results import machine_line, markdown, rich_table, save
+from rich.console import Console
+from rounds import ShapeRun
+from shapes import DEFAULT_SHAPES, SHAPES
+
+
+def names(allowed: list[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        if unknown := sorted(set(chosen) - set(allowed)):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shapes", type=names(list(SHAPES)), help=f"comma-separated, of: {', '.join(SHAPES)}")
+    parser.add_argument("--arms", type=names(list(ARMS)), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
+    parser.add_argument("--ratio", type=float, default=0.25, help="min_tokens_ratio of the selective arms")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; 0: compile and warm up only")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/step.json"))
+    parser.add_argument("--cuda-graphs", action="store_true", help='mode="reduce-overhead" for every arm')
+    parser.add_argument("--compiler", choices=("auto", "eager"), default="auto", help="eager: no generated code")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape's model has, to rehearse")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, instead of the shape's")
+    parser.add_argument("--dump-dir", type=Path, help="folder for the graphs of the selective arms")
+    parser.add_argument("--profile", action="store_true", help="kernel times of every arm, into the folder of --json")
+    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: show these JSON files")
+    parser.add_argument("--readme", action="store_true", help="also print the table as Markdown")
+    args = parser.parse_args(argv)
+    args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
+    if not 0 < args.ratio <= 1:
+        parser.error(f"--ratio must be in (0, 1], got {args.ratio}")
+    if args.repeats < 0 or (args.layers is not None and args.layers < 1):
+        parser.error("--repeats must be at least 0 and --layers at least 1")
+    if args.cuda_graphs and args.device != "cuda":
+        parser.error("--cuda-graphs needs --device cuda")
+    if args.device == "cuda" and not args.merge and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    return args
+
+
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Runs every shape; the document as it is in the file."""
+    document: dict[str, Any] = {"machine": describe(args.device), "results": []}
+    check_fair()
+    for shape in args.shapes:
+        try:
+            ShapeRun(shape, args, document, lambda line: console.print(line, highlight=False)).run()
+        finally:
+            save(document, args.json)
+    return document
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console(width=max(140, Console().width))
+    try:
+        documents = [json.loads(path.read_text()) for path in args.merge] if args.merge else [measure(args, console)]
+    except Disagreement as error:
+        console.print(f"The arms do not compute the same thing: {error}", highlight=False)
+        return 1
+    for document in documents:
+        console.print(machine_line(document["machine"]), highlight=False)
+        for result in document["results"]:
+            console.print(rich_table(result))
+    if args.readme:
+        console.print(markdown(documents), highlight=False, soft_wrap=True, markup=False)
+    records = [arm for document in documents for result in document["results"] for arm in result["arms"].values()]
+    return int(any(record["status"] != "ok" for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""One training step, measured: forward and backward, no optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from arms import Step
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+MB = 2**20
+
+
+@dataclass
+class Sample:
+    """Milliseconds and megabytes of one step.
+
+    peak_mb: CUDA only: most memory allocated during the step less what was allocated before it (parameters, batch,
+        whatever else lives between steps; gradients are None then, so the new gradients count).
+    saved_mb: what the forward keeps for the backward. CUDA: allocated after the forward less before it. CPU: the
+        tensors that the autograd graph of the loss holds, without the parameters and the batch.
+    """
+
+    forward: float
+    backward: float
+    step: float
+    loss: float
+    peak_mb: float | None
+    saved_mb: float | None
+
+
+def run_step(
+    step: Step, batch: tuple[Tensor, Tensor], model: LlamaForCausalLM, *, lead_in: bool = False, memory: bool = True
+) -> Sample:
+    """Run a step and measure it. On CUDA the device is waited for at the end only.
+
+    ``lead_in``: run a step before, not measured, and do not wait for it. On CUDA the measured step then finds the
+    queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is bound
+    by launches shows the host's.
+
+    ``memory=False`` leaves memory out: what CUDA graphs use is allocated once, not step by step.
+    """
+    device = batch[0].device.type
+    if lead_in:
+        _begin(model, device)
+        step(*batch).backward()
+    _begin(model, device)
+    static = torch.cuda.memory_allocated() if device == "cuda" else 0
+    start = _stamp(device)
+    loss = step(*batch)
+    middle = _stamp(device)
+    saved = None
+    if memory:  # counting takes time on the CPU: neither the forward's nor the backward's
+        inputs = (*model.parameters(), *batch)
+        saved = (torch.cuda.memory_allocated() - static if device == "cuda" else saved_bytes(loss, inputs)) / MB
+    resume = _stamp(device) if device == "cpu" else middle
+    loss.backward()
+    end = _stamp(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - static) / MB if memory and device == "cuda" else None
+    forward, backward = _milliseconds(start, middle), _milliseconds(resume, end)
+    return Sample(forward, backward, forward + backward, float(loss.detach()), peak, saved)
+
+
+def _begin(model: LlamaForCausalLM, device: str) -> None:
+    model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _stamp(device: str) -> Any:
+    """A moment: a CUDA event, or seconds of the host's clock."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _milliseconds(start: Any, end: Any) -> float:
+    return float(start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else 1e3 * (end - start))
+
+
+def saved_bytes(loss: Tensor, other: Iterable[Tensor]) -> int:
+    """Bytes of the tensors that the autograd graph of ``loss`` holds, each memory once, those of ``other`` left out."""
+    skip = {tensor.untyped_storage().data_ptr() for tensor in other}
+    found: dict[int, int] = {}
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+        for value in _saved_by(node):
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(size for pointer, size in found.items() if pointer not in skip)
+
+
+def _saved_by(node: Any) -> Iterable[Any]:
+    """What an autograd node holds: a compiled function has ``saved_tensors``, an operator's node ``_saved_*``."""
+    if hasattr(node, "saved_tensors"):
+        return node.saved_tensors  # type: ignore[no-any-return]
+    return [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]

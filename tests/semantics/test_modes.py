@@ -1,0 +1,105 @@
+"""Evaluation, generation, checkpoints, several models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import SEQ, VOCAB, compiled, make_batch
+from reference import assert_same, backward, dense, eager_call, hf_reference
+from training import RATIO, check_against_reference, complaints, metrics, selected, small
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_evaluation_is_untouched_inductor(grad: bool) -> None:
+    model, batch = small(), make_batch()
+    plain = copy.deepcopy(model)
+    plain.compile()
+    compiled(model, min_tokens_ratio=RATIO, compiler="inductor")
+    for training in (False,) if grad else (False, True):
+        model.train(training), plain.train(training)
+        with torch.set_grad_enabled(grad), complaints() as heard:
+            got, want = model(**batch), plain(**batch)
+            assert got.logits.shape == (2, SEQ, VOCAB)
+            assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+            if not grad:
+                got, want = model(batch["input_ids"]), plain(batch["input_ids"])
+                assert got.loss is None and torch.equal(got.logits, want.logits)
+        assert not heard, heard
+
+
+def test_train_eval_train() -> None:
+    model, batch = small(), make_batch()
+    compiled(model, min_tokens_ratio=RATIO)
+    check_against_reference(model, batch)
+    step = metrics(model)["step"]
+
+    model.eval()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            output = model(**batch)
+            want = eager_call(model, **batch)
+        torch.testing.assert_close(output.loss, want.loss)
+        torch.testing.assert_close(output.logits, want.logits)
+    assert metrics(model)["step"] == step
+
+    model.train()
+    check_against_reference(model, batch)
+    assert metrics(model)["step"] == step + 1
+
+
+def test_training_without_labels() -> None:
+    """Logits for a loss outside of the compiled region: the dense model, and its gradient."""
+    model, batch = small(), make_batch()
+    compiled(model, min_tokens_ratio=RATIO, fallback="silent")
+    logits = model(batch["input_ids"]).logits
+    assert logits.shape == (2, SEQ, VOCAB)
+    loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), batch["labels"][:, 1:].reshape(-1))
+    assert_same(backward(model, loss), dense(model, batch))
+
+
+def test_generate() -> None:
+    model, batch = small(), make_batch()
+    plain = copy.deepcopy(model).eval()
+    compiled(model, min_tokens_ratio=RATIO)
+    model(**batch).loss.backward()
+    prompt = batch["input_ids"][:, :5]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model.eval()
+    with complaints() as heard:
+        assert torch.equal(model.generate(prompt, **settings), plain.generate(prompt, **settings))
+    assert not heard, heard
+
+
+def test_state_dict_is_the_models_own() -> None:
+    model, batch = small(), make_batch()
+    keys = list(model.state_dict())
+    compiled(model, min_tokens_ratio=RATIO)
+    assert list(model.state_dict()) == keys
+    model(**batch).loss.backward()
+    assert list(model.state_dict()) == keys
+    assert {n for n, _ in model.named_buffers()} == {n for n, _ in small().named_buffers()}
+    small().load_state_dict(model.state_dict())
+
+
+def test_torch_compile_wrapper() -> None:
+    """torch.compile(model) instead of model.compile(): the runtime is found from either object."""
+    model, batch = small(), make_batch()
+    wrapped = compiled(model, in_place=False, min_tokens_ratio=RATIO)
+    got = backward(model, wrapped(**batch).loss)
+    assert_same(got, hf_reference(model, batch, selected(wrapped)))
+
+
+def test_two_models_have_two_runtimes() -> None:
+    first, second, batch = small(), small("gpt2"), make_batch()
+    compiled(first, min_tokens_ratio=RATIO)
+    compiled(second, min_tokens_ratio=0.5)
+    first(**batch).loss.backward()
+    before = selected(first)
+    second(**batch).loss.backward()
+    second(**batch).loss.backward()
+    assert torch.equal(selected(first), before)
+    assert tuple(selected(second).shape) == (2, SEQ // 2)
+    assert (metrics(first)["step"], metrics(second)["step"]) == (1, 2)
