@@ -18,6 +18,17 @@ def capture_fake_mode(gm: GraphModule) -> Any:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
 
 
+# metadata of a checkpoint's body: the context_fn of selective activation checkpointing
+CHECKPOINT_CONTEXT = "_checkpoint_context_fn"
+
+
+def next_checkpoint_id() -> int:
+    """An ``ac_graph_id``: they grow in the order of the graph, and no two checkpoints of a process share one."""
+    from torch._higher_order_ops.wrap import uid
+
+    return next(uid)
+
+
 def frame_scopes() -> dict[str, dict[str, Any]]:
     """Locals (L) and globals (G) of the frame that Dynamo is compiling; empty outside a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

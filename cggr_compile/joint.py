@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,8 @@ def source_digest() -> str:
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
     """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
     others = compat.user_joint_passes()
+    # the printed graph, which keys the rest, does not show which of its nodes are recomputed (inline_checkpoints)
+    facts = json.dumps([record.details for record in report.passes], sort_keys=True, default=str)
 
     class JointPrePass(compat.custom_graph_pass()):  # type: ignore[misc]
         def __call__(self, graph: Graph) -> None:
@@ -47,7 +50,7 @@ def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> An
             keys = [getattr(other, "uuid", lambda: None)() for other in others]
             if any(key is None for key in keys):
                 return None  # an unkeyed pass of the user: no caching
-            return (source_digest(), options.digest(), *keys)
+            return (source_digest(), options.digest(), facts, *keys)
 
     return JointPrePass()
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from capture import Captured
 
 from cggr_compile.passes.base import shape_of
+from cggr_compile.pipeline import EXACT_PASSES
 
 
 def test_own_decoder(decoder_step):
@@ -96,8 +97,8 @@ def test_tail_must_be_position_wise(batch):
     assert not result.matched and "cumsum" in result.reason
 
 
-def test_activation_checkpoints_are_named(batch):
+def test_activation_checkpoints_that_were_not_inlined_are_named(batch):
     model = models.family("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    result = Captured(model, **batch, use_cache=False).run("find_stack")
+    result = Captured(model, **batch, use_cache=False).run("find_stack", EXACT_PASSES)
     assert not result.matched and "checkpoint" in result.reason
