@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +13,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat
+from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.base import GraphContext, fake_value
-from cggr_compile.pipeline import rewrite
-from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.pipeline import copy_module, note_cached, rewrite
+from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
+from cggr_compile.verify import Verifier, unverifiable
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ def cggr(
 
 
 def _reset() -> None:
-    """``torch._dynamo.reset()``: nothing here outlives the compiled code it belongs to."""
+    """``torch._dynamo.reset()``: only CUDA graphs outlive the compiled code they belong to."""
+    compat.reset_cuda_graphs()
 
 
 cggr.reset = _reset  # type: ignore[attr-defined]
@@ -62,11 +66,16 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     if mode is not None and mode not in modes:
         raise OptionError(f"mode must be one of {sorted(modes)}, got {mode!r}")
     patches = {**modes[mode or "default"], **options.inductor}
+    if options.cuda_graphs:
+        patches[compat.CUDA_GRAPHS] = True
     unknown = sorted(set(patches) - compat.inductor_option_names())
     if unknown:
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
     runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     engine = _engine(options, inputs)
+    if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
+        runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
+        patches[compat.CUDA_GRAPHS] = False
     training = _is_training(gm, inputs)
     report = GraphReport(
         index=sum(r.training == training for r in runtime.reports),
@@ -87,6 +96,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         runtime.fall_back(report)
     dump.finish()
     if not report.matched:
+        if options.verify and report.training:
+            _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
         return _remember(_lower(work, inputs, engine, patches), runtime, report)
     return _selective(work, inputs, ctx, runtime, report, dump, patches)
 
@@ -140,26 +151,78 @@ def _selective(
     dump: GraphDump,
     patches: dict[str, Any],
 ) -> Callable[..., Any]:
-    assert ctx.selection is not None and ctx.loss is not None
+    assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
-    compiled: Callable[..., Any]
-    if report.compiler == "eager":
-        compiled = compat.aot_eager(gm, example, partition_with_passes(report, dump))
-    else:
-        hook = joint_pre_pass(ctx.options, report, dump)
-        compiled = compat.compile_fx(gm, example, {**patches, "joint_custom_pre_pass": hook})
+    semantic = copy_module(gm)  # a compiler may change the graph it gets
+    compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
+    note_cached(report)
+    if message := dense_layers(report, ctx.stack.blocks):
+        runtime.warn(message)
+    verifier = _verifier(compiled, semantic, example, ctx.options, runtime, report, patches)
+    replayed = report.compiler == "Inductor CUDA" and compat.uses_cuda_graphs(patches)
+    dump.finish()
     check = _label_check(gm, ctx)
     check(inputs)
 
     def run(*args: Any) -> Any:
+        nonlocal verifier
         if _checks_labels_every_step(device):
             check(args)
+        if verifier is not None:
+            verifier.step(args, runtime, report)
+            if not verifier.remaining:
+                verifier = None  # and with it the dense backward
         *outputs, selected, stats = compiled(*args, runtime.next_state(device))
+        if replayed:  # the next replay overwrites what this one returned
+            selected, stats = selected.clone(), stats.clone()
         runtime.record(report, selected, stats)
         return tuple(outputs)
 
     return run
+
+
+def _lower_selective(
+    gm: GraphModule,
+    example: list[Any],
+    options: Options,
+    report: GraphReport,
+    dump: GraphDump,
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a rewritten graph, with the optimising passes."""
+    if report.compiler == "eager":
+        return compat.aot_eager(gm, example, partition_with_passes(report, dump))
+    return compat.compile_fx(gm, example, {**patches, "joint_custom_pre_pass": joint_pre_pass(options, report, dump)})
+
+
+def _verifier(
+    compiled: Callable[..., Any],
+    semantic: GraphModule,
+    example: list[Any],
+    options: Options,
+    runtime: Runtime,
+    report: GraphReport,
+    patches: dict[str, Any],
+) -> Verifier | None:
+    """What the option ``verify`` asks for: the same graph once more, with a dense backward."""
+    if not options.verify:
+        return None
+    device = example[-1].device
+    if why := unverifiable(report, device):
+        _nothing_to_verify(runtime, report, why)
+        return None
+    options = dataclasses.replace(options, row_sparse=False)
+    dense = dataclasses.replace(report, options=options.as_dict(), passes=[])
+    patches = {**patches, compat.CUDA_GRAPHS: False}  # it runs a few times only
+    with compat.separate_tracing_context():
+        reference = _lower_selective(copy_module(semantic), example, options, dense, GraphDump(None, dense), patches)
+    return Verifier(compiled, reference, semantic, device, options.verify)
+
+
+def _nothing_to_verify(runtime: Runtime, report: GraphReport, why: str) -> None:
+    report.verification = Verification(note=why)
+    runtime.notify(f"verify: nothing to compare: {why}")
 
 
 def _checks_labels_every_step(device: torch.device) -> bool:

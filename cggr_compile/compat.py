@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 
 def capture_fake_mode(gm: GraphModule) -> Any:
@@ -61,6 +64,24 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str,
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """Inductor's settings for each ``torch.compile`` mode."""
     return {mode: dict(settings) for mode, settings in torch._inductor.list_mode_options().items()}
+
+
+CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's name of the setting
+
+
+def uses_cuda_graphs(patches: dict[str, Any]) -> bool:
+    """Whether Inductor replays CUDA graphs under these settings and the global ones."""
+    from torch._inductor import config
+
+    return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
+
+
+def reset_cuda_graphs() -> None:
+    """Drop the CUDA graphs that Inductor has recorded, and their memory."""
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
 
 
 def inductor_option_names() -> set[str]:
@@ -132,6 +153,30 @@ def has_triton() -> bool:
 def storage_id(tensor: torch.Tensor) -> int:
     """The same number for tensors (fake ones too) that share memory."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def source_name(placeholder: Node) -> str:
+    """What the user calls a graph input: ``model.layers.0.mlp.up_proj.weight``, or the expression Dynamo has for it."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return str(placeholder)
+    name = source.name() if callable(source.name) else source.name  # a method before 2.13
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
+    return ".".join(parts) or str(name)
+
+
+@contextmanager
+def separate_tracing_context() -> Iterator[None]:
+    """Compile a second graph for the same capture.
+
+    AOTAutograd leaves what its backward compiler needs (the buffers it may reuse, say) on the tracing context, and
+    compiles the backward only when it first runs: two graphs must not share one.
+    """
+    from torch._guards import TracingContext, tracing
+
+    context = TracingContext.try_get()
+    with tracing(copy.copy(context)):
+        yield
 
 
 def weak_tensor_dict() -> Any:

@@ -41,6 +41,9 @@ class Options:
             weights still learn from every position), ``stop`` at the keys and values.
         row_sparse: compute only the selected rows of the backward pass. Exact either way; False shows what the pass
             itself contributes.
+        verify: training steps of every compiled graph to check on the user's own batches: the backward with and
+            without the row-sparse pass, every gradient compared; True checks each step, False or 0 none. Raises
+            VerificationError at the forward call. See :class:`cggr_compile.verify.Verifier`.
         logits: what a training forward returns as logits: ``drop`` an empty [B, 0, V] tensor, ``detach`` all of
             them without gradient.
         padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
@@ -51,6 +54,8 @@ class Options:
             or be ``silent``. The graph is compiled as it is in any case.
         compiler: ``inductor``, ``eager`` (AOTAutograd, no code generation), or ``auto``.
         dump_dir: folder for readable graphs and report.json; None reads the environment's CGGR_DUMP_DIR.
+        cuda_graphs: replay the step as CUDA graphs (Inductor's ``triton.cudagraphs``, as ``mode="reduce-overhead"``
+            sets it); needs a CUDA device.
         inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``.
     """
 
@@ -62,6 +67,7 @@ class Options:
     gradient: Literal["routed", "exact"] = "routed"
     kv_gradient: Literal["project", "stop"] = "project"
     row_sparse: bool = True
+    verify: bool | int = False
     logits: Literal["drop", "detach"] = "drop"
     padding: Literal["auto", "right", "any"] = "auto"
     seed: int = 0
@@ -69,6 +75,7 @@ class Options:
     fallback: Literal["warn", "error", "silent"] = "warn"
     compiler: Literal["auto", "inductor", "eager"] = "auto"
     dump_dir: str | None = None
+    cuda_graphs: bool = False
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,8 +91,11 @@ class Options:
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise OptionError(f"seed must be an integer in [0, 2**31), got {self.seed!r}")
-        if not isinstance(self.row_sparse, bool):
-            raise OptionError(f"row_sparse must be True or False, got {self.row_sparse!r}")
+        for name in ("row_sparse", "cuda_graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.verify, int) or self.verify < 0:
+            raise OptionError(f"verify must be True, False or a number of steps >= 0, got {self.verify!r}")
         if not (self.dump_dir is None or isinstance(self.dump_dir, str)):
             raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
         if not isinstance(self.inductor, Mapping):
@@ -129,7 +139,8 @@ class Options:
 
     def digest(self) -> str:
         """Hash of everything that can change the compiled graph."""
-        fields = {k: v for k, v in self.as_dict().items() if k not in ("dump_dir", "fallback", "advance", "seed")}
+        same_graph = ("dump_dir", "fallback", "advance", "seed", "verify")
+        fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

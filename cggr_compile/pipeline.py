@@ -72,22 +72,32 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
         report.reason = "min_tokens_ratio is 1.0: every token is trained on"
         return work
     report.matched = True
-    report.reason = "; ".join(r.reason for r in report.passes if r.name in ("find_stack", "select_rows"))
+    told = (FindStack.name, SelectRows.name)
+    report.reason = "; ".join(record.reason for record in report.passes if record.name in told)
     return work
+
+
+def joint_passes(report: GraphReport) -> list[JointPass]:
+    """The optimising passes that the options ask for."""
+    return [p for p in JOINT_PASSES if report.options["row_sparse"] or not isinstance(p, RowSparseBackward)]
 
 
 def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:
     """Run the optimising passes over a joint graph, in place."""
-    for joint_pass in JOINT_PASSES:
-        if isinstance(joint_pass, RowSparseBackward) and not report.options["row_sparse"]:
-            continue
+    for joint_pass in joint_passes(report):
         record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
         if record.matched:
             owner = graph.owning_module
             assert owner is not None
             owner.recompile()
             dump.stage(f"joint_{joint_pass.name}", owner, record)
-    dump.finish()
+
+
+def note_cached(report: GraphReport) -> None:
+    """Records optimising passes that did not run: Inductor's cache had the compiled graph, passes applied."""
+    if not any(record.stage == "joint" for record in report.passes):
+        why = "from Inductor's cache: it ran when this graph was first compiled, and what it found is not kept"
+        report.passes += [PassRecord(joint_pass.name, "joint", None, why) for joint_pass in joint_passes(report)]
 
 
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:

@@ -21,16 +21,51 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class PassRecord:
-    """One pass over one graph. ``added``/``removed`` count operators by name; ``seconds`` is host time."""
+    """One pass over one graph. ``added``/``removed`` count operators by name; ``seconds`` is host time.
+
+    ``matched`` is None where the pass did not run, because the compiled graph came out of Inductor's cache.
+    """
 
     name: str
     stage: str
-    matched: bool
+    matched: bool | None
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
     added: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+@dataclass
+class Verification:
+    """What comparing the row-sparse backward with the dense one has shown so far (option ``verify``).
+
+    Attributes:
+        steps: training steps compared.
+        max_error: the largest error of any gradient (:class:`cggr_compile.verify.Verifier` defines it), None before
+            the first step.
+        worst: the parameter or input it was found in.
+        tolerance: what max_error may be.
+        note: why steps were not compared, if some were not.
+    """
+
+    steps: int = 0
+    max_error: float | None = None
+    worst: str | None = None
+    tolerance: float | None = None
+    note: str = ""
+
+    def add(self, error: float, worst: str) -> None:
+        self.steps += 1
+        if self.max_error is None or error > self.max_error:
+            self.max_error, self.worst = error, worst
+
+    def __str__(self) -> str:
+        text = "nothing compared"
+        if self.max_error is not None:
+            text = f"{self.steps} steps, largest error {self.max_error:.1e} in {self.worst}"
+            text += f" (tolerance {self.tolerance:.1e})"
+        return f"{text}; {self.note}" if self.note else text
 
 
 @dataclass
@@ -43,6 +78,7 @@ class GraphReport:
         reason: why, in one sentence.
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
         compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
+        verification: the outcome of the option ``verify``; None if it is off.
     """
 
     index: int
@@ -52,6 +88,7 @@ class GraphReport:
     matched: bool = False
     reason: str = ""
     passes: list[PassRecord] = field(default_factory=list)
+    verification: Verification | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,8 +124,10 @@ class Explanation:
                 table.add_column(column, overflow="fold")
             for record in graph.passes:
                 delta = _delta_text(record.added, record.removed)
-                table.add_row(record.name, record.stage, "yes" if record.matched else "no", record.reason, delta)
+                table.add_row(record.name, record.stage, _MATCHED[record.matched], record.reason, delta)
             console.print(table)
+            if graph.verification is not None:
+                console.print(f"verified: {graph.verification}", markup=False)
         console.print(f"matched: {self.matched} ({self.reason})", markup=False)
         return console.export_text()
 
@@ -145,6 +184,9 @@ class GraphDump:
         compat.trace_structured(f"{self._prefix}_report", text)
         if self.folder is not None:
             (self.folder / "report.json").write_text(text)
+
+
+_MATCHED = {True: "yes", False: "no", None: "?"}
 
 
 def operator_counts(graph: Graph) -> Counter[str]:

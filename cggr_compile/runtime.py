@@ -16,14 +16,14 @@ from torch import Tensor
 from cggr_compile import compat
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
-from cggr_compile.report import GraphReport
+from cggr_compile.report import GraphReport, Verification
 
 log = logging.getLogger(__name__)
 _STATE_VERSION = 1
 
 
 class FallbackWarning(UserWarning):
-    """A training graph was compiled as it is, without selection."""
+    """A training graph, or a part of its backward pass, is computed for every position."""
 
 
 class Runtime:
@@ -48,6 +48,7 @@ class Runtime:
         self._device_state: Tensor | None = None
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
+        self._verification = Verification()
 
     def step(self) -> None:
         """Advance the step by one. Needed with ``advance="manual"`` only (gradient accumulation)."""
@@ -56,11 +57,12 @@ class Runtime:
             self._device_state[1].add_(1)  # on the device: no transfer, no synchronisation
 
     def metrics(self) -> dict[str, Any]:
-        """Figures of the last training forward. The only call that waits for the device.
+        """Figures of the last training forward. Besides ``verify``, the only thing that waits for the device.
 
         Keys: step; token_ratio = tokens_selected / tokens_total; tokens_selected; tokens_total (candidates);
         avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router ran); scoring;
-        selection; matched; fallback_reason (None if matched).
+        selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error, verify_worst: steps
+        that the option ``verify`` has compared, the largest error (None before the first) and whose it was.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -78,6 +80,9 @@ class Runtime:
             "selection": self.options.selection,
             "matched": matched,
             "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
+            "verify_steps": self._verification.steps,
+            "verify_max_error": self._verification.max_error,
+            "verify_worst": self._verification.worst,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,12 +120,16 @@ class Runtime:
         self.reports.append(report)
         self._note(report)
 
-    def next_state(self, device: torch.device) -> Tensor:
-        """(seed, step) for one training forward, as a fresh int64 [2] on ``device``; advances if automatic."""
+    def state(self, device: torch.device) -> Tensor:
+        """(seed, step) of the next training forward, as a fresh int64 [2] on ``device``."""
         if self._device_state is None or self._device_state.device != device:
             self._device_state = torch.tensor([self.seed, self._step], dtype=torch.int64, device=device)
         # a copy: the compiled graph may keep its input for the backward pass
-        state = self._device_state.clone()
+        return self._device_state.clone()
+
+    def next_state(self, device: torch.device) -> Tensor:
+        """:meth:`state`, for a training forward that happens now; advances if automatic."""
+        state = self.state(device)
         if self.options.advance == "auto" and self._observed is None:
             self.step()
         return state
@@ -129,6 +138,13 @@ class Runtime:
         self._note(report)
         if self._observed is None:
             self.selected, self._stats = selected, stats
+
+    def verified(self, report: GraphReport, error: float, worst: str) -> None:
+        """A step of this graph has been compared."""
+        assert report.verification is not None
+        report.verification.add(error, worst)
+        if self._observed is None:
+            self._verification.add(error, worst)
 
     def _note(self, report: GraphReport) -> None:
         if self._observed is not None:
@@ -150,9 +166,13 @@ class Runtime:
         """Say once, as the options ask, that a training graph is compiled as it is."""
         if self.options.fallback == "error":
             raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {report.reason}")
-        if self.options.fallback == "warn" and report.reason not in self._warned:
-            self._warned.add(report.reason)
-            warnings.warn(f"cggr: this training graph runs as it is: {report.reason}", FallbackWarning, stacklevel=2)
+        self.warn(f"this training graph runs as it is: {report.reason}")
+
+    def warn(self, message: str) -> None:
+        """Warn once per model, unless ``fallback="silent"``."""
+        if self.options.fallback != "silent" and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"cggr: {message}", FallbackWarning, stacklevel=3)
 
     def notify(self, message: str) -> None:
         """Log a message once per model."""

@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 
+import cggr_compile
 from cggr_compile import joint
 from cggr_compile.options import Options
 from cggr_compile.report import GraphDump, GraphReport
@@ -47,6 +48,20 @@ def test_user_pass_still_runs():
         model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="inductor")
         model(**models.make_batch()).loss.backward()
     assert seen
+
+
+@pytest.mark.slow
+def test_a_cached_graph_says_that_its_passes_did_not_run():
+    with torch._inductor.utils.fresh_cache():
+        for matched in (True, None):
+            torch._dynamo.reset()
+            model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="inductor")
+            model(**models.make_batch()).loss.backward()
+            explanation = cggr_compile.Explanation(cggr_compile.runtime(model).reports)
+            passes = {p.name: p for p in explanation.passes if p.stage == "joint"}
+            assert [passes[name].matched for name in ("row_sparse", "resolve_markers")] == [matched] * 2
+    assert "from Inductor's cache" in passes["row_sparse"].reason and not passes["row_sparse"].details
+    assert "?" in str(explanation)
 
 
 @pytest.mark.slow

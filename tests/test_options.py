@@ -29,6 +29,9 @@ BAD = [
     ({"router_layers": "all"}, "router_layers"),
     ({"router_layers": True}, "router_layers"),
     ({"row_sparse": 1}, "row_sparse"),
+    ({"verify": -1}, "verify must be True, False or a number of steps >= 0, got -1"),
+    ({"verify": 2.0}, "verify"),
+    ({"cuda_graphs": 1}, "cuda_graphs must be True or False"),
     ({"seed": -1}, "seed"),
     ({"seed": 1.0}, "seed"),
     ({"dump_dir": 3}, "dump_dir"),
@@ -69,7 +72,7 @@ def test_digest_covers_what_changes_the_graph():
     base = Options().digest()
     assert Options(min_tokens_ratio=0.5).digest() != base
     assert Options(kv_gradient="stop").digest() != base
-    assert Options(dump_dir="x", fallback="silent").digest() == base
+    assert Options(dump_dir="x", fallback="silent", verify=3).digest() == base
 
 
 def test_every_field_is_documented():

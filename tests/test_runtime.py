@@ -50,6 +50,7 @@ def test_metrics_keys_and_values():
     assert list(values) == [
         *("step", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
         *("avg_difficulty", "scoring", "selection", "matched", "fallback_reason"),
+        *("verify_steps", "verify_max_error", "verify_worst"),
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
     assert values["tokens_total"] == candidates and values["tokens_selected"] == 8
@@ -57,6 +58,7 @@ def test_metrics_keys_and_values():
     assert 0 < values["avg_confidence"] < 1 and 0 < values["avg_entropy"] < 5
     assert values["avg_difficulty"] == pytest.approx(values["avg_entropy"] - values["avg_confidence"], abs=1e-4)
     assert values["matched"] and values["fallback_reason"] is None and values["step"] == 1
+    assert values["verify_steps"] == 0 and values["verify_max_error"] is None is values["verify_worst"]
 
 
 def test_no_router_no_averages():

@@ -35,8 +35,9 @@ class RowSparseBackward:
         dx_rows = mm(dh.view(B * K, H), W)
         dW = mm(dh.view(B * K, H).permute(1, 0), x[flat_rows])
 
-    An operator without a rule gets the full tensor back (scatter into zeros), counted by name in the report; an
-    attention whose backward stays dense is counted by the reason why.
+    An operator without a rule gets the full tensor back (scatter into zeros). The report counts these by name
+    (``densified``) and says which modules they belong to (``densified_at``); an attention whose backward stays dense
+    is counted by the reason why (``dense_attention``).
     """
 
     name = "row_sparse"
@@ -52,10 +53,14 @@ class RowSparseBackward:
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
         rv = RowValues(graph, rows, keep, batch=sizes[0], length=sizes[1])
         rv.backward = descendants([seed])
+        places: dict[str, list[str | None]] = {}
         nodes = list(graph.nodes)
         for node in nodes[nodes.index(seed) :]:
+            before = rv.densified.total()
             with rv.emit.before(node, self.name):
                 _visit(rv, node)
+            if rv.densified.total() > before:
+                places.setdefault(str(node.target), []).append(_place(node))
         graph.eliminate_dead_code()
         place_early(graph, set(graph.nodes).difference(nodes))
         total = sum(rv.densified.values())
@@ -63,8 +68,19 @@ class RowSparseBackward:
         if rv.dense_attention:
             named = ", ".join(f"{count} × {why}" for why, count in rv.dense_attention.items())
             reason += f"; dense attention: {named}"
-        details = {"densified": dict(rv.densified), "dense_attention": dict(rv.dense_attention)}
+        details = {
+            "densified": dict(rv.densified),
+            "densified_at": places,
+            "dense_attention": dict(rv.dense_attention),
+        }
         return PassResult(True, reason, details)
+
+
+def _place(node: Node) -> str | None:
+    """The module whose gradient a node computes, such as model.layers.0.mlp; "" is the outermost, None is unknown."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return ".".join(paths[-1].split(".")[1:]) if paths else None
 
 
 def _visit(rv: RowValues, node: Node) -> None:

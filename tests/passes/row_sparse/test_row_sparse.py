@@ -49,6 +49,9 @@ def test_nothing_is_made_dense(family, kv_gradient):
 def test_what_is_made_dense_is_counted(family, kv_gradient, dense):
     record = compare(small(family), call_with(models.make_batch()), kv_gradient=kv_gradient)
     assert record.details["densified"] == dense
+    places = record.details["densified_at"]
+    assert {operator: len(where) for operator, where in places.items()} == dense
+    assert all(".3.att" in places[operator][0] for operator in dense if operator == "aten.cat.default")
 
 
 def test_exact_gradient():

@@ -1,0 +1,43 @@
+"""Says where, inside the layers, the row-sparse backward had to compute every position after all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cggr_compile.passes.base import Block
+from cggr_compile.passes.row_sparse import RowSparseBackward
+from cggr_compile.report import GraphReport
+
+_FUSED = " (keys and values of a fused projection learn from every position; kv_gradient='stop' avoids it)"
+
+
+def dense_layers(report: GraphReport, blocks: Sequence[Block]) -> str:
+    """One sentence for the user about operators that were made dense in a layer; empty if there are none.
+
+    What is dense outside the layers (the sum over sequences that learned positions need) costs once, not per layer,
+    and is left to ``explain``. A place that is not known counts as a layer.
+    """
+    record = next((record for record in report.passes if record.name == RowSparseBackward.name), None)
+    if record is None or report.options["gradient"] != "routed":
+        return ""
+    found = [f"attention in {count} layers: {why}" for why, count in record.details.get("dense_attention", {}).items()]
+    for operator, places in record.details.get("densified_at", {}).items():
+        inside = [place for place in places if _in_a_layer(place, blocks)]
+        if inside:
+            hint = _FUSED if operator == "aten.cat.default" and report.options["kv_gradient"] == "project" else ""
+            found.append(f"{operator} {_where(inside)}{hint}")
+    if not found:
+        return ""
+    return f"part of the backward still computes every position, correct but slower: {'; '.join(found)}"
+
+
+def _in_a_layer(place: str | None, blocks: Sequence[Block]) -> bool:
+    names = [block.name for block in blocks if not block.name.startswith("block_")]  # those that are module paths
+    return place is None or not names or any(place == name or place.startswith(f"{name}.") for name in names)
+
+
+def _where(places: list[str | None]) -> str:
+    first = places[-1]  # the backward ends with the first layer
+    if not first:
+        return f"({len(places)} times)" if len(places) > 1 else "(once)"
+    return f"in {first} and {len(places) - 1} more" if len(places) > 1 else f"in {first}"

@@ -1,0 +1,179 @@
+"""``verify``: the gradients of the row-sparse backward against those of the dense one, on the user's own batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cggr_compile import compat
+from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.report import GraphReport, Verification
+from cggr_compile.runtime import Runtime
+
+# Largest difference that rounding explains, in multiples of the rounding that was measured. Tiny models of all
+# families, in float32, float16, bfloat16 and under autocast, stay below 2.5.
+_ROUNDING = 8.0
+# No power of two, so that everything computed from it is rounded differently.
+_OTHER_SCALE = 1.3
+# Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
+_FLOAT16_SCALE = 4096.0
+
+
+class VerificationError(RuntimeError):
+    """The row-sparse and the dense backward gave gradients that rounding does not explain."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    selected: Tensor
+    outputs: list[Tensor]
+    grads: list[Tensor | None]
+
+
+class Verifier:
+    """Compares two compiled forms of one graph on the same arguments, selection and random numbers.
+
+    The error of a gradient is, in Euclidean norms, ``|ours - dense| / max(|dense|, 8 rounding / tolerance)``: its
+    relative error, unless rounding alone moves it further than the tolerance. ``rounding`` is measured on the same
+    step. A backward pass is linear, so the dense one, started from 1.3 times the loss gradient and divided by 1.3,
+    gives the same gradient with every rounding different. Like the error itself this grows with the depth of the
+    model and the coarseness of its arithmetic, and a gradient that is zero but for rounding raises no alarm.
+
+    ``tolerance`` is 1e-5, or twice the machine epsilon of the coarsest floating-point type in the graph. What the
+    graph returns (the loss) is held to it as well, relative to 1 if it is smaller.
+
+    A comparison runs three forward and backward passes besides the step's own. It leaves ``.grad``, hooks, buffers,
+    the step counter and random generators alone, and waits for the device.
+
+    Args:
+        ours, dense: compiled forms of ``graph`` with the row-sparse pass and without it.
+        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the selected
+            positions and the metrics.
+        steps: how many to compare; True for all.
+    """
+
+    def __init__(
+        self,
+        ours: Callable[..., Any],
+        dense: Callable[..., Any],
+        graph: GraphModule,
+        device: torch.device,
+        steps: int,
+    ) -> None:
+        self.ours, self.dense, self.device = ours, dense, device
+        self.remaining = math.inf if steps is True else steps
+        inputs = graph.graph.find_nodes(op="placeholder")
+        self.names = [compat.source_name(node) for node in inputs]
+        operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
+        written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
+        self.written = [
+            isinstance(value, Tensor) and compat.storage_id(value) in written for value in map(fake_value, inputs)
+        ]
+        values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
+        types = {value.dtype for value in values if value.is_floating_point()}
+        self.tolerance = max([1e-5, *(2 * torch.finfo(dtype).eps for dtype in types)])
+        self.scale = _FLOAT16_SCALE if torch.float16 in types else 1.0
+
+    def step(self, args: Sequence[Any], runtime: Runtime, report: GraphReport) -> None:
+        """Compare the training step that is about to run; record the outcome.
+
+        Raises:
+            VerificationError: if the gradients differ by more than rounding explains.
+        """
+        self.remaining -= 1
+        outcome = self.compare(args, runtime.state(self.device))
+        report.verification = report.verification or Verification(tolerance=self.tolerance)
+        if isinstance(outcome, str):
+            report.verification.note = f"some steps could not be compared: {outcome}"
+            runtime.notify(f"verify: a step cannot be compared: {outcome}")
+            return
+        error, worst = outcome
+        runtime.verified(report, error, worst)
+        if error > self.tolerance:
+            raise VerificationError(
+                f"the row-sparse backward and the dense one differ in {worst}: error {error:.1e}, tolerance "
+                f"{self.tolerance:.1e}. This is a bug of cggr_compile; options={{'row_sparse': False}} avoids it"
+            )
+
+    def compare(self, args: Sequence[Any], state: Tensor) -> tuple[float, str] | str:
+        """The largest error and the name of its tensor; or, as one string, why this step cannot be compared.
+
+        Args:
+            args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
+        """
+        dense = self._run(self.dense, args, state, 1.0)
+        other = self._run(self.dense, args, state, _OTHER_SCALE)
+        ours = self._run(self.ours, args, state, 1.0)
+        if not torch.equal(dense.selected, ours.selected):
+            return "rounding of the router's scores changed the selection (not so with selection='random')"
+        names, figures = [], []
+        for i, values in enumerate(zip(ours.outputs, dense.outputs, other.outputs, strict=True)):
+            mine, theirs, again = (value.double() for value in values)
+            names.append(f"output {i}")
+            difference = torch.maximum((mine - theirs).abs().max(), (again - theirs).abs().max())
+            figures.append([difference, theirs.abs().max().clamp(min=1.0), torch.zeros_like(difference)])
+        leaves = [name for name, arg in zip(self.names, args, strict=False) if _differentiable(arg)]
+        for name, *grads in zip(leaves, ours.grads, dense.grads, other.grads, strict=True):
+            some = next((grad for grad in grads if grad is not None), None)
+            if some is not None:
+                wide = torch.promote_types(some.dtype, torch.float32)
+                mine, theirs, again = (
+                    torch.zeros_like(some, dtype=wide) if grad is None else grad.to(wide) for grad in grads
+                )
+                names.append(name)
+                figures.append([(mine - theirs).norm(), theirs.norm(), (again / _OTHER_SCALE - theirs).norm()])
+        table = torch.stack([torch.stack([f.double().to(self.device) for f in row]) for row in figures]).tolist()
+        if not all(math.isfinite(norm) and math.isfinite(rounding) for _, norm, rounding in table):
+            return "the dense backward gave a gradient that is not finite"
+        return max((self._error(*row), name) for row, name in zip(table, names, strict=True))
+
+    def _error(self, difference: float, norm: float, rounding: float) -> float:
+        if difference == 0.0:
+            return 0.0
+        allowed = max(norm, _ROUNDING * rounding / self.tolerance)
+        return difference / allowed if math.isfinite(difference) and allowed > 0.0 else math.inf
+
+    def _run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float) -> _Run:
+        """Gradients of the sum of the outputs, times ``scale``, from the random state as it is now."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            fresh = [_alias(arg, written) for arg, written in zip(args, self.written, strict=False)]
+            outputs = list(function(*fresh, state.clone()))
+            del outputs[-1]
+            selected = outputs.pop().clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
+            roots = [out for out in outputs if _differentiable(out)]
+            leaves = [arg for arg in fresh if _differentiable(arg)]
+            start = [torch.full_like(root, scale * self.scale) for root in roots]
+            grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
+        return _Run(selected, [root.detach() for root in roots], list(grads))
+
+
+def unverifiable(report: GraphReport, device: torch.device) -> str:
+    """Why there is nothing to compare for a compiled graph; empty if there is."""
+    if not report.options["row_sparse"]:
+        return "row_sparse is False"
+    record = next((record for record in report.passes if record.name == "row_sparse"), None)
+    if record is not None and record.matched is False:
+        return f"the row-sparse pass did not apply: {record.reason}"
+    if device.type not in ("cpu", "cuda"):
+        return f"the random generators of device {device.type!r} cannot be forked"
+    return ""
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _alias(arg: Any, written: bool) -> Any:
+    """The same memory as a leaf of its own, without hooks; a copy where the graph writes into it."""
+    if not isinstance(arg, Tensor):
+        return arg
+    alias = arg.detach().clone() if written else arg.detach()
+    return alias.requires_grad_(arg.requires_grad)
