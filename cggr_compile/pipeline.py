@@ -18,6 +18,7 @@ from cggr_compile.passes.find_loss import FindLoss
 from cggr_compile.passes.find_stack import FindStack
 from cggr_compile.passes.functionalize import Functionalize
 from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.passes.grouped_query import GroupQueries
 from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
@@ -30,7 +31,7 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 log = logging.getLogger(__name__)
 
 # Semantic passes over the Dynamo graph that leave the mathematics alone: all that run at ratio 1.0.
-EXACT_PASSES: tuple[GraphPass, ...] = (Functionalize(), FindLoss(), FindStack(), RecoverCausalMask())
+EXACT_PASSES: tuple[GraphPass, ...] = (Functionalize(), FindLoss(), FindStack(), RecoverCausalMask(), GroupQueries())
 # The semantic passes, in order. Checkpoints stay closed at ratio 1.0, where nothing inside them would be changed.
 DYNAMO_PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 STAGES = [
-    *("captured", "find_loss", "find_stack", "causal_mask", "align_targets", "insert_router", "select_rows"),
-    *("rewrite_loss", "route_gradient", "detach_outputs", "rewritten", "joint_row_sparse", "joint_resolve_markers"),
+    *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "align_targets"),
+    *(
+        "insert_router",
+        "select_rows",
+        "rewrite_loss",
+        "route_gradient",
+        "detach_outputs",
+        "rewritten",
+        "joint_row_sparse",
+        "joint_resolve_markers",
+    ),
 ]
 
 

@@ -69,29 +69,29 @@ def loss_on(batch):
 @pytest.mark.parametrize("attend", [shared_heads, dropped, capped, grouped])
 def test_on_rows(attend, kv_gradient):
     record = compare(lambda: decoder(attend), loss_on(models.make_batch()), kv_gradient=kv_gradient)
-    assert record.details == {"densified": POSITIONS, "dense_attention": {}}
+    assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]
 
 
 @pytest.mark.parametrize("attend", [window, additive])
 def test_masks(attend):
     record = compare(lambda: decoder(attend), loss_on(models.make_batch()), kv_gradient="stop")
-    assert record.details == {"densified": POSITIONS, "dense_attention": {}}
+    assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]
 
 
 def test_shared_heads_within_documents():
     make = lambda: decoder(shared_heads, documents=True)  # noqa: E731
     record = compare(make, loss_on(models.make_batch()), kv_gradient="stop")
-    assert record.details == {"densified": POSITIONS, "dense_attention": {}}
+    assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]
 
 
 @pytest.mark.parametrize("attend", [shared_heads, window, grouped])
 def test_one_sequence(attend):
     record = compare(lambda: decoder(attend), loss_on(models.make_batch(1)), kv_gradient="stop")
-    assert record.details == {"densified": {}, "dense_attention": {}}
+    assert record.details["densified"] == {} and not record.details["dense_attention"]
 
 
 @pytest.mark.parametrize("attend", [shared_heads, capped])
 def test_sizes_that_coincide(attend):
     """Sequences, positions and heads are four each, and so is the number of slots."""
     record = compare(lambda: decoder(attend), loss_on(models.make_batch(4, 4)), min_tokens_ratio=0.99)
-    assert record.details == {"densified": POSITIONS, "dense_attention": {}}
+    assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]

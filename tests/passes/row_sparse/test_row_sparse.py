@@ -33,7 +33,7 @@ FULLY_SPARSE = [
 @pytest.mark.parametrize("family", FULLY_SPARSE)
 def test_nothing_is_made_dense(family, kv_gradient):
     record = compare(small(family), call_with(models.make_batch()), kv_gradient=kv_gradient)
-    assert record.details == {"densified": {}, "dense_attention": {}}
+    assert record.details["densified"] == {} and not record.details["dense_attention"]
 
 
 @pytest.mark.parametrize(
