@@ -23,7 +23,7 @@ def test_dump(tmp_path):
     for file in files[:-1]:
         compile((tmp_path / file).read_text(), file, "exec")  # readable as Python
     text = (tmp_path / f"{STAGES.index('rewrite_loss'):02d}_rewrite_loss.py").read_text()
-    assert text.startswith("# graph 0, stage 07: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True")
+    assert text.startswith("# graph 0, stage 08: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True")
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["matched"]
