@@ -7,10 +7,11 @@ import models
 import pytest
 import torch
 
-STAGES = (
-    "captured find_loss find_stack causal_mask grouped_query align_targets insert_router select_rows rewrite_loss "
-    "route_gradient detach_outputs rewritten joint_row_sparse joint_resolve_markers"
-).split()
+STAGES = [
+    *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "align_targets", "insert_router"),
+    *("select_rows", "rewrite_loss", "route_gradient", "detach_outputs", "rewritten"),
+    *("joint_row_sparse", "joint_resolve_markers"),
+]
 
 
 def test_dump(tmp_path):
