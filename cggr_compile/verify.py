@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.passes.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.runtime import Runtime
 
@@ -159,7 +160,7 @@ def unverifiable(report: GraphReport, device: torch.device) -> str:
     """Why there is nothing to compare for a compiled graph; empty if there is."""
     if not report.options["row_sparse"]:
         return "row_sparse is False"
-    record = next((record for record in report.passes if record.name == "row_sparse"), None)
+    record = report.record(RowSparseBackward.name)
     if record is not None and record.matched is False:
         return f"the row-sparse pass did not apply: {record.reason}"
     if device.type not in ("cpu", "cuda"):
