@@ -169,10 +169,11 @@ def _selective(
         nonlocal verifier
         if _checks_labels_every_step(device):
             check(args)
-        if verifier is not None:
-            verifier.step(args, runtime, report)
-            if not verifier.remaining:
-                verifier = None  # and with it the dense backward
+        if (checking := verifier) is not None:
+            if checking.remaining <= 1:
+                verifier = None  # and with it, after this step, the dense backward
+            checking.step(args, runtime, report)
+            del checking
         *outputs, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:  # the next replay overwrites what this one returned
             selected, stats = selected.clone(), stats.clone()
