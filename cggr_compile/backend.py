@@ -154,7 +154,7 @@ def _selective(
     assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
-    semantic = copy_module(gm)  # a compiler may change the graph it gets
+    semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
     compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
     note_cached(report)
     if message := dense_layers(report, ctx.stack.blocks):
@@ -169,10 +169,11 @@ def _selective(
         nonlocal verifier
         if _checks_labels_every_step(device):
             check(args)
-        if verifier is not None:
-            verifier.step(args, runtime, report)
-            if not verifier.remaining:
-                verifier = None  # and with it the dense backward
+        if (checking := verifier) is not None:
+            if checking.remaining <= 1:
+                verifier = None  # and with it, after this step, the dense backward
+            checking.step(args, runtime, report)
+            del checking
         *outputs, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:  # the next replay overwrites what this one returned
             selected, stats = selected.clone(), stats.clone()

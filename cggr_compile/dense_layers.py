@@ -17,7 +17,7 @@ def dense_layers(report: GraphReport, blocks: Sequence[Block]) -> str:
     What is dense outside the layers (the sum over sequences that learned positions need) costs once, not per layer,
     and is left to ``explain``. A place that is not known counts as a layer.
     """
-    record = next((record for record in report.passes if record.name == RowSparseBackward.name), None)
+    record = report.record(RowSparseBackward.name)
     if record is None or report.options["gradient"] != "routed":
         return ""
     found = [f"attention in {count} layers: {why}" for why, count in record.details.get("dense_attention", {}).items()]

@@ -73,8 +73,8 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
         report.reason = "min_tokens_ratio is 1.0: every token is trained on"
         return work
     report.matched = True
-    told = (FindStack.name, SelectRows.name)
-    report.reason = "; ".join(record.reason for record in report.passes if record.name in told)
+    told = (report.record(FindStack.name), report.record(SelectRows.name))
+    report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
 
 

@@ -90,6 +90,10 @@ class GraphReport:
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None
 
+    def record(self, name: str) -> PassRecord | None:
+        """What the pass of this name did; None if it did not get its turn."""
+        return next((record for record in self.passes if record.name == name), None)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

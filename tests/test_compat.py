@@ -7,6 +7,7 @@ import inspect
 import torch
 
 from cggr_compile import compat
+from cggr_compile.backend import cggr
 
 
 def test_private_signatures():
@@ -20,7 +21,7 @@ def test_private_signatures():
     assert callable(InstructionTranslator.current_tx)
     assert callable(aot_autograd)
     assert inspect.isclass(compat.custom_graph_pass())
-    assert "joint_custom_pre_pass" in compat.inductor_option_names()
+    assert {"joint_custom_pre_pass", compat.CUDA_GRAPHS} <= compat.inductor_option_names()
 
 
 def test_modes():
@@ -39,6 +40,43 @@ def test_module_at():
     assert compat.module_at("G['net']", scopes) is model
     for path in ("L['other']", "L['self'].layers.7", "nonsense", "L['self'].layers.0.weight"):
         assert compat.module_at(path, scopes) is None
+
+
+def test_source_names():
+    names = []
+
+    def read(gm, inputs):
+        names.extend(compat.source_name(node) for node in gm.graph.find_nodes(op="placeholder"))
+        return gm.forward
+
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.BatchNorm1d(2)])})
+    extra = {"scale": torch.ones(2)}
+    torch.compile(lambda x: model["layers"][0](x) * extra["scale"], backend=read)(torch.ones(3, 2))
+    assert {"layers.0.weight", "layers.0.bias", "layers.0.running_mean"} <= set(names)
+    assert "L['x']" in names and any("scale" in name for name in names)
+    assert compat.source_name(torch.fx.Graph().placeholder("plain")) == "plain"
+
+
+def test_a_second_graph_has_a_tracing_context_of_its_own():
+    from torch._guards import TracingContext, tracing
+
+    first = TracingContext(None)
+    with tracing(first):
+        with compat.separate_tracing_context():
+            TracingContext.get().fw_metadata = "of the second graph"
+        assert TracingContext.get() is first and first.fw_metadata is None
+    with compat.separate_tracing_context():  # outside a capture
+        assert TracingContext.try_get() is None
+
+
+def test_dynamo_reset_drops_cuda_graphs(monkeypatch):
+    from torch._inductor import cudagraph_trees
+
+    dropped = []
+    monkeypatch.setattr(cudagraph_trees, "reset_cudagraph_trees", lambda: dropped.append(1))
+    torch.compile(lambda x: x + 1, backend=cggr)(torch.ones(1))
+    torch._dynamo.reset()
+    assert dropped
 
 
 def test_user_joint_passes():

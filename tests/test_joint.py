@@ -55,7 +55,8 @@ def test_a_cached_graph_says_that_its_passes_did_not_run():
     with torch._inductor.utils.fresh_cache():
         for matched in (True, None):
             torch._dynamo.reset()
-            model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="inductor")
+            model = models.family("llama", num_hidden_layers=1)
+            models.compiled(model, compiler="inductor", scoring="random")
             model(**models.make_batch()).loss.backward()
             explanation = cggr_compile.Explanation(cggr_compile.runtime(model).reports)
             passes = {p.name: p for p in explanation.passes if p.stage == "joint"}

@@ -1,4 +1,4 @@
-"""The Triton kernels of ``attention_rows_backward`` on a GPU against float64 autograd; with -s, their times."""
+"""The Triton kernels of ``attention_rows_backward`` on a GPU against float64 autograd."""
 
 from __future__ import annotations
 
@@ -90,69 +90,3 @@ def test_the_comparison_can_fail():
     arguments, expected = make_case(128, 512, 64, all_keys=True, device="cuda")
     for wrong in ((*arguments[:9], False, True), (*arguments[:6], arguments[6].flip(0), *arguments[7:])):
         assert max(errors(kernels.attention_rows_backward_triton(*wrong), expected)) > 1e-2
-
-
-def kernel_times(call):
-    """Mean microseconds of each CUDA kernel."""
-    for _ in range(3):
-        call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(20):
-            call()
-        torch.cuda.synchronize()
-    return {event.key[:40]: event.device_time_total / 20 for event in profile.key_averages() if event.device_time_total}
-
-
-def test_times(request, monkeypatch):
-    """16 x 9 x 2048 x 64 in bfloat16, 25 % of the rows: prints, asserts nothing."""
-    if request.config.getoption("capture") != "no":
-        pytest.skip("prints times: run with -s")
-    batch, heads, length, dim, slots = 16, 9, 2048, 64, 512
-    scale = dim**-0.5
-
-    def values():
-        return torch.randn(batch, length, heads, dim, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
-
-    query, key, value, grad = values(), values(), values(), values()
-    aten = torch.ops.aten
-    forward = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)
-    out, logsumexp, *rest = forward
-    cum_q, cum_k, max_q, max_k, seed, offset = rest[:6]
-
-    def flash():
-        return aten._scaled_dot_product_flash_attention_backward(
-            *(grad, query, key, value, out, logsumexp, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset), scale=scale
-        )
-
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: microseconds per kernel")
-    times = kernel_times(flash)
-    print(f"flash, all rows: {sum(times.values()):7.1f}", {name: round(time, 1) for name, time in times.items()})
-    rows = torch.stack([torch.randperm(length)[:slots].sort().values for _ in range(batch)]).cuda()
-    index = rows[:, None, :, None].expand(-1, heads, -1, dim)
-    picked = [tensor.gather(2, index) for tensor in (grad, query, out)]
-    picked_lse = logsumexp.gather(2, rows[:, None].expand(-1, heads, -1))
-    options = kernels.block_options(torch.bfloat16, dim)
-    candidates = [
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 64, 4, 4),
-        (64, 64, 8, 3),
-        (64, 128, 8, 2),
-        (128, 64, 8, 3),
-        (32, 64, 4, 3),
-    ]
-    for all_keys in (False, True):
-        for candidate in [tuple(options.values()), *candidates]:
-            chosen = dict(zip(options, candidate, strict=True))
-            monkeypatch.setattr(kernels, "block_options", lambda dtype, block_d, chosen=chosen: dict(chosen))
-
-            def ours(all_keys=all_keys):
-                return kernels.attention_rows_backward_triton(
-                    *(picked[0], picked[1], key, value, picked[2], picked_lse, rows, None, scale, True, all_keys)
-                )
-
-            times = kernel_times(ours)
-            print(
-                f"all_keys {all_keys!s:5} M, N, warps, stages {candidate}: {sum(times.values()):7.1f}",
-                {name: round(time, 1) for name, time in times.items()},
-            )
