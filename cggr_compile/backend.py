@@ -99,7 +99,14 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         if options.verify and report.training:
             _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
         return _remember(_lower(work, inputs, engine, patches), runtime, report)
-    return _selective(work, inputs, ctx, runtime, report, dump, patches)
+    if ctx.static is None:
+        return _selective(work, inputs, ctx, runtime, report, dump, patches)
+    for size in ctx.static.sizes:
+        compat.pin_size(size)
+    with compat.tracing_under(ctx.fake_mode):
+        run = _selective(work, ctx.example_inputs, ctx, runtime, report, dump, patches)
+    kept = ctx.static.kept
+    return lambda *args: run(*(args[i] for i in kept))
 
 
 def _engine(options: Options, inputs: list[Any]) -> str:

@@ -32,6 +32,72 @@ def next_checkpoint_id() -> int:
     return next(uid)
 
 
+def symbols(value: Any) -> set[Any]:
+    """The symbols of a size; none for a number."""
+    return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
+
+
+def depends_on_data(value: Any) -> bool:
+    """Whether a size or number is known only when the graph runs."""
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and not value.node.has_hint()
+
+
+def hint(value: Any) -> int:
+    """What a size is at the call that is being captured, without a guard."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)
+
+
+def pin_size(value: Any) -> None:
+    """Add the guard that a symbolic size has the value it has in this capture."""
+    int(value)
+
+
+def marked_dynamic(tensor: torch.Tensor) -> bool:
+    """Whether the user demanded symbolic sizes (``mark_dynamic``, ``mark_unbacked``); Dynamo then refuses guards."""
+    names = ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_strict_unbacked_indices")
+    return any(getattr(tensor, name, None) for name in names)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
+def static_fake_mode() -> Any:
+    """A FakeTensorMode whose tensors have numbers for sizes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # Inductor's cache asks for a shape environment; AOTAutograd makes fake tensors by its default
+    return FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
+
+
+@contextmanager
+def tracing_under(fake_mode: Any) -> Iterator[None]:
+    """Compile with this fake mode in place of the capture's; AOTAutograd's guards still reach Dynamo."""
+    from torch._guards import TracingContext, tracing
+
+    outer, inner = TracingContext.try_get(), TracingContext(fake_mode)
+    with tracing(inner):
+        yield
+    if outer is not None:
+        outer.guards_context.aotautograd_guards.extend(inner.guards_context.aotautograd_guards)
+
+
+def recompilations_left() -> int | None:
+    """How many more graphs Dynamo compiles for the frame it is capturing, this one included; None outside."""
+    from torch._dynamo import config
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tx = InstructionTranslator.current_tx()
+    except AttributeError:
+        tx = None
+    return None if tx is None else int(config.recompile_limit) - len(_debug_get_cache_entry_list(tx.f_code))
+
+
 def frame_scopes() -> dict[str, dict[str, Any]]:
     """Locals (L) and globals (G) of the frame that Dynamo is compiling; empty outside a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator

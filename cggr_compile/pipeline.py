@@ -26,6 +26,7 @@ from cggr_compile.passes.rewrite_loss import RewriteLoss
 from cggr_compile.passes.route_gradient import RouteGradient
 from cggr_compile.passes.row_sparse import RowSparseBackward
 from cggr_compile.passes.select_rows import SelectRows
+from cggr_compile.passes.static_sizes import MakeSizesStatic
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ EXACT_PASSES: tuple[GraphPass, ...] = (Functionalize(), FindLoss(), FindStack(),
 # The semantic passes, in order. Checkpoints stay closed at ratio 1.0, where nothing inside them would be changed.
 DYNAMO_PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),
+    MakeSizesStatic(),
     *EXACT_PASSES,
     AlignTargets(),
     InsertRouter(),

@@ -182,6 +182,19 @@ class Selection:
     stats: Node
 
 
+@dataclass(frozen=True)
+class StaticSizes:
+    """Symbolic sizes that were replaced by their values.
+
+    Attributes:
+        sizes: every symbolic integer about the captured graph's arguments.
+        kept: positions of the arguments that the graph still takes.
+    """
+
+    sizes: tuple[Any, ...]
+    kept: tuple[int, ...]
+
+
 @dataclass
 class GraphContext:
     """State of one graph's trip through the passes."""
@@ -189,6 +202,7 @@ class GraphContext:
     options: Options
     example_inputs: list[Any]
     fake_mode: Any
+    static: StaticSizes | None = None
     loss: LossSite | None = None
     stack: LayerStack | None = None
     # bool or int [B, S] graph input that is nonzero at real tokens

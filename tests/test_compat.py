@@ -11,7 +11,9 @@ from cggr_compile.backend import cggr
 
 
 def test_private_signatures():
+    from torch._dynamo import config
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
     from torch._dynamo.symbolic_convert import InstructionTranslator
     from torch._functorch.partitioners import default_partition
     from torch._inductor.compile_fx import compile_fx
@@ -20,6 +22,8 @@ def test_private_signatures():
     assert "num_fwd_outputs" in inspect.signature(default_partition).parameters
     assert callable(InstructionTranslator.current_tx)
     assert callable(aot_autograd)
+    assert config.recompile_limit > 0 and _debug_get_cache_entry_list(test_modes.__code__) == []
+    assert compat.next_checkpoint_id() < compat.next_checkpoint_id()
     assert inspect.isclass(compat.custom_graph_pass())
     assert {"joint_custom_pre_pass", compat.CUDA_GRAPHS} <= compat.inductor_option_names()
 
@@ -29,8 +33,14 @@ def test_modes():
     assert modes["default"] == {} and modes["reduce-overhead"]["triton.cudagraphs"]
 
 
-def test_frame_scopes_outside_a_capture():
-    assert compat.frame_scopes() == {}
+def test_outside_a_capture():
+    assert compat.frame_scopes() == {} and compat.recompilations_left() is None
+
+
+def test_static_fake_tensors():
+    mode, real = compat.static_fake_mode(), torch.zeros(3, 7)
+    assert [type(size) for size in mode.from_tensor(real).shape] == [int, int]
+    assert compat.is_fake(mode.from_tensor(real)) and not compat.is_fake(real)
 
 
 def test_module_at():
