@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
-_AFTER_SOFTMAX = ("dropout", "to", "type_as", "float", "half", "bfloat16", "contiguous")
+_AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 
 
 def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any) -> Attention | None:

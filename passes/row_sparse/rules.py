@@ -174,10 +174,39 @@ def place(rv: RowValues, node: Node) -> Result:
     axis: Any = node.args[2] if len(node.args) > 2 else 0
     if grad is None or not _is_zeros(node.args[0]) or grad.layout[axis % len(grad.layout)] is not None:
         return None
-    value = fake_value(node)
-    shape = resize(shape_of(node), grad.layout, rv.batch, rv.slots)
-    zeros = rv.emit.call(aten.full.default, shape, 0, dtype=value.dtype, device=value.device, pin_memory=False)
+    zeros = _zeros(rv, node, grad.layout)
     return Rows(rv.emit.call(node.target, zeros, grad.values, *node.args[2:]), grad.layout)
+
+
+def place_at_index(rv: RowValues, node: Node) -> Result:
+    """index_put(zeros, [None, ..., ids], g): the gradient of taking some columns."""
+    arguments: Any = node.args
+    table, (*whole, index), values, *rest = arguments
+    grad = _sparse(rv, values)
+    if grad is None or not _is_zeros(table) or any(i is not None for i in whole) or index is None:
+        return None
+    axis, after = len(whole), len(whole) + len(shape_of(index))
+    columns, layout = grad.layout[axis:after], (*grad.layout[:axis], None, *grad.layout[after:])
+    if any(columns) or len(layout) != len(shape_of(node)):
+        return None
+    return Rows(rv.emit.call(node.target, _zeros(rv, node, layout), [*whole, index], grad.values, *rest), layout)
+
+
+def _zeros(rv: RowValues, node: Node, layout: Layout) -> Node:
+    value = fake_value(node)
+    shape = resize(value.shape, layout, rv.batch, rv.slots)
+    return rv.emit.call(aten.full.default, shape, 0, dtype=value.dtype, device=value.device, pin_memory=False)
+
+
+def pad(rv: RowValues, node: Node) -> Result:
+    """Zeros added to, or columns cut off, axes without tokens."""
+    grad = rv.sparse[_first(node)]
+    widths: Any = node.args[1]  # two per axis, from the last one on
+    value: Any = node.args[2] if len(node.args) > 2 else 0
+    padded = [axis for axis in range(len(grad.layout)) if any(widths[2 * axis : 2 * axis + 2])]
+    if value != 0 or any(grad.layout[-1 - axis] for axis in padded):
+        return None
+    return Rows(rv.emit.call(node.target, grad.values, widths), grad.layout)
 
 
 def reduction(rv: RowValues, node: Node) -> Result:
@@ -291,6 +320,7 @@ RULES: dict[Any, Rule] = {
     aten.select.int: narrow,
     aten.cat.default: concatenate,
     aten.slice_scatter.default: place,
+    aten.constant_pad_nd.default: pad,
     aten.sum.dim_IntList: reduction,
     aten.sum.default: reduction,
     aten.mean.dim: reduction,
@@ -298,7 +328,7 @@ RULES: dict[Any, Rule] = {
     aten.bmm.default: matmul,
     aten.embedding_dense_backward.default: embedding,
     aten._unsafe_masked_index_put_accumulate.default: accumulate,
-    aten.index_put.default: accumulate,
+    aten.index_put.default: lambda rv, node: accumulate(rv, node) or place_at_index(rv, node),
 }
 # operators that torch._inductor registers, which is not imported with this module
 LATE_RULES: dict[str, Rule] = {"prims.fma.default": fused_multiply_add}

@@ -86,6 +86,13 @@ def test_key_heads_are_shared(all_keys):
 
 
 @interpreted
+@pytest.mark.parametrize("dim", [32, 48, 80, 96, 128, 256])
+def test_sizes_of_heads(dim):
+    for all_keys in (False, True):
+        check(*make_case(20, 40, dim, all_keys=all_keys, batch=1), 1e-5)
+
+
+@interpreted
 def test_strides():
     arguments, expected = make_case(40, 100, 16, heads=3)
     grad, query, key, value, out, logsumexp, rows, *rest = arguments

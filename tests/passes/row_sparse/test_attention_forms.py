@@ -1,0 +1,324 @@
+"""One attention layer through the joint passes alone: every ATen form and size, against plain autograd.
+
+The forms of CUDA cannot run here: the CPU's backward call is turned into them before the pass, and what the pass
+leaves of them is turned back.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as flex
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cggr_compile import compat
+from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.resolve_markers import ResolveMarkers
+from cggr_compile.passes.row_sparse import RowSparseBackward
+
+aten = torch.ops.aten
+CPU = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+FLASH = aten._scaled_dot_product_flash_attention_backward.default
+EFFICIENT = aten._scaled_dot_product_efficient_attention_backward.default
+CUDNN = aten._scaled_dot_product_cudnn_attention_backward.default
+ROWS = torch.ops.cggr.attention_rows_backward.default
+
+
+class Layer:
+    """x + attention(x) at the selected rows, squared and summed; ``cast`` puts a cast between keys and attention."""
+
+    def __init__(self, attend, batch=2, heads=4, kv_heads=4, length=9, width=8, slots=3, unused=1, cast=False):
+        self.attend, self.heads, self.kv_heads, self.cast = attend, heads, kv_heads, cast
+        self.rows = torch.stack([torch.randperm(length)[:slots] for _ in range(batch)])
+        self.keep = torch.arange(slots).expand(batch, -1) < torch.tensor([slots, slots - unused] * batch)[:batch, None]
+        hard = torch.zeros(batch, length, dtype=torch.bool).scatter(1, self.rows, self.keep)
+        self.hard = {1: hard[:, :, None], 2: hard[:, None, :, None]}
+        hidden = heads * width
+        self.x = torch.randn(batch, length, hidden, requires_grad=True)
+        sizes = (hidden, kv_heads * width, kv_heads * width)
+        self.weights = [(torch.randn(hidden, size) * hidden**-0.5).requires_grad_() for size in sizes]
+        self.target = torch.randn(batch, slots, hidden)
+
+    def loss(self, x, weights, kv_gradient, stop):
+        y = stop(x, 1) if kv_gradient == "project" else x
+        query, key, value = (
+            (source @ weight).unflatten(2, (heads, -1)).transpose(1, 2)
+            for source, weight, heads in zip((x, y, y), weights, (self.heads, *[self.kv_heads] * 2), strict=True)
+        )
+        if kv_gradient == "stop":
+            key, value = (stop(t.double(), 2).float() if self.cast else stop(t, 2) for t in (key, value))
+        out = x + self.attend(query, key, value).transpose(1, 2).flatten(2)
+        return (torch.ops.cggr.gather_rows(out, self.rows, self.keep) - self.target).square().sum()
+
+    def expected(self, kv_gradient):
+        stop = lambda t, axis: torch.where(self.hard[axis], t, t.detach())  # noqa: E731
+        return torch.autograd.grad(self.loss(self.x, self.weights, kv_gradient, stop), (self.x, *self.weights))
+
+    def optimised(self, kv_gradient, before=lambda graph: None, after=lambda graph: None):
+        """(gradients, details of the row-sparse pass)."""
+        details = []
+
+        def partition(joint, inputs, **kwargs):
+            before(joint.graph)
+            details.append(RowSparseBackward()(joint.graph).details)
+            ResolveMarkers()(joint.graph)
+            after(joint.graph)
+            joint.graph.lint()
+            joint.recompile()
+            return compat.default_partition(joint, inputs, **kwargs)
+
+        got = self.compiled(lambda gm, inputs: compat.aot_eager(gm, inputs, partition), kv_gradient)
+        return got, details[0]
+
+    def compiled(self, backend, kv_gradient="stop"):
+        torch._dynamo.reset()
+        program = torch.compile(
+            lambda x, weights: self.loss(x, weights, kv_gradient, torch.ops.cggr.stop_rows),
+            backend=backend,
+            fullgraph=True,
+            dynamic=False,
+        )
+        return torch.autograd.grad(program(self.x, self.weights), (self.x, *self.weights))
+
+
+def assert_close(got, expected):
+    for found, wanted in zip(got, expected, strict=True):
+        assert (found - wanted).norm() <= 1e-5 * (1 + wanted.norm())
+
+
+def check(layer, kv_gradient="stop", **edits):
+    """The gradients are right; what the pass says about them."""
+    got, details = layer.optimised(kv_gradient, **edits)
+    assert_close(got, layer.expected(kv_gradient))
+    return details
+
+
+ON_ROWS = {"densified": {"output": 1}, "dense_attention": {}}  # the gradient of x is an output here
+
+
+def into(form, dropout=0.0, mask_gradient=False):
+    """Turns the CPU's attention backward into another form."""
+
+    def edit(graph):
+        (node,) = graph.find_nodes(op="call_function", target=CPU)
+        grad, query, key, value, out, logsumexp, _, causal = node.args
+        emit = Emitter(graph, fake_value(grad).fake_mode, key="val")
+        with emit.before(node, "test"):
+            length = fake_value(query).shape[2]
+            if form is CUDNN:
+                logsumexp = emit.call(aten.unsqueeze.default, logsumexp, 3)
+            elif form is EFFICIENT:
+                logsumexp = emit.call(aten.constant_pad_nd.default, logsumexp, [0, -length % 32], 7.0)
+            seed = emit.call(aten.full.default, [2], 0, dtype=torch.int64, device="cpu")
+            given = dict(
+                zip(("query", "key", "value", "out", "logsumexp"), (query, key, value, out, logsumexp), strict=True)
+            )
+            given |= dict(grad_out=grad, grad_out_=grad, attn_bias=node.kwargs.get("attn_mask"), cum_seq_q=None)
+            given |= dict(cum_seq_k=None, max_q=length, max_k=length, dropout_p=dropout, is_causal=causal)
+            given |= dict(philox_seed=seed, philox_offset=seed, grad_input_mask=[True, True, True, mask_gradient])
+            names = [a.name for a in form._schema.arguments if not a.kwarg_only]
+            new = graph.call_function(form, tuple(given[name] for name in names), {"scale": node.kwargs.get("scale")})
+            new.meta = dict(node.meta)
+            if form is EFFICIENT:
+                new.meta["val"] = (*node.meta["val"], None)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+    return edit
+
+
+def back(graph):
+    """Turns a dense CUDA form into the CPU's, which runs; asserts that there is one."""
+    (node,) = (n for n in graph.nodes if n.target in (FLASH, EFFICIENT, CUDNN))
+    names = [a.name for a in node.target._schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    with graph.inserting_before(node):
+        tensors = (given[name] for name in ("query", "key", "value", "out", "logsumexp"))
+        new = graph.call_function(
+            CPU,
+            (node.args[0], *tensors, 0.0, given["is_causal"]),
+            {"attn_mask": given.get("attn_bias"), "scale": given["scale"]},
+        )
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def scaled(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+
+
+def masked(mask, gqa=False):
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+
+
+def written(mask):
+    """Attention by hand, with key heads shared in a fifth axis."""
+
+    def attend(q, k, v):
+        shared = q.shape[1] // k.shape[1]
+        scores = q.unflatten(1, (-1, shared)) @ k[:, :, None].mT / 3
+        scores = scores.flatten(1, 2).masked_fill(~mask, -1e30)
+        return (scores.softmax(-1).unflatten(1, (-1, shared)) @ v[:, :, None]).flatten(1, 2)
+
+    return attend
+
+
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+@pytest.mark.parametrize("form", [FLASH, EFFICIENT, CUDNN])
+def test_forms_of_cuda(form, kv_gradient):
+    assert check(Layer(causal, kv_heads=2), kv_gradient, before=into(form)) == ON_ROWS
+    assert check(Layer(scaled), kv_gradient, before=into(form)) == ON_ROWS
+    if form is not FLASH:
+        for mask in (torch.rand(1, 1, 9, 9) > 0.4, torch.randn(2, 4, 9, 9), torch.rand(2, 1, 1, 9) > 0.4):
+            layer = Layer(masked(mask.expand(2, 4, 9, 9)))  # as they are given to the memory-efficient form
+            assert check(layer, kv_gradient, before=into(form)) == ON_ROWS
+
+
+@pytest.mark.parametrize("form", [FLASH, EFFICIENT, CUDNN])
+def test_dropout_stays_dense_by_name(form):
+    """With the gradient of the queries on rows all the same: only attention itself is dense."""
+    details = check(Layer(causal), before=into(form, dropout=0.1), after=back)
+    assert details == {"densified": {"output": 1}, "dense_attention": {"attention dropout 0.1": 1}}
+
+
+def test_mask_with_a_gradient_stays_dense_by_name():
+    """The memory-efficient form gives the mask's gradient as a fourth result: here one more output of the graph."""
+
+    def before(graph):
+        into(EFFICIENT, mask_gradient=True)(graph)
+        (node,) = graph.find_nodes(op="call_function", target=EFFICIENT)
+        output = graph.output_node()
+        with graph.inserting_before(output):
+            item = graph.call_function(operator.getitem, (node, 3))
+        item.meta["val"] = None
+        output.args = ((*output.args[0], item),)
+
+    def after(graph):
+        output = graph.output_node()
+        output.args = (output.args[0][:-1],)
+        graph.eliminate_dead_code()
+        back(graph)
+
+    details = check(Layer(masked(torch.randn(2, 4, 9, 9))), before=before, after=after)
+    assert details["dense_attention"] == {"an attention mask with a gradient": 1}
+
+
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+def test_flex_attention_stays_dense_by_name(monkeypatch, kv_gradient):
+    """It has no backward on the CPU, says its front door; behind that there is one."""
+    monkeypatch.setattr(flex, "_validate_device", lambda query, key, value: None)
+    bias = torch.randn(9, requires_grad=True)
+
+    def score(score, batch, head, query, key):
+        return torch.where(query >= key, score + bias[key], -float("inf"))
+
+    def attend(query, key, value):
+        return flex.flex_attention(query, key, value, score_mod=score, enable_gqa=True)
+
+    layer = Layer(attend, kv_heads=2)
+    got, details = layer.optimised(kv_gradient)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    layer.attend = masked(torch.where(mask, bias.detach(), -torch.inf), gqa=True)
+    assert_close(got, layer.expected(kv_gradient))
+    assert details == {"densified": {"output": 1}, "dense_attention": {"FlexAttention": 1}}
+
+
+def test_casts_are_looked_through():
+    """Only the gradients of selected keys are computed where that is all a marker wants."""
+
+    def whole(graph):
+        (node,) = graph.find_nodes(op="call_function", target=ROWS)
+        found.append(node.args[-1])
+
+    found: list[bool] = []
+    for cast in (False, True):
+        assert check(Layer(causal, kv_heads=2, cast=cast), after=whole) == ON_ROWS
+    assert check(Layer(causal, kv_heads=2), "project", after=whole) == ON_ROWS
+    assert found == [False, False, True]
+
+
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+def test_queries_that_see_nothing(kv_gradient):
+    """Their output is zero and so is what they pass on, selected or not."""
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    mask[:, :, ::2] = False
+    for attend in (masked(mask), masked(torch.where(mask, 0.0, -torch.inf))):
+        layer = Layer(attend, slots=6)
+        assert not mask[0, 0, layer.rows[0]].any(-1).all()
+        assert check(layer, kv_gradient) == ON_ROWS
+
+
+def test_padded_heads():
+    """Flash attention on CUDA wants the size of heads to be a multiple of 8."""
+
+    def attend(query, key, value):
+        query, key, value = (F.pad(t, (0, 3)) for t in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.4)[..., :5]
+
+    for kv_gradient in ("stop", "project"):
+        assert check(Layer(attend, width=5), kv_gradient) == ON_ROWS
+
+
+def masks(draw, batch, heads, length):
+    """None (causal), or a mask with True on the diagonal, in any of the shapes and kinds that are allowed."""
+    lead = draw(st.sampled_from([(), (1, 1), (batch, 1), (1, heads), (batch, heads)]))
+    queries = draw(st.sampled_from([1, length]))
+    if not lead and queries == 1:
+        return None
+    seen = torch.rand(*lead, queries, length) > 0.5
+    seen |= torch.eye(length, dtype=torch.bool) if queries == length else torch.arange(length) == 0
+    return seen if draw(st.booleans()) else torch.where(seen, torch.randn(seen.shape), -torch.inf)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.sampled_from(["stop", "project"]), st.booleans(), st.booleans())
+def test_sizes(data, kv_gradient, by_hand, cast):
+    draw = data.draw
+    batch, heads, length = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(2, 6))
+    kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if n <= heads]))
+    slots = draw(st.sampled_from([1, length, draw(st.integers(1, length))]))
+    width, unused = draw(st.sampled_from([2, 4, 8])), draw(st.integers(0, slots))
+    mask = masks(draw, batch, heads, length)
+    if by_hand:
+        seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+        attend = written(seen if seen.dtype == torch.bool else seen.isfinite())
+    else:
+        attend = causal if mask is None else masked(mask, gqa=heads != kv_heads)
+    layer = Layer(attend, batch, heads, kv_heads, length, width, slots, unused, cast)
+    assert check(layer, kv_gradient) == ON_ROWS
+
+
+@pytest.mark.slow
+def test_inductor_draws_the_same_numbers():
+    """Dropout of attention and of its output, where Inductor turns the random operators into its own."""
+
+    def attend(q, k, v):
+        return F.dropout(F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.2), 0.3)
+
+    layer = Layer(attend)
+
+    def gradients(*passes):
+        class Passes(compat.custom_graph_pass()):
+            def __call__(self, graph):
+                assert all(joint_pass(graph).matched for joint_pass in passes)
+
+            def uuid(self):
+                return None
+
+        torch.manual_seed(3)
+        settings = {"joint_custom_pre_pass": Passes()}
+        return layer.compiled(lambda gm, inputs: compat.compile_fx(gm, inputs, settings))
+
+    on_rows, dense = gradients(RowSparseBackward(), ResolveMarkers()), gradients(ResolveMarkers())
+    assert_close(on_rows, dense)
+    with pytest.raises(AssertionError):  # other numbers, other gradients
+        assert_close(on_rows, layer.expected("stop"))
