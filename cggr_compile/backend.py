@@ -85,7 +85,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         reason="not a training graph: gradients are off or the model is in evaluation mode",
     )
     dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
-    ctx = GraphContext(options, inputs, compat.capture_fake_mode(gm))
+    launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
+    ctx = GraphContext(options, inputs, compat.capture_fake_mode(gm), pays_launches=launches)
     dump.stage("captured", gm)
     work = rewrite(gm, ctx, report, dump) if report.training else gm
     runtime.begin(report, options)

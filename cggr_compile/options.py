@@ -52,6 +52,8 @@ class Options:
         advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
         fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
             or be ``silent``. The graph is compiled as it is in any case.
+        launch_bound: on CUDA without CUDA graphs, where kernel launches and not arithmetic take the time, selecting
+            tokens is no faster: there the graph stays ``dense``, with the reason, or tokens are ``select``-ed anyway.
         compiler: ``inductor``, ``eager`` (AOTAutograd, no code generation), or ``auto``.
         dump_dir: folder for readable graphs and report.json; None reads the environment's CGGR_DUMP_DIR.
         cuda_graphs: replay the step as CUDA graphs (Inductor's ``triton.cudagraphs``, as ``mode="reduce-overhead"``
@@ -73,6 +75,7 @@ class Options:
     seed: int = 0
     advance: Literal["auto", "manual"] = "auto"
     fallback: Literal["warn", "error", "silent"] = "warn"
+    launch_bound: Literal["dense", "select"] = "dense"
     compiler: Literal["auto", "inductor", "eager"] = "auto"
     dump_dir: str | None = None
     cuda_graphs: bool = False

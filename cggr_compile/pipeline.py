@@ -21,6 +21,7 @@ from cggr_compile.passes.fx import mutated_operand
 from cggr_compile.passes.grouped_query import GroupQueries
 from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.insert_router import InsertRouter
+from cggr_compile.passes.launch_bound import LaunchBound
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
 from cggr_compile.passes.route_gradient import RouteGradient
@@ -38,6 +39,7 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),
     MakeSizesStatic(),
     *EXACT_PASSES,
+    LaunchBound(),
     AlignTargets(),
     InsertRouter(),
     SelectRows(),

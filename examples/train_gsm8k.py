@@ -93,6 +93,8 @@ def runs(args: argparse.Namespace) -> list[tuple[str, dict[str, Any] | None]]:
         "gradient": args.gradient,
         "kv_gradient": args.kv_gradient,
         "compiler": args.compiler,
+        # the demo's models are small enough to be left dense on a GPU; it is there to show selection
+        "launch_bound": "select",
     }
     folder = args.out.resolve() / "graphs"
     selective = {**common, "scoring": args.scoring, "selection": args.selection, "seed": args.seed}

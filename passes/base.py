@@ -202,6 +202,8 @@ class GraphContext:
     options: Options
     example_inputs: list[Any]
     fake_mode: Any
+    # every kernel launch costs the host's time: on CUDA, without CUDA graphs
+    pays_launches: bool = False
     static: StaticSizes | None = None
     loss: LossSite | None = None
     stack: LayerStack | None = None

@@ -110,7 +110,7 @@ def backend() -> Any:
 
 def compiled(target: Any, *, in_place: bool | None = None, **options: Any) -> Any:
     """``target`` (module or function) compiled by the backend under test; modules in place, unless told otherwise."""
-    options = {"compiler": "eager", "fallback": "error", **options}
+    options = {"compiler": "eager", "fallback": "error", "launch_bound": "select", **options}
     if isinstance(target, nn.Module) and in_place is not False:
         target.compile(backend=backend(), options=options)
         return target

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 STAGES = [
-    *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "align_targets", "insert_router"),
-    *("select_rows", "rewrite_loss", "route_gradient", "detach_outputs", "rewritten"),
+    *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "launch_bound", "align_targets"),
+    *("insert_router", "select_rows", "rewrite_loss", "route_gradient", "detach_outputs", "rewritten"),
     *("joint_row_sparse", "joint_resolve_markers"),
 ]
 
@@ -23,11 +23,14 @@ def test_dump(tmp_path):
     assert files == [*(f"{i:02d}_{name}.py" for i, name in enumerate(STAGES)), "report.json"]
     for file in files[:-1]:
         compile((tmp_path / file).read_text(), file, "exec")  # readable as Python
-    text = (tmp_path / f"{STAGES.index('rewrite_loss'):02d}_rewrite_loss.py").read_text()
-    assert text.startswith("# graph 0, stage 08: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True")
+    number = f"{STAGES.index('rewrite_loss'):02d}"
+    text = (tmp_path / f"{number}_rewrite_loss.py").read_text()
+    assert text.startswith(
+        f"# graph 0, stage {number}: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True"
+    )
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["matched"]
+    assert report["passes"][-2]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
     assert [p["name"] for p in report["passes"][-2:]] == ["row_sparse", "resolve_markers"]
     assert report["passes"][-2]["details"] == {"densified": {}, "densified_at": {}}
 

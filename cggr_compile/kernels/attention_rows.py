@@ -293,7 +293,7 @@ def block_options(dtype: torch.dtype, block_d: int, all_keys: bool) -> tuple[dic
     if block_d <= 64:
         return _options(64, 64, 4, 3), _options(32, 128 if all_keys else 64, 4, 3)
     if block_d <= 128:
-        return _options(64, 32, 4, 3), _options(64, 64, 8, 2)
+        return _options(64, 32, 4, 3), _options(32, 64, 4, 2)
     return _options(32, 32, 8, 2), _options(32, 32, 8, 2)
 
 

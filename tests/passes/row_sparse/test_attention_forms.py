@@ -187,7 +187,7 @@ def test_forms_of_cuda(form, kv_gradient):
 def test_dropout_stays_dense_by_name(form):
     """With the gradient of the queries on rows all the same: only attention itself is dense."""
     details = check(Layer(causal), before=into(form, dropout=0.1), after=back)
-    assert details == {"densified": {"output": 1}, "dense_attention": {"attention dropout 0.1": 1}}
+    assert details["densified"] == {"output": 1} and details["dense_attention"] == {"attention dropout 0.1": 1}
 
 
 def test_mask_with_a_gradient_stays_dense_by_name():
@@ -229,7 +229,7 @@ def test_flex_attention_stays_dense_by_name(monkeypatch, kv_gradient):
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     layer.attend = masked(torch.where(mask, bias.detach(), -torch.inf), gqa=True)
     assert_close(got, layer.expected(kv_gradient))
-    assert details == {"densified": {"output": 1}, "dense_attention": {"FlexAttention": 1}}
+    assert details["densified"] == {"output": 1} and details["dense_attention"] == {"FlexAttention": 1}
 
 
 def test_casts_are_looked_through():

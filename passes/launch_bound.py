@@ -1,0 +1,74 @@
+"""Decides whether a smaller backward pass can be a faster one, before anything is changed for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value, shape_of
+from cggr_compile.passes.fx import op_name
+
+# Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
+# this long, however little its kernels do.
+LAUNCH_MS = 3.0
+LAUNCH_MS_PER_LAYER = 1.8
+# What a multiprocessor of a current GPU sustains in matrix products, in TFLOP/s: H100 about 400 in all in 16 bits.
+TFLOPS_PER_SM = {2: 3.0, 4: 0.5}
+
+
+class LaunchBound:
+    """Stops the rewriting of a graph whose step is spent on kernel launches, not on arithmetic.
+
+    The rewritten step has about as many launches as the dense one, so below some size it cannot be faster; there
+    CUDA graphs are what helps, and with them it can. The estimate is rough (products and attention of the dense step
+    at a typical rate, against launches per layer) and only speaks where it matters: on CUDA, without CUDA graphs.
+    """
+
+    name = "launch_bound"
+    required = True
+    analysis = True
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        assert ctx.stack is not None
+        if not ctx.pays_launches:
+            return PassResult(True, "launches do not count: not on CUDA, or CUDA graphs")
+        if ctx.options.launch_bound == "select":
+            return PassResult(True, "launch_bound='select': not estimated")
+        layers, stream = len(ctx.stack.blocks), fake_value(ctx.stack.blocks[0].output)
+        if not all(isinstance(size, int) for size in stream.shape):
+            return PassResult(True, "symbolic sizes: not estimated")
+        batch, length, width = stream.shape
+        flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * width
+        processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
+        arithmetic = flops / (processors * TFLOPS_PER_SM[_width(stream)] * 1e9)
+        launches = LAUNCH_MS + LAUNCH_MS_PER_LAYER * layers
+        found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
+        if arithmetic > launches:
+            return PassResult(True, found)
+        return PassResult(
+            False,
+            f"{found}: at this size selecting tokens would not be faster without CUDA graphs, so every token is "
+            "trained on; options={'cuda_graphs': True} (or mode='reduce-overhead') makes it pay, "
+            "options={'launch_bound': 'select'} selects all the same",
+        )
+
+
+def _width(stream: Tensor) -> int:
+    """Bytes of the numbers that are multiplied."""
+    if torch.is_autocast_enabled(stream.device.type):
+        return torch.get_autocast_dtype(stream.device.type).itemsize
+    return 2 if stream.element_size() <= 2 else 4
+
+
+def _weights(gm: GraphModule) -> int:
+    """Elements of the matrices that activations are multiplied with."""
+    total = 0
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value: Any = fake_value(node)
+        if isinstance(value, Tensor) and value.is_floating_point() and len(shape_of(node)) == 2:
+            looked_up = all(op_name(user) == "embedding" for user in node.users)
+            total += 0 if looked_up else value.numel()
+    return total
