@@ -13,7 +13,7 @@ from torch.fx import Node
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.row_sparse.layout import Layout
-from cggr_compile.passes.row_sparse.values import Rows, RowValues
+from cggr_compile.passes.row_sparse.values import Rows, RowValues, ends_at_markers
 
 aten = torch.ops.aten
 
@@ -23,6 +23,7 @@ FORMS = {
     aten._scaled_dot_product_efficient_attention_backward.default,
     aten._scaled_dot_product_cudnn_attention_backward.default,
 }
+CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 FLEX = "flex_attention_backward"
 
 
@@ -75,7 +76,7 @@ def attention(rv: RowValues, node: Node) -> bool:
     heads = rv.layout("B", None, "S", None)
     known = rv.sparse[grad].layout == heads
     items = _items(node)
-    only_rows = all(_ends_at_marker(getter) for i in (1, 2) for getter in items.get(i, []))
+    only_rows = all(ends_at_markers(getter, CASTS) for i in (1, 2) for getter in items.get(i, []))
     found: Node | str
     if flex:
         found = "FlexAttention"
@@ -115,8 +116,6 @@ def _on_rows(rv: RowValues, call: Call, heads: Layout, items: dict[int, list[Nod
         return f"attention dropout {call.dropout:g}"
     if 3 in items:
         return "an attention mask with a gradient"
-    if key[2] != rv.length:
-        return f"{query[2]} queries over {key[2]} keys"
     mask = call.mask
     if mask is not None:
         lead = [1] * (4 - len(shape_of(mask)))
@@ -149,13 +148,3 @@ def _items(node: Node) -> dict[int, list[Node]]:
         if user.users:
             found.setdefault(int(user.args[1]), []).append(user)  # type: ignore[arg-type]
     return found
-
-
-def _ends_at_marker(node: Node) -> bool:
-    """Whether all that becomes of a key's gradient, but for casts, is its rows."""
-    casts = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
-    return all(
-        (user.target is torch.ops.cggr.stop_rows_backward.default and user.args[1] == 2)
-        or (user.target in casts and _ends_at_marker(user))
-        for user in node.users
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +182,8 @@ class RowValues:
             before = layout[:axis] + layout[axis + 1 :]
             return self.emit.call(target, self.version(source, before), axis) if layout[axis] is None else None
         # in the forward pass the product is there already; in the backward pass only its rows may be needed
-        if target in (aten.mm.default, aten.bmm.default) and node in self.backward and "b" not in layout:
+        product = target in (aten.mm.default, aten.bmm.default) and "b" not in layout
+        if product and node in self.backward and ends_at_markers(node, ROW_WISE):
             other: Any = node.args[1]
             *_, left, right = layout
             if left in ("S", "BS"):
@@ -214,6 +215,15 @@ class RowValues:
         return None if mine is None else self.version(node, mine)
 
 
+def ends_at_markers(node: Node, through: Collection[Any]) -> bool:
+    """Whether selected rows are all that is wanted of a gradient: it goes to markers only, ``through`` calls."""
+    return all(
+        user.target is torch.ops.cggr.stop_rows_backward.default
+        or (user.target in through and ends_at_markers(user, through))
+        for user in node.users
+    )
+
+
 POINTWISE = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
     *(aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.exp.default),
@@ -222,4 +232,8 @@ POINTWISE = {
     *(aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.lt.Scalar, aten.ge.Scalar, aten.le.Scalar),
     *(aten.eq.Tensor, aten.bitwise_and.Tensor, aten.bitwise_not.default, aten.logical_not.default, aten.abs.default),
     *(torch.ops.prims.convert_element_type.default, aten.detach.default, aten.log.default, aten.gelu.default),
+}
+ROW_WISE = {
+    *POINTWISE,
+    *(aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.unsqueeze.default, aten.expand.default),
 }

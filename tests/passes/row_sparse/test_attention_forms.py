@@ -60,12 +60,12 @@ class Layer:
         return torch.autograd.grad(self.loss(self.x, self.weights, kv_gradient, stop), (self.x, *self.weights))
 
     def optimised(self, kv_gradient, before=lambda graph: None, after=lambda graph: None):
-        """(gradients, details of the row-sparse pass)."""
-        details = []
+        """(gradients, result of the row-sparse pass)."""
+        results = []
 
         def partition(joint, inputs, **kwargs):
             before(joint.graph)
-            details.append(RowSparseBackward()(joint.graph).details)
+            results.append(RowSparseBackward()(joint.graph))
             ResolveMarkers()(joint.graph)
             after(joint.graph)
             joint.graph.lint()
@@ -73,7 +73,7 @@ class Layer:
             return compat.default_partition(joint, inputs, **kwargs)
 
         got = self.compiled(lambda gm, inputs: compat.aot_eager(gm, inputs, partition), kv_gradient)
-        return got, details[0]
+        return got, results[0]
 
     def compiled(self, backend, kv_gradient="stop"):
         torch._dynamo.reset()
@@ -93,9 +93,9 @@ def assert_close(got, expected):
 
 def check(layer, kv_gradient="stop", **edits):
     """The gradients are right; what the pass says about them."""
-    got, details = layer.optimised(kv_gradient, **edits)
+    got, result = layer.optimised(kv_gradient, **edits)
     assert_close(got, layer.expected(kv_gradient))
-    return details
+    return {name: result.details[name] for name in ON_ROWS}
 
 
 ON_ROWS = {"densified": {"output": 1}, "dense_attention": {}}  # the gradient of x is an output here
@@ -161,10 +161,12 @@ def masked(mask, gqa=False):
 
 
 def written(mask):
-    """Attention by hand, with key heads shared in a fifth axis."""
+    """Attention by hand, with key heads that are shared in a fifth axis."""
 
     def attend(q, k, v):
         shared = q.shape[1] // k.shape[1]
+        if shared == 1:
+            return (q @ k.mT / 3).masked_fill(~mask, -1e30).softmax(-1) @ v
         scores = q.unflatten(1, (-1, shared)) @ k[:, :, None].mT / 3
         scores = scores.flatten(1, 2).masked_fill(~mask, -1e30)
         return (scores.softmax(-1).unflatten(1, (-1, shared)) @ v[:, :, None]).flatten(1, 2)
@@ -212,6 +214,26 @@ def test_mask_with_a_gradient_stays_dense_by_name():
     assert details["dense_attention"] == {"an attention mask with a gradient": 1}
 
 
+def test_unknown_layout_stays_dense_by_name():
+    def attend(q, k, v):
+        return causal(*(t.transpose(0, 1) for t in (q, k, v))).transpose(0, 1)
+
+    details = check(Layer(attend), "project")
+    assert details["dense_attention"] == {"an output gradient laid out as (None, 'B', 'S', None)": 1}
+
+
+@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+def test_more_keys_than_queries(kv_gradient):
+    """Two learned keys in front (prefix tuning)."""
+    mask = torch.ones(9, 11, dtype=torch.bool).tril(2)
+    prefix = torch.randn(2, 4, 2, 8)
+
+    def attend(q, k, v):
+        return masked(mask)(q, torch.cat([prefix, k], 2), torch.cat([prefix, v], 2))
+
+    assert check(Layer(attend), kv_gradient) == ON_ROWS
+
+
 @pytest.mark.parametrize("kv_gradient", ["stop", "project"])
 def test_flex_attention_stays_dense_by_name(monkeypatch, kv_gradient):
     """It has no backward on the CPU, says its front door; behind that there is one."""
@@ -225,11 +247,12 @@ def test_flex_attention_stays_dense_by_name(monkeypatch, kv_gradient):
         return flex.flex_attention(query, key, value, score_mod=score, enable_gqa=True)
 
     layer = Layer(attend, kv_heads=2)
-    got, details = layer.optimised(kv_gradient)
+    got, result = layer.optimised(kv_gradient)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     layer.attend = masked(torch.where(mask, bias.detach(), -torch.inf), gqa=True)
     assert_close(got, layer.expected(kv_gradient))
-    assert details["densified"] == {"output": 1} and details["dense_attention"] == {"FlexAttention": 1}
+    assert result.details["dense_attention"] == {"FlexAttention": 1}
+    assert result.reason.endswith("dense attention: 1 × FlexAttention")  # which explain() prints
 
 
 def test_casts_are_looked_through():
@@ -244,6 +267,21 @@ def test_casts_are_looked_through():
         assert check(Layer(causal, kv_heads=2, cast=cast), after=whole) == ON_ROWS
     assert check(Layer(causal, kv_heads=2), "project", after=whole) == ON_ROWS
     assert found == [False, False, True]
+
+
+def test_products_of_attention_by_hand():
+    """Two of the forward, and in the backward what is asked for: all keys' gradients only for their projections."""
+    found: list[int] = []
+
+    def count(graph):
+        shapes = [tuple(node.meta["val"].shape[1:]) for node in graph.nodes if node.target is aten.bmm.default]
+        assert len(shapes) == 6
+        found.append(sum(9 in shape for shape in shapes))
+
+    layer = Layer(written(torch.ones(9, 9, dtype=torch.bool).tril()))
+    for kv_gradient in ("stop", "project"):
+        assert check(layer, kv_gradient, after=count) == ON_ROWS
+    assert found == [3, 5]
 
 
 @pytest.mark.parametrize("kv_gradient", ["stop", "project"])
