@@ -248,6 +248,10 @@ def test_medians_and_ratios() -> None:
     assert results.times_faster(result, "fair", "selective", "backward") == 3.0
     assert results.times_faster(result, "fair", "selective", "step") == 2.0
     assert results.times_faster(result, "plain", "selective", "step") is None
+    assert results.times_faster(result, "fair", "selective", "peak_mb") == 1.0
+    # disturbed rounds leave a ratio alone that the ratio of the medians would get wrong
+    result["arms"]["fair"]["samples"]["step"], result["arms"]["selective"]["samples"]["step"] = [4, 40, 4], [20, 20, 2]
+    assert results.times_faster(result, "fair", "selective", "step") == 2.0
 
 
 def test_merged_table_and_markdown(tmp_path, capsys) -> None:
