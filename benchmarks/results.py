@@ -43,9 +43,18 @@ def save(document: dict[str, Any], path: Path) -> None:
 
 
 def times_faster(result: dict[str, Any], baseline: str, arm: str, part: str) -> float | None:
-    """Median time (or memory) of ``baseline`` over that of ``arm``, in one run; None where one of them is missing."""
+    """``baseline`` over ``arm``, for times the median over the rounds; None where one of them is missing.
+
+    Each round has its own ratio, so that a program that disturbs some of the rounds disturbs both sides of it.
+    """
     there, here = value(result, baseline, part), value(result, arm, part)
-    return there / here if there and here else None
+    if not there or not here:
+        return None
+    if part not in PARTS:
+        return there / here
+    # an interrupted round may have the one and not the other
+    pairs = zip(*(result["arms"][name]["samples"][part] for name in (baseline, arm)), strict=False)
+    return float(median(before / after for before, after in pairs))
 
 
 def value(result: dict[str, Any], arm: str, part: str) -> float | None:

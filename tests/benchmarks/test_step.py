@@ -18,7 +18,6 @@ pytest.importorskip("transformers")
 
 import agreement
 import arms
-import kernel_times
 import results
 import rounds
 import step
@@ -223,84 +222,3 @@ def test_a_step_is_forward_and_backward_from_a_clean_slate() -> None:
     assert first.loss == second.loss and first.step == first.forward + first.backward > 0
     assert first.peak_mb is None and first.saved_mb == second.saved_mb > 0
     assert timing.run_step(run, batch(), model, memory=False).saved_mb is None
-
-
-def sample(forward: float, backward: float) -> timing.Sample:
-    return timing.Sample(forward, backward, forward + backward, loss=1.0, peak_mb=100 * forward, saved_mb=None)
-
-
-def document(**changes: Any) -> dict[str, Any]:
-    fair, fast = ([sample(i + 1.0, factor * (i + 1)) for i in range(3)] for factor in (3.0, 1.0))
-    records = {
-        name: {"status": "ok", "compile_s": 1.0, "compile_cached": False, **results.summary(samples, 1000)}
-        for name, samples in (("fair", fair), ("selective", fast))
-    }
-    records["plain"] = {"status": "failed", "error": "OutOfMemoryError"}
-    result = {"shape": "tiny", "device": "cuda", "layers": 2, "shortened": False, "dtype": "float32", "ratio": 0.25}
-    return {"results": [result | {"cuda_graphs": False, "rounds": 3, "arms": records} | changes]}
-
-
-def test_medians_and_ratios() -> None:
-    (result,) = document()["results"]
-    fair = result["arms"]["fair"]
-    assert fair["step"] == {"median": 8.0, "quartiles": [4.0, 8.0, 12.0]}
-    assert fair["peak_mb"] == 300 and fair["saved_mb"] is None and fair["tokens_per_s"] == 1000 / 8e-3
-    assert results.times_faster(result, "fair", "selective", "backward") == 3.0
-    assert results.times_faster(result, "fair", "selective", "step") == 2.0
-    assert results.times_faster(result, "plain", "selective", "step") is None
-
-
-def test_merged_table_and_markdown(tmp_path, capsys) -> None:
-    paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    machine = dict.fromkeys(("device", "threads", "torch", "triton", "transformers", "date"), "?")
-    for path, graphs in zip(paths, (False, True), strict=True):
-        results.save({"machine": machine, **document(cuda_graphs=graphs)}, path)
-    assert step.main(["--merge", *map(str, paths), "--readme"]) == 1, "a failed arm makes the command fail"
-    printed = capsys.readouterr().out
-    assert "| tiny | selective | 2.0 | 2.0 | 4.0 | 3.00 | 2.00 | 300 | 1.00 |" in printed
-    assert "| tiny (CUDA graphs) | fair | 2.0 | 6.0 | 8.0 | 1.00 | 1.00 | 300 | 1.00 |" in printed
-    assert "| tiny | plain | failed: OutOfMemoryError | – |" in printed
-
-
-@pytest.mark.parametrize("changes", [{"shortened": True}, {"rounds": 0}], ids=str)
-def test_a_rehearsal_is_not_published(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="tiny"):
-        results.markdown([document(**changes)])
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix product"),
-        ("triton_tem_fused_mm_3", "matrix product"),
-        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128", "attention"),
-        ("_dkv_kernel_0", "attention"),
-        ("triton_red_fused__log_softmax__to_copy_add_nll_loss_forward_5", "reduction"),
-        ("triton_poi_fused__unsafe_view_mul_silu_4", "pointwise"),
-        ("Memcpy DtoD (Device -> Device)", "copy, fill"),
-        ("void (anonymous namespace)::something_new", "other"),
-    ],
-)
-def test_kind_of_a_kernel(name: str, kind: str) -> None:
-    assert kernel_times.kind_of(name) == kind
-
-
-def test_profile_lists_the_costliest_first_and_adds_up_kinds() -> None:
-    rows = [
-        kernel_times.Row("aten::mm", 2, 1.0),
-        kernel_times.Row("sgemm", 1, 3.0),
-        kernel_times.Row("triton_poi_x", 4, 4.0),
-    ]
-    text = kernel_times.render("backward", rows, 12.0, limit=1)
-    assert text.startswith("backward: 7 calls, 8.00 ms in them, 12.00 ms")
-    assert "4.000  50.0%      3     1333.3  matrix product" in text
-    assert "sgemm" not in text and "triton_poi_x" in text
-
-
-def test_profile_of_a_step() -> None:
-    model = tiny()
-    text = kernel_times.profile_step(arms.loss_of(model), batch(), model, "a header")
-    head, forward, backward = text[: text.index("forward:")], *text.split("backward:")
-    assert head.startswith("a header") and "aten::mm" in forward and "aten::mm" in backward
-    assert "aten::embedding " not in backward
