@@ -32,7 +32,7 @@ def test_dump(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["passes"][-2]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
     assert [p["name"] for p in report["passes"][-2:]] == ["row_sparse", "resolve_markers"]
-    assert report["passes"][-2]["details"] == {"densified": {}, "densified_at": {}}
+    assert report["passes"][-2]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
 
 
 def test_dump_dir_from_the_environment(tmp_path, monkeypatch):
