@@ -47,8 +47,9 @@ class Verifier:
     gives the same gradient with every rounding different. Like the error itself this grows with the depth of the
     model and the coarseness of its arithmetic, and a gradient that is zero but for rounding raises no alarm.
 
-    ``tolerance`` is 1e-5, or twice the machine epsilon of the coarsest floating-point type in the graph. What the
-    graph returns (the loss) is held to it as well, relative to 1 if it is smaller.
+    ``tolerance`` is 1e-5, or twice the machine epsilon of the coarsest floating-point type that gradients pass
+    through (the router may compute in a coarser one). What the graph returns (the loss) is held to it as well, relative
+    to 1 if it is smaller.
 
     A comparison runs three forward and backward passes besides the step's own. It leaves ``.grad``, hooks, buffers,
     the step counter and random generators alone, and waits for the device.
@@ -78,7 +79,7 @@ class Verifier:
             isinstance(value, Tensor) and compat.storage_id(value) in written for value in map(fake_value, inputs)
         ]
         values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
-        types = {value.dtype for value in values if value.is_floating_point()}
+        types = {value.dtype for value in values if value.requires_grad}
         self.tolerance = max([1e-5, *(2 * torch.finfo(dtype).eps for dtype in types)])
         self.scale = _FLOAT16_SCALE if torch.float16 in types else 1.0
 

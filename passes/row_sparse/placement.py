@@ -16,14 +16,22 @@ def place_early(graph: Graph, made: Collection[Node]) -> None:
     """Move each node of ``made`` that needs no gradient behind the last of its inputs.
 
     The rules insert where the backward pass asks. A gather left there would run at the end of the forward pass, with
-    every layer's dense activations alive until then.
+    every layer's dense activations alive until then. Rows of what an activation checkpoint recomputes stay there:
+    in the forward pass they would be saved, which is what the checkpoint is to avoid.
     """
     placeholders = graph.find_nodes(op="placeholder")
     backward = descendants(node for node in placeholders if "tangents" in node.name)
     order = {node: (index, 0) for index, node in enumerate(graph.nodes)}
     last_at = {index: node for node, (index, _) in order.items()}
+    recomputed: set[Node] = set()
+    for node in graph.nodes:
+        if "recompute" in node.meta or (node in made and not recomputed.isdisjoint(node.all_input_nodes)):
+            recomputed.add(node)
+    early = {node for node in made if node.all_input_nodes and node not in backward | recomputed}
+    # a constant follows its first user; in the forward pass without one it would only be saved
+    early |= {node for node in made if not node.all_input_nodes and not early.isdisjoint(node.users)}
     for node in list(graph.nodes):
-        if node not in made or node in backward:
+        if node not in early:
             continue
         anchor = max([order[placeholders[-1]], *(order[source] for source in node.all_input_nodes)])[0]
         behind = last_at[anchor]
