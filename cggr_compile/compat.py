@@ -210,6 +210,11 @@ def cpu_multiplies_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def runs_our_kernels() -> bool:
+    """Whether the package's Triton kernels may run on the ``cuda`` device: not on ROCm, where nobody has tried them."""
+    return has_triton() and torch.version.hip is None
+
+
 def has_triton() -> bool:
     from torch.utils._triton import has_triton as available
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_compile.compat import has_triton
+from cggr_compile.compat import runs_our_kernels
 from cggr_compile.ops.library import LIBRARY, define_opaque
 
 
@@ -94,7 +94,12 @@ def _fake(
 
 def _attention_rows_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _, query, _, value, *_ = arguments
-    if query.dtype == torch.float64 or query.shape[-1] > 256 or value.shape[-1] != query.shape[-1] or not has_triton():
+    if (
+        query.dtype == torch.float64
+        or query.shape[-1] > 256
+        or value.shape[-1] != query.shape[-1]
+        or not runs_our_kernels()
+    ):
         return attention_rows_backward_reference(*arguments)
     from cggr_compile.kernels.attention_rows import attention_rows_backward_triton
 
