@@ -87,8 +87,10 @@ class Layer:
 
 
 def assert_close(got, expected):
+    # a gradient that is zero but for rounding is held to the size of the others
+    rounding = 1e-6 * max(wanted.norm() for wanted in expected)
     for found, wanted in zip(got, expected, strict=True):
-        assert (found - wanted).norm() <= 1e-5 * (1 + wanted.norm())
+        assert (found - wanted).norm() <= 1e-5 * (1 + wanted.norm()) + rounding
 
 
 def check(layer, kv_gradient="stop", **edits):
@@ -321,6 +323,7 @@ def masks(draw, batch, heads, length):
 @given(st.data(), st.sampled_from(["stop", "project"]), st.booleans(), st.booleans())
 def test_sizes(data, kv_gradient, by_hand, cast):
     draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 1000)))
     batch, heads, length = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4])), draw(st.integers(2, 6))
     kv_heads = draw(st.sampled_from([n for n in (1, 2, 4) if n <= heads]))
     slots = draw(st.sampled_from([1, length, draw(st.integers(1, length))]))
