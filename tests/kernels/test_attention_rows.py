@@ -1,36 +1,17 @@
-"""The Triton kernels of ``attention_rows_backward`` without a GPU: interpreted for their numbers, compiled for fit.
-
-Triton decides at import whether its kernels are interpreted, so a child pytest runs this file with TRITON_INTERPRET=1
-and sees the tests marked ``interpreted``; everything else runs here.
-"""
+"""The Triton kernels of ``attention_rows_backward`` without a GPU: interpreted for their numbers, compiled for fit."""
 
 from __future__ import annotations
-
-import os
-import re
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+from kernels.harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 from ops.test_attention_rows import errors, make_case, poisoned  # noqa: E402
 
 from cggr_compile.kernels import attention_rows as kernels  # noqa: E402
 from cggr_compile.ops.attention_rows import attention_rows_backward_reference  # noqa: E402
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def interpreted(test):
-    return test if INTERPRETED else None
-
-
-def compiled(test):
-    return None if INTERPRETED else test
 
 
 def check(arguments, expected, tolerance):
@@ -145,17 +126,7 @@ def test_the_comparison_can_fail():
 
 @compiled
 def test_under_the_interpreter():
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", os.path.abspath(__file__)],
-        env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", child.stdout)
-    assert passed and int(passed[1]) >= 30, child.stdout[-2000:]
+    pass_under_the_interpreter(__file__, at_least=30)
 
 
 @pytest.fixture
@@ -163,26 +134,8 @@ def build(monkeypatch, tmp_path):
     """Calls the public function with kernels that are compiled for a device that is not there, and not launched."""
 
     def call(arch, *arguments):
-        device = SimpleNamespace(
-            get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", arch, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-        binaries = []
-
-        class WithoutLaunch:
-            def __init__(self, kernel):  # a copy: the cache of the real one must not hold these binaries
-                self.kernel = triton.jit(kernel.fn, do_not_specialize=kernels.LENGTHS)
-
-            def __getitem__(self, grid):
-                return lambda *args, **options: binaries.append(self.kernel.warmup(*args, grid=grid, **options))
-
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr(triton.runtime.driver, "_active", device)
-        for name in ("_dq_kernel", "_dkv_kernel"):
-            monkeypatch.setattr(kernels, name, WithoutLaunch(getattr(kernels, name)))
-        kernels.attention_rows_backward_triton(*arguments)
-        return binaries
+        launch = lambda: kernels.attention_rows_backward_triton(*arguments)  # noqa: E731
+        return binaries_for(monkeypatch, tmp_path, arch, kernels, ["_dq_kernel", "_dkv_kernel"], launch)
 
     return call
 
