@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule, Node
 
@@ -230,6 +232,12 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 def fake_value(node: Any) -> Any:
     """The fake tensor that the capture recorded for a node (Dynamo: example_value, AOTAutograd: val)."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype that products of ``tensor`` run in: autocast's, where it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def same_size(a: Any, b: Any) -> bool:

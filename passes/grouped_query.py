@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, same_size, shape_of
+from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, product_dtype, same_size, shape_of
 from cggr_compile.passes.fx import argument, op_name
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -68,11 +68,11 @@ def _shared(attention: Attention) -> tuple[Node, Node] | str:
     if argument(node, 7, "enable_gqa"):
         return "heads are shared already"
     query = fake_value(argument(node, 0, "query"))
-    device, dtype = query.device.type, query.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if device not in ("cpu", "cuda") or (device == "cuda" and dtype not in _FLASH_DTYPES):
-        return f"not every kernel shares heads on {device} in {dtype}"
+    device = query.device.type
+    if device not in ("cpu", "cuda"):
+        return f"not every kernel shares heads on {device}"
+    if device == "cuda" and product_dtype(query) not in _FLASH_DTYPES:
+        return f"not every kernel shares heads on cuda in {product_dtype(query)}"
     if not all(
         isinstance(size := shape_of(n)[-1], int) and size <= _FLASH_DIM for n in (attention.key, attention.value)
     ):

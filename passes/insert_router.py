@@ -8,7 +8,7 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
-from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value, product_dtype
 from cggr_compile.passes.candidates import router_output
 from cggr_compile.passes.fx import Emitter, hoist
 from cggr_compile.passes.tail import copy_tail
@@ -71,4 +71,4 @@ def _compute_dtype(weight: torch.Tensor, precision: str) -> torch.dtype:
     kind = weight.device.type
     if precision == "bf16" or (precision == "auto" and kind == "cpu" and compat.cpu_multiplies_bf16()):
         return torch.bfloat16
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return product_dtype(weight)

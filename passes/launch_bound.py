@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype
 from cggr_compile.passes.fx import op_name
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
@@ -43,7 +43,7 @@ class LaunchBound:
         batch, length, width = stream.shape
         flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * width
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
-        arithmetic = flops / (processors * TFLOPS_PER_SM[_width(stream)] * 1e9)
+        arithmetic = flops / (processors * TFLOPS_PER_SM[2 if product_dtype(stream).itemsize <= 2 else 4] * 1e9)
         launches = LAUNCH_MS + LAUNCH_MS_PER_LAYER * layers
         found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
         if arithmetic > launches:
@@ -56,19 +56,12 @@ class LaunchBound:
         )
 
 
-def _width(stream: Tensor) -> int:
-    """Bytes of the numbers that are multiplied."""
-    if torch.is_autocast_enabled(stream.device.type):
-        return torch.get_autocast_dtype(stream.device.type).itemsize
-    return 2 if stream.element_size() <= 2 else 4
-
-
 def _weights(gm: GraphModule) -> int:
     """Elements of the matrices that activations are multiplied with."""
     total = 0
     for node in gm.graph.find_nodes(op="placeholder"):
         value: Any = fake_value(node)
-        if isinstance(value, Tensor) and value.is_floating_point() and len(shape_of(node)) == 2:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2:
             looked_up = all(op_name(user) == "embedding" for user in node.users)
             total += 0 if looked_up else value.numel()
     return total

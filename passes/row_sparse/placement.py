@@ -27,7 +27,7 @@ def place_early(graph: Graph, made: Collection[Node]) -> None:
     for node in graph.nodes:
         if "recompute" in node.meta or (node in made and not recomputed.isdisjoint(node.all_input_nodes)):
             recomputed.add(node)
-    early = {node for node in made if node.all_input_nodes and node not in backward | recomputed}
+    early = {node for node in made if node.all_input_nodes} - backward - recomputed
     # a constant follows its first user; in the forward pass without one it would only be saved
     early |= {node for node in made if not node.all_input_nodes and not early.isdisjoint(node.users)}
     for node in list(graph.nodes):
