@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile import compat
+from cggr_compile import compat, lowerings
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
 from cggr_compile.options import OptionError, Options
@@ -73,6 +73,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
     runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     engine = _engine(options, inputs)
+    if engine == "Inductor CUDA":
+        lowerings.register()
     if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
         patches[compat.CUDA_GRAPHS] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,86 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str,
 
     compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
+    from torch._inductor.lowering import register_lowering
+
+    register_lowering(op, type_promotion_kind=None)(lower)
+
+
+def call_operator(op: Any, *args: Any) -> Any:
+    """In a lowering: a call of the operator itself."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def static_shape(node: Any) -> tuple[int, ...] | None:
+    """In a lowering: the sizes of a value; None if one of them is a symbol."""
+    return _integers(node.get_size())
+
+
+def static_strides(node: Any) -> tuple[int, ...]:
+    """In a lowering: the strides of what ``stored`` returned."""
+    strides = _integers(node.get_stride())
+    assert strides is not None, "static sizes have static strides"
+    return strides
+
+
+def _integers(values: Sequence[Any]) -> tuple[int, ...] | None:
+    return tuple(int(v) for v in values) if not any(getattr(v, "free_symbols", None) for v in values) else None
+
+
+def stored(node: Any, last_contiguous: bool = False) -> Any:
+    """In a lowering: ``node`` in memory, in the layout it keeps from here on."""
+    from torch._inductor import ir
+
+    storage = ir.ExternKernel.realize_input(node)
+    ir.as_storage_and_layout(storage, freeze=True)
+    if last_contiguous and storage.get_stride()[-1] != 1:
+        storage = ir.ExternKernel.require_contiguous(storage)
+    return ir.TensorBox(storage.data if isinstance(storage, ir.TensorBox) else storage)
+
+
+def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+    """In a lowering: uninitialised memory, contiguous."""
+    from torch._inductor.lowering import empty_strided
+
+    return empty_strided(list(shape), None, dtype=dtype, device=device)
+
+
+def launch(kernel: Any, pointers: dict[str, Any], arguments: dict[str, Any], ways: Sequence[tuple[int, Any]]) -> None:
+    """In a lowering: one launch of a Triton kernel, as torch.compile launches the kernels of users.
+
+    Args:
+        pointers: nodes by the names of the kernel's parameters. arguments: its other arguments.
+        ways: (number of programs, block sizes with num_warps and num_stages); if there are several, they are timed.
+    """
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
+    from torch._inductor import config
+    from torch._inductor.lowering import lowerings
+
+    ways = ways if config.max_autotune else ways[:1]
+    tuned = _tuned(kernel, tuple(tuple(sorted(options.items())) for _, options in ways))
+    lowerings[triton_kernel_wrapper_mutation](
+        kernel_idx=kernel_side_table.add_kernel(tuned),
+        constant_args_idx=kernel_side_table.add_constant_args(arguments),
+        grid=[(programs, 1, 1) for programs, _ in ways],
+        tma_descriptor_metadata={},
+        kwargs=pointers,
+    )
+
+
+@functools.cache
+def _tuned(kernel: Any, ways: tuple[tuple[tuple[str, int], ...], ...]) -> Any:
+    import triton
+
+    def configuration(options: dict[str, int]) -> Any:
+        launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        return triton.Config(options, **launch)
+
+    return triton.autotune(configs=[configuration(dict(options)) for options in ways], key=[])(kernel)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -16,7 +16,8 @@ Tensors may have any strides as long as the last one is 1; products of a stride 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -57,14 +58,30 @@ def _dq_kernel(
     dq_ptr,
     delta_ptr,
     finite_lse_ptr,
-    grad_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    out_stride,
-    lse_stride,
-    rows_stride,
-    mask_stride,
+    grad_b,
+    grad_h,
+    grad_s,
+    q_b,
+    q_h,
+    q_s,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    out_b,
+    out_h,
+    out_s,
+    lse_b,
+    lse_h,
+    lse_s,
+    rows_b,
+    rows_s,
+    mask_b,
+    mask_h,
+    mask_s,
+    mask_k,
     heads,
     slots,
     length,
@@ -77,6 +94,9 @@ def _dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    slots = tl.cast(slots, tl.int32)  # Inductor makes a 1 a constant,
+    length = tl.cast(length, tl.int32)
+    scale = tl.cast(scale, tl.float32)  # and a Python float 64 bits wide
     program = tl.program_id(0)
     blocks = tl.cdiv(slots, BLOCK_M)
     block = blocks - 1 - program % blocks  # under a causal mask later queries take longer: start with them
@@ -88,14 +108,14 @@ def _dq_kernel(
     d = tl.arange(0, BLOCK_D)
     column = (d < D)[None, :]
     tile = inside[:, None] & column
-    q_base = q_ptr + batch * q_stride[0] + head * q_stride[1]
-    grad_base = grad_ptr + batch * grad_stride[0] + head * grad_stride[1]
-    out_base = out_ptr + batch * out_stride[0] + head * out_stride[1]
-    q = tl.load(q_base + slot[:, None] * q_stride[2] + d[None, :], mask=tile, other=0.0)
-    grad = tl.load(grad_base + slot[:, None] * grad_stride[2] + d[None, :], mask=tile, other=0.0)
-    out = tl.load(out_base + slot[:, None] * out_stride[2] + d[None, :], mask=tile, other=0.0)
-    lse_row = lse_ptr + batch * lse_stride[0] + head * lse_stride[1]
-    lse = tl.load(lse_row + slot * lse_stride[2], mask=inside, other=float("inf"))
+    q_base = q_ptr + batch * q_b + head * q_h
+    grad_base = grad_ptr + batch * grad_b + head * grad_h
+    out_base = out_ptr + batch * out_b + head * out_h
+    q = tl.load(q_base + slot[:, None] * q_s + d[None, :], mask=tile, other=0.0)
+    grad = tl.load(grad_base + slot[:, None] * grad_s + d[None, :], mask=tile, other=0.0)
+    out = tl.load(out_base + slot[:, None] * out_s + d[None, :], mask=tile, other=0.0)
+    lse_row = lse_ptr + batch * lse_b + head * lse_h
+    lse = tl.load(lse_row + slot * lse_s, mask=inside, other=float("inf"))
     # +inf makes every probability of a fully masked query, and of a slot past the end, zero
     lse = tl.where(tl.abs(lse) < float("inf"), lse, float("inf"))
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -104,8 +124,8 @@ def _dq_kernel(
     tl.store(delta_ptr + flat, delta, mask=inside)
 
     if CAUSAL:
-        rows_base = rows_ptr + batch * rows_stride[0]
-        position = tl.load(rows_base + slot * rows_stride[1], mask=inside, other=0).to(tl.int32)
+        rows_base = rows_ptr + batch * rows_b
+        position = tl.load(rows_base + slot * rows_s, mask=inside, other=0).to(tl.int32)
         end = tl.minimum(tl.max(position, 0) + 1, length)
         edge = tl.minimum(tl.min(tl.where(inside, position, length), 0) + 1, length)
     else:
@@ -113,13 +133,13 @@ def _dq_kernel(
         edge = length
     edge = edge // BLOCK_N * BLOCK_N  # every query of the block attends to every key before the edge
 
-    k_row = k_ptr + batch * k_stride[0] + head // GROUP * k_stride[1]
-    v_row = v_ptr + batch * v_stride[0] + head // GROUP * v_stride[1]
+    k_row = k_ptr + batch * k_b + head // GROUP * k_h
+    v_row = v_ptr + batch * v_b + head // GROUP * v_h
     step = tl.arange(0, BLOCK_N)
-    k_tile = step[:, None] * k_stride[2] + d[None, :]
-    v_tile = step[:, None] * v_stride[2] + d[None, :]
-    mask_row = mask_ptr + batch * mask_stride[0] + head * mask_stride[1]
-    mask_tile = slot[:, None] * mask_stride[2] + step[None, :] * mask_stride[3]
+    k_tile = step[:, None] * k_s + d[None, :]
+    v_tile = step[:, None] * v_s + d[None, :]
+    mask_row = mask_ptr + batch * mask_b + head * mask_h
+    mask_tile = slot[:, None] * mask_s + step[None, :] * mask_k
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for stage in tl.static_range(2):
@@ -129,9 +149,9 @@ def _dq_kernel(
         else:
             low = edge
             high = end
-        k_base = k_row + low.to(tl.int64) * k_stride[2]
-        v_base = v_row + low.to(tl.int64) * v_stride[2]
-        mask_base = mask_row + low.to(tl.int64) * mask_stride[3]
+        k_base = k_row + low.to(tl.int64) * k_s
+        v_base = v_row + low.to(tl.int64) * v_s
+        mask_base = mask_row + low.to(tl.int64) * mask_k
         for start in range(low, high, BLOCK_N):
             key = start + step
             known = key < length
@@ -150,9 +170,9 @@ def _dq_kernel(
                 p = tl.where(known[None, :], p, 0.0)
             slope = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
             dq = tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee")
-            k_base += BLOCK_N * k_stride[2]
-            v_base += BLOCK_N * v_stride[2]
-            mask_base += BLOCK_N * mask_stride[3]
+            k_base += BLOCK_N * k_s
+            v_base += BLOCK_N * v_s
+            mask_base += BLOCK_N * mask_k
     tl.store(dq_ptr + flat[:, None] * D + d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile)
 
 
@@ -168,12 +188,24 @@ def _dkv_kernel(
     finite_lse_ptr,
     dk_ptr,
     dv_ptr,
-    grad_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    rows_stride,
-    mask_stride,
+    grad_b,
+    grad_h,
+    grad_s,
+    q_b,
+    q_h,
+    q_s,
+    k_b,
+    k_h,
+    k_s,
+    v_b,
+    v_h,
+    v_s,
+    rows_b,
+    rows_s,
+    mask_b,
+    mask_h,
+    mask_s,
+    mask_k,
     heads,  # of the keys
     slots,
     length,
@@ -187,6 +219,9 @@ def _dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    slots = tl.cast(slots, tl.int32)  # Inductor makes a 1 a constant,
+    length = tl.cast(length, tl.int32)
+    scale = tl.cast(scale, tl.float32)  # and a Python float 64 bits wide
     keys = length if ALL_KEYS else slots
     program = tl.program_id(0)
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -199,14 +234,14 @@ def _dkv_kernel(
     d = tl.arange(0, BLOCK_D)
     column = (d < D)[None, :]
     tile = inside[:, None] & column
-    rows_base = rows_ptr + batch * rows_stride[0]
+    rows_base = rows_ptr + batch * rows_b
     position = key.to(tl.int64)
     if not ALL_KEYS:
-        position = tl.load(rows_base + position * rows_stride[1], mask=inside, other=0)
-    k_base = k_ptr + batch * k_stride[0] + head * k_stride[1]
-    v_base = v_ptr + batch * v_stride[0] + head * v_stride[1]
-    k = tl.load(k_base + position[:, None] * k_stride[2] + d[None, :], mask=tile, other=0.0)
-    v = tl.load(v_base + position[:, None] * v_stride[2] + d[None, :], mask=tile, other=0.0)
+        position = tl.load(rows_base + position * rows_s, mask=inside, other=0)
+    k_base = k_ptr + batch * k_b + head * k_h
+    v_base = v_ptr + batch * v_b + head * v_h
+    k = tl.load(k_base + position[:, None] * k_s + d[None, :], mask=tile, other=0.0)
+    v = tl.load(v_base + position[:, None] * v_s + d[None, :], mask=tile, other=0.0)
 
     low = slots * 0
     edge = slots * 0
@@ -217,24 +252,24 @@ def _dkv_kernel(
         low = slots
         for start in range(0, slots, SCAN):
             slot = start + tl.arange(0, SCAN)
-            row = tl.load(rows_base + slot.to(tl.int64) * rows_stride[1], mask=slot < slots, other=-1)
+            row = tl.load(rows_base + slot.to(tl.int64) * rows_s, mask=slot < slots, other=-1)
             low = tl.minimum(low, tl.min(tl.where(row >= nearest, slot, slots), 0))
             edge = tl.maximum(edge, tl.max(tl.where((row < farthest) & (slot < slots), slot + 1, 0), 0))
         low = low // BLOCK_M * BLOCK_M
         edge = tl.maximum(low, tl.cdiv(edge, BLOCK_M) * BLOCK_M)
 
     step = tl.arange(0, BLOCK_M)
-    q_tile = step[:, None] * q_stride[2] + d[None, :]
-    grad_tile = step[:, None] * grad_stride[2] + d[None, :]
-    mask_row = mask_ptr + batch * mask_stride[0]
-    mask_tile = step[None, :] * mask_stride[2] + position[:, None] * mask_stride[3]
+    q_tile = step[:, None] * q_s + d[None, :]
+    grad_tile = step[:, None] * grad_s + d[None, :]
+    mask_row = mask_ptr + batch * mask_b
+    mask_tile = step[None, :] * mask_s + position[:, None] * mask_k
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for member in range(GROUP):
         q_head = head * GROUP + member
-        q_row = q_ptr + batch * q_stride[0] + q_head * q_stride[1]
-        grad_row = grad_ptr + batch * grad_stride[0] + q_head * grad_stride[1]
+        q_row = q_ptr + batch * q_b + q_head * q_h
+        grad_row = grad_ptr + batch * grad_b + q_head * grad_h
         flat = (batch * heads * GROUP + q_head) * slots
         for stage in tl.static_range(0 if CAUSAL else 1, 2):
             if stage == 0:
@@ -243,9 +278,9 @@ def _dkv_kernel(
             else:
                 first = edge
                 last = slots
-            q_base = q_row + first.to(tl.int64) * q_stride[2]
-            grad_base = grad_row + first.to(tl.int64) * grad_stride[2]
-            mask_base = mask_row + q_head * mask_stride[1] + first.to(tl.int64) * mask_stride[2]
+            q_base = q_row + first.to(tl.int64) * q_s
+            grad_base = grad_row + first.to(tl.int64) * grad_s
+            mask_base = mask_row + q_head * mask_h + first.to(tl.int64) * mask_s
             for start in range(first, last, BLOCK_M):
                 slot = start + step
                 known = slot < slots
@@ -259,14 +294,14 @@ def _dkv_kernel(
                 scores = tl.dot(k, tl.trans(q), input_precision="ieee")
                 p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, scale, MASK)
                 if stage == 0:
-                    row = tl.load(rows_base + slot.to(tl.int64) * rows_stride[1], mask=known, other=-1)
+                    row = tl.load(rows_base + slot.to(tl.int64) * rows_s, mask=known, other=-1)
                     p = tl.where(row[None, :] >= position[:, None], p, 0.0)
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
                 slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
                 dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
-                q_base += BLOCK_M * q_stride[2]
-                grad_base += BLOCK_M * grad_stride[2]
-                mask_base += BLOCK_M * mask_stride[2]
+                q_base += BLOCK_M * q_s
+                grad_base += BLOCK_M * grad_s
+                mask_base += BLOCK_M * mask_s
 
     target = ((batch * heads + head) * keys + key)[:, None] * D + d[None, :]
     tl.store(dk_ptr + target, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile)
@@ -275,26 +310,87 @@ def _dkv_kernel(
 
 INTERPRETED = not isinstance(_dq_kernel, triton.runtime.JITFunction)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AXES = dict.fromkeys(("grad", "q", "k", "v", "out", "lse"), "bhs") | {"rows": "bs", "mask": "bhsk"}
+
+
+class Sizes(NamedTuple):
+    """query [batch, heads, slots, dim], key [batch, kv_heads, length, dim]."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    slots: int
+    length: int
+    dim: int
+
+
+class Launch(NamedTuple):
+    """A kernel, its arguments that are no tensors, and the ways to run it: the first is the one to use untuned."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: list[dict[str, int]]  # block sizes, warps, stages
+    programs: list[int]  # under each of them
 
 
 def _options(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
     return dict(BLOCK_M=queries, BLOCK_N=keys, num_warps=warps, num_stages=stages)
 
 
-def block_options(dtype: torch.dtype, block_d: int, all_keys: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Block sizes, warps and stages of the dq and the dkv kernel.
+def block_options(
+    dtype: torch.dtype, block_d: int, all_keys: bool
+) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
+    """Block sizes, warps and stages worth trying for the dq and for the dkv kernel, the best guess first.
 
-    In 16 bits up to 128 the fastest of a sweep on an H100; else what ptxas fits into registers (float32 above 64
-    spills some).
+    In 16 bits up to 128 that is the fastest of a sweep on an H100; else what ptxas fits into registers (float32 above
+    64 spills some).
     """
     if dtype == torch.float32:  # no tensor cores: ieee products
-        both = _options(32, 32, 8, 1) if block_d <= 128 else _options(16, 16, 8, 1)
+        both = [_options(32, 32, 8, 1) if block_d <= 128 else _options(16, 16, 8, 1)]
         return both, both
     if block_d <= 64:
-        return _options(64, 64, 4, 3), _options(32, 128 if all_keys else 64, 4, 3)
+        wide, narrow = _options(32, 128, 4, 3), _options(32, 64, 4, 3)
+        more = [_options(64, 64, 4, 2), _options(64, 128, 8, 2)]
+        return (
+            [_options(64, 64, 4, 3), _options(128, 64, 4, 3), _options(128, 64, 8, 2)],
+            [wide, narrow, *more] if all_keys else [narrow, wide, *more],
+        )
     if block_d <= 128:
-        return _options(64, 32, 4, 3), _options(32, 64, 4, 2)
-    return _options(32, 32, 8, 2), _options(32, 32, 8, 2)
+        return (
+            [_options(64, 32, 4, 3), _options(64, 64, 4, 2), _options(128, 32, 8, 2)],
+            [_options(32, 64, 4, 2), _options(32, 128, 8, 2), _options(64, 64, 8, 2)],
+        )
+    both = [_options(32, 32, 8, 2), _options(32, 32, 4, 2), _options(16, 32, 4, 2)]
+    return both, both
+
+
+def launches(
+    sizes: Sizes,
+    strides: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    scale: float,
+    causal: bool,
+    mask: Literal["none", "bool", "additive"],
+    all_keys: bool,
+) -> tuple[Launch, Launch]:
+    """The two launches. ``strides`` by the names in AXES, of all axes but the last of width ``dim``."""
+    block_d = max(16, triton.next_power_of_2(sizes.dim))
+    keys = sizes.length if all_keys else sizes.slots
+    constants = dict(GROUP=sizes.heads // sizes.kv_heads, CAUSAL=causal, MASK=mask, D=sizes.dim, BLOCK_D=block_d)
+    for_dq, for_dkv = block_options(dtype, block_d, all_keys)
+
+    def arguments(heads: int, read: tuple[str, ...], **constants: Any) -> dict[str, Any]:
+        steps = {f"{n}_{axis}": stride for n in read for axis, stride in zip(AXES[n], strides[n], strict=False)}
+        return dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale), **steps, **constants)
+
+    dq = arguments(sizes.heads, ("grad", "q", "k", "v", "out", "lse", "rows", "mask"), **constants)
+    dkv = arguments(sizes.kv_heads, ("grad", "q", "k", "v", "rows", "mask"), **constants, ALL_KEYS=all_keys)
+    dq_blocks = [triton.cdiv(sizes.slots, option["BLOCK_M"]) for option in for_dq]
+    dkv_blocks = [triton.cdiv(keys, option["BLOCK_N"]) for option in for_dkv]
+    return (
+        Launch(_dq_kernel, dq, for_dq, [blocks * sizes.heads * sizes.batch for blocks in dq_blocks]),
+        Launch(_dkv_kernel, dkv, for_dkv, [blocks * sizes.kv_heads * sizes.batch for blocks in dkv_blocks]),
+    )
 
 
 def _check(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
@@ -330,44 +426,34 @@ def attention_rows_backward_triton(
 
     batch, heads, slots, dim = query.shape
     kv_heads, length = key.shape[1:3]
-    keys = length if all_keys else slots
     dq = query.new_empty(query.shape)
-    dk, dv = (tensor.new_empty(batch, kv_heads, keys, dim) for tensor in (key, value))
+    dk, dv = (tensor.new_empty(batch, kv_heads, length if all_keys else slots, dim) for tensor in (key, value))
     if not query.numel():
         return dq, dk.zero_(), dv.zero_()
 
-    grad, query, key, value, out = (
-        tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (grad, query, key, value, out)
-    )
-    kind = "none"
-    mask_stride: tuple[int, ...] = (0, 0, 0, 0)
-    if mask is None:
-        mask = rows  # any pointer: it is not read
-    else:
+    read = dict(zip(("grad", "q", "k", "v", "out"), (grad, query, key, value, out), strict=True))
+    read = {name: tensor if tensor.stride(3) == 1 else tensor.contiguous() for name, tensor in read.items()}
+    read |= {"lse": logsumexp, "rows": rows}
+    kind: Literal["none", "bool", "additive"] = "none"
+    if mask is not None:
         kind = "bool" if mask.dtype == torch.bool else "additive"
-        mask = mask.expand(batch, heads, slots, length)
-        mask = mask.view(torch.uint8) if kind == "bool" else mask
-        mask_stride = mask.stride()
-    delta, finite_lse = torch.empty(2, batch, heads, slots, dtype=torch.float32, device=query.device)
-
-    block_d = max(16, triton.next_power_of_2(dim))
-    for_dq, for_dkv = block_options(query.dtype, block_d, all_keys)
-    options: dict[str, Any] = dict(GROUP=heads // kv_heads, CAUSAL=causal, MASK=kind, D=dim, BLOCK_D=block_d)
-    strides = [tensor.stride()[:3] for tensor in (grad, query, key, value)]
+        read["mask"] = mask.expand(batch, heads, slots, length)
+    strides = {name: tensor.stride() for name, tensor in read.items()}
+    pointers = {f"{name}_ptr": tensor for name, tensor in read.items()}
+    if mask is None:
+        strides["mask"], pointers["mask_ptr"] = (0, 0, 0, 0), rows  # any pointer: it is not read
+    pointers["delta_ptr"], pointers["finite_lse_ptr"] = torch.empty(
+        2, batch, heads, slots, dtype=torch.float32, device=query.device
+    )
+    sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
+    for_dq, for_dkv = launches(sizes, strides, query.dtype, scale, causal, kind, all_keys)
     with torch.cuda.device_of(query):
-        _dq_kernel[(triton.cdiv(slots, for_dq["BLOCK_M"]) * heads * batch,)](
-            *(grad, query, key, value, out, logsumexp, rows, mask, dq, delta, finite_lse),
-            *(*strides, out.stride()[:3], logsumexp.stride(), rows.stride(), mask_stride),
-            *(heads, slots, length, float(scale)),
-            **options,
-            **for_dq,
-        )
-        _dkv_kernel[(triton.cdiv(keys, for_dkv["BLOCK_N"]) * kv_heads * batch,)](
-            *(grad, query, key, value, rows, mask, delta, finite_lse, dk, dv),
-            *(*strides, rows.stride(), mask_stride),
-            *(kv_heads, slots, length, float(scale)),
-            ALL_KEYS=all_keys,
-            **options,
-            **for_dkv,
-        )
+        _run(for_dq, pointers | {"dq_ptr": dq})
+        for only_dq in ("out_ptr", "lse_ptr"):
+            del pointers[only_dq]
+        _run(for_dkv, pointers | {"dk_ptr": dk, "dv_ptr": dv})
     return dq, dk, dv
+
+
+def _run(launch: Launch, pointers: Mapping[str, Tensor]) -> None:
+    launch.kernel[(launch.programs[0],)](**pointers, **launch.arguments, **launch.options[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,14 +93,24 @@ def _fake(
     return query.new_empty(query.shape), dk, dv
 
 
+def fits_kernel(
+    device: torch.device, dtype: torch.dtype, query: Sequence[int], key: Sequence[int], value: Sequence[int]
+) -> bool:
+    """Whether the Triton kernels can do it; the arguments are the shapes' and the query's."""
+    return (
+        device.type == "cuda"
+        and runs_our_kernels()
+        and dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and query[3] <= 256
+        and tuple(key) == tuple(value)
+        and query[3] == key[3]
+        and 0 not in query
+    )
+
+
 def _attention_rows_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, query, _, value, *_ = arguments
-    if (
-        query.dtype == torch.float64
-        or query.shape[-1] > 256
-        or value.shape[-1] != query.shape[-1]
-        or not runs_our_kernels()
-    ):
+    _, query, key, value, *_ = arguments
+    if not fits_kernel(query.device, query.dtype, query.shape, key.shape, value.shape):
         return attention_rows_backward_reference(*arguments)
     from cggr_compile.kernels.attention_rows import attention_rows_backward_triton
 

@@ -1,7 +1,7 @@
 """``cggr::gather_rows`` and its backward ``cggr::scatter_rows``: the selected rows of a hidden state.
 
 They stay operators of their own down to the joint graph, where they tell the optimising passes which rows
-carry gradient; there they are replaced by ATen.
+carry gradient; there they are replaced by ATen. ``cggr::fence`` stays to the end.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ scatter_rows = define_opaque(
     scatter_rows_reference,
     _fake_scatter,
 )
+
+
+def fence_reference(rows: Tensor) -> Tensor:
+    """A copy of ``rows`` that no kernel is fused with.
+
+    A compiler that fuses the selection with gathers at those rows, of activations of *all* layers, cannot run it
+    before the last layer; every gather then waits for it, and every layer's dense activations stay alive until then.
+    """
+    return rows.clone()
+
+
+fence = define_opaque("fence(Tensor rows) -> Tensor", fence_reference, torch.empty_like)
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

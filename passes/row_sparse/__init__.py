@@ -51,10 +51,12 @@ class RowSparseBackward:
         sizes = (*shape_of(seed), *shape_of(rows))
         if not all(isinstance(size, int) for size in (*sizes, length)):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
+        nodes = list(graph.nodes)
         rv = RowValues(graph, rows, keep, batch=sizes[0], length=sizes[1])
+        with rv.emit.before(seed, self.name):
+            rv.rows = rv.emit.call(ops.fence.default, rows)
         rv.backward = descendants([seed])
         places: dict[str, list[str | None]] = {}
-        nodes = list(graph.nodes)
         for node in nodes[nodes.index(seed) :]:
             before = rv.densified.total()
             with rv.emit.before(node, self.name):
