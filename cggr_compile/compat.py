@@ -259,6 +259,11 @@ def default_partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
     return partition(joint, inputs, **kwargs)
 
 
+def keep_in_backward(node: Node) -> None:
+    """Tell the partitioner that a node must not be computed in the forward pass, and saved."""
+    node.meta["partitioner_tag"] = "must_be_in_backward"
+
+
 def user_joint_passes() -> tuple[Callable[..., Any], ...]:
     """The pass or passes the user set as ``torch._inductor.config.joint_custom_pre_pass``."""
     from torch._inductor import config

@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
+from cggr_compile.passes.angles_once import ComputeAnglesOnce
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult
 from cggr_compile.passes.candidates import AlignTargets
 from cggr_compile.passes.causal_mask import RecoverCausalMask
@@ -22,6 +23,7 @@ from cggr_compile.passes.grouped_query import GroupQueries
 from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.launch_bound import LaunchBound
+from cggr_compile.passes.merge_products import MergeProducts
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
 from cggr_compile.passes.route_gradient import RouteGradient
@@ -48,7 +50,12 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     DetachOutputs(),
 )
 # Optimising passes over AOTAutograd's joint graph, in order. They must be exact.
-JOINT_PASSES: tuple[JointPass, ...] = (RowSparseBackward(), ResolveMarkers())
+JOINT_PASSES: tuple[JointPass, ...] = (
+    RowSparseBackward(),
+    MergeProducts(),
+    ComputeAnglesOnce(),
+    ResolveMarkers(),
+)
 
 
 def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump) -> GraphModule:
@@ -84,7 +91,7 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
 
 def joint_passes(report: GraphReport) -> list[JointPass]:
     """The optimising passes that the options ask for."""
-    return [p for p in JOINT_PASSES if report.options["row_sparse"] or not isinstance(p, RowSparseBackward)]
+    return [p for p in JOINT_PASSES if report.options["row_sparse"] or isinstance(p, ResolveMarkers)]
 
 
 def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:

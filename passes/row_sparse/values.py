@@ -88,6 +88,9 @@ class RowValues:
             full = list(shape_of(node))
             full[layout.index("b")] = self.batch
             node = self.emit.call(aten.expand.default, node, full)
+        elif order := _memory_order(node, layout):
+            packed = self.gather(self.emit.call(aten.permute.default, node, order), tuple(layout[i] for i in order))
+            return self.emit.call(aten.permute.default, packed, [order.index(i) for i in range(len(order))])
         axis, index = self.index(shape, layout)
         return self.emit.call(aten.gather.default, node, axis, index)
 
@@ -213,6 +216,17 @@ class RowValues:
             node = self.emit.call(aten.view.default, node, [*lead, *shape_of(node)])
             mine = align(layout, shape, shape_of(node))
         return None if mine is None else self.version(node, mine)
+
+
+def _memory_order(node: Node, layout: Layout) -> list[int] | None:
+    """The order of a value's axes in memory if that is another one, with the sequences still before their positions.
+
+    Rows gathered in that order are read in one piece, and are stored like the value, so that views of it stay views.
+    """
+    strides = fake_value(node).stride()
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    tagged = [layout[axis] for axis in order if layout[axis]]
+    return order if 0 not in strides and order != sorted(order) and tagged[-1] == "S" else None
 
 
 def ends_at_markers(node: Node, through: Collection[Any]) -> bool:

@@ -1,0 +1,134 @@
+"""Merged products of the backward pass: the same numbers from fewer products."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cggr_compile.passes.fx import sort_stably
+from cggr_compile.passes.merge_products import WIDE, MergeProducts
+
+ROWS, WIDTH = 6, 5
+
+
+def tensors(*widths, rows=ROWS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in widths]
+    weights = [torch.randn(n, WIDTH, generator=generator, dtype=torch.float64) for n in widths]
+    return grads, weights, torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
+
+
+def traced(function, *arguments):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_fx(function, tracing_mode="fake")(*arguments)
+
+
+def products(gm):
+    return len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
+
+
+def check(function, *arguments, before, after):
+    """The pass leaves ``after`` products; the graph computes what it did, twice is once."""
+    gm = traced(function, *arguments)
+    assert products(gm) == before
+    result = MergeProducts()(gm.graph)
+    assert result.matched == (after < before), result.reason
+    gm.graph.lint()
+    gm.recompile()
+    assert products(gm) == after
+    assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
+    expected, got = function(*arguments), gm(*arguments)
+    for want, have in zip(expected, got, strict=True):
+        assert want.shape == have.shape
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
+    assert not MergeProducts()(gm.graph).matched
+    return gm, result
+
+
+def linear_backward(grads, weights, x):
+    """dW of each layer, and dx."""
+    inputs = [g @ w for g, w in zip(grads, weights, strict=True)]
+    return *(g.permute(1, 0) @ x for g in grads), functools.reduce(torch.add, inputs)
+
+
+def test_layers_that_share_an_input():
+    gm, result = check(linear_backward, *tensors(3, 2, 2), before=6, after=2)
+    assert result.reason == "3 weight gradients in 1 products; 1 sums of input gradients, each in one"
+    (joined,) = (n for n in gm.graph.nodes if n.meta.get("partitioner_tag"))  # of the weights: not to be saved
+    assert joined.target is torch.ops.aten.cat.default and tuple(joined.meta["val"].shape) == (7, WIDTH)
+
+
+def test_through_views_in_any_order():
+    def backward(grads, weights, x):
+        q, k, v = grads
+        wide = x.view(2, 3, WIDTH)
+        dv = (v @ weights[2]).view(2, 3, WIDTH)
+        dwv = v.permute(1, 0) @ wide.view(ROWS, WIDTH)
+        dq = (q @ weights[0]).view(2, 3, WIDTH)
+        dwq = q.permute(1, 0) @ wide.view(ROWS, WIDTH)
+        dk = (k @ weights[1]).view(2, 3, WIDTH)
+        return dwq, k.permute(1, 0) @ wide.view(ROWS, WIDTH), dwv, q.sum(0), dq + (dk + dv)
+
+    check(backward, *tensors(3, 2, 2), before=6, after=2)
+
+
+def test_an_input_gradient_used_on_its_own_stays():
+    def backward(grads, weights, x):
+        *rest, dx = linear_backward(grads, weights, x)
+        return *rest, dx, (grads[0] @ weights[0]).relu()
+
+    check(backward, *tensors(3, 2), before=5, after=4)  # its product is found twice: which of them is dx's is open
+
+
+def test_a_scaled_sum_is_not_a_sum():
+    def backward(grads, weights, x):
+        a, b = (g @ w for g, w in zip(grads, weights, strict=True))
+        return grads[0].permute(1, 0) @ x, grads[1].permute(1, 0) @ x, torch.add(a, b, alpha=2)
+
+    check(backward, *tensors(3, 2), before=4, after=3)
+
+
+def test_frozen_layers_have_no_weight_gradient():
+    check(lambda grads, weights, x: (grads[0] @ weights[0] + grads[1] @ weights[1],), *tensors(3, 2), before=2, after=2)
+
+
+def test_other_inputs_are_other_products():
+    def backward(grads, weights, x):
+        return grads[0].permute(1, 0) @ x, grads[1].permute(1, 0) @ (x * 2)
+
+    check(backward, *tensors(3, 2), before=2, after=2)
+
+
+def test_wide_products_stay():
+    check(linear_backward, *tensors(WIDE, WIDE + 1, rows=2), before=4, after=4)
+    check(linear_backward, *tensors(WIDE, WIDE - 1, rows=2), before=4, after=2)
+
+
+def test_a_gradient_computed_from_another_is_not_merged_with_it():
+    def backward(grads, weights, x):
+        later = (grads[0] @ weights[0]).relu() @ weights[1].permute(1, 0)  # the same input again, one layer down
+        return grads[0].permute(1, 0) @ x, later.permute(1, 0) @ x, grads[1].permute(1, 0) @ x
+
+    check(backward, *tensors(3, 2), before=5, after=4)
+
+
+def test_the_check_can_fail(monkeypatch):
+    monkeypatch.setattr("cggr_compile.passes.merge_products._leads_to", lambda *_: True)  # nothing may be merged
+    with pytest.raises(AssertionError, match="share an input"):
+        check(linear_backward, *tensors(3, 2, 2), before=6, after=2)
+
+
+def test_sort_stably_keeps_an_order_that_is_right():
+    gm = traced(linear_backward, *tensors(3, 2))
+    names = [node.name for node in gm.graph.nodes]
+    sort_stably(gm.graph)
+    assert [node.name for node in gm.graph.nodes] == names
+    output = gm.graph.output_node()
+    first = next(node for node in gm.graph.nodes if node.op == "call_function")
+    output.append(first)  # behind what needs it
+    sort_stably(gm.graph)
+    gm.graph.lint()
