@@ -83,9 +83,9 @@ def build_arm(
     if name == "fair":
         return torch.compile(loss_of(without_mask(model)), backend=dense, mode=mode)
     options: dict[str, Any] = {"min_tokens_ratio": ratio, "compiler": compiler, "dump_dir": dump_dir}
-    options |= {"fallback": "error", **SELECTIVE[name]}
+    options |= {"fallback": "error", "cuda_graphs": cuda_graphs, **SELECTIVE[name]}
     # the function behind backend="cggr": found in a checkout that is not installed, too
-    return loss_of(torch.compile(model, backend=cggr, mode=mode, options=options))
+    return loss_of(torch.compile(model, backend=cggr, options=options))
 
 
 def captured(step: Step, *batch: Tensor) -> list[GraphModule]:

@@ -73,7 +73,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
     runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     engine = _engine(options, inputs)
-    if engine == "Inductor CUDA":
+    if engine != "eager":
         lowerings.register()
     if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")

@@ -175,6 +175,13 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     return empty_strided(list(shape), None, dtype=dtype, device=device)
 
 
+def written_side_by_side(parts: Sequence[Any], axis: int) -> Any:
+    """In a lowering: one buffer that the kernels of ``parts`` write into, each at its place along ``axis``."""
+    from torch._inductor import ir
+
+    return ir.TensorBox(ir.ConcatKernel.create(parts, axis))
+
+
 def launch(kernel: Any, pointers: dict[str, Any], arguments: dict[str, Any], ways: Sequence[tuple[int, Any]]) -> None:
     """In a lowering: one launch of a Triton kernel, as torch.compile launches the kernels of users.
 

@@ -63,8 +63,10 @@ def _angles(graph: Graph) -> dict[Node, None]:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
-        if node.op == "placeholder":  # positions; a vector of frequencies
-            known = not value.is_floating_point() or value.dim() <= 1
+        if not value.is_floating_point():  # positions, those of the selected rows too
+            known = True
+        elif node.op == "placeholder":  # frequencies
+            known = value.dim() <= 1
         else:
             known = node.op == "call_function" and positional.issuperset(node.all_input_nodes) and not _random(node)
         if known:

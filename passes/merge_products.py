@@ -45,7 +45,7 @@ class MergeProducts:
 
     After::
 
-        d = cat([dq, dk, dv], 1)
+        d = cggr.join_columns([dq, dk, dv])
         dWq, dWk, dWv = split(mm(d.T, x))
         dx = mm(d, cat([Wq, Wk, Wv]))
 
@@ -73,7 +73,7 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
     sharing: dict[tuple[Node, tuple[int, ...], torch.dtype], list[tuple[Node, Product]]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         left, x = node.args
-        if left.target is aten.permute.default and list(left.args[1]) == [1, 0]:
+        if left.target is aten.permute.default and list(left.args[1]) == [1, 0] and _static(left, x):
             key = (_behind_views(x), tuple(shape_of(x)), fake_value(x).dtype)
             sharing[key].append((x, Product(left.args[0], node)))
     found = []
@@ -85,6 +85,10 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
         if len(products) > 1 and min(product.width for product in products) < WIDE:
             found.append((members[0][0], products))
     return found
+
+
+def _static(*nodes: Node) -> bool:
+    return all(isinstance(size, int) for node in nodes for size in shape_of(node))
 
 
 def _behind_views(node: Node) -> Node:
@@ -111,7 +115,7 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
     emit = Emitter(graph, fake_value(x).fake_mode, key="val")
     last = products[-1].weight_grad
     with emit.before(last, MergeProducts.name):
-        together = emit.call(aten.cat.default, [product.grad for product in products], 1)
+        together = emit.call(torch.ops.cggr.join_columns.default, [product.grad for product in products])
         weight_grads = emit.call(aten.mm.default, emit.call(aten.permute.default, together, [1, 0]), x)
     begin = 0
     inputs: list[Node | None] = []

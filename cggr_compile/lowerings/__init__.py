@@ -1,6 +1,6 @@
-"""How Inductor generates code for the ``cggr`` operators on CUDA: their Triton kernels, launched by its own wrapper.
+"""How Inductor generates code for the ``cggr`` operators that it can do better than call.
 
-Without a lowering an operator is a call through the dispatcher into Python, about 0.3 ms of the host's time for the
+Without a lowering an operator is a call through the dispatcher into Python, about 0.4 ms of the host's time for the
 two kernels of ``attention_rows_backward``; a launch in generated code takes a tenth of that.
 """
 
@@ -10,10 +10,13 @@ from functools import cache
 
 from cggr_compile import compat
 from cggr_compile.lowerings.attention_rows import lower_attention_rows_backward
+from cggr_compile.lowerings.join_columns import lower_join_columns
 from cggr_compile.ops.attention_rows import attention_rows_backward
+from cggr_compile.ops.join_columns import join_columns
 
 
 @cache
 def register() -> None:
     """Makes Inductor use these lowerings. Only operators of our own are concerned."""
     compat.register_inductor_lowering(attention_rows_backward, lower_attention_rows_backward)
+    compat.register_inductor_lowering(join_columns, lower_join_columns)

@@ -179,7 +179,7 @@ class RowValues:
         if target is aten.full.default and "b" not in layout:
             shape = resize(shape_of(node), layout, self.batch, self.slots)
             return self.emit.call(target, shape, *node.args[1:], **node.kwargs)
-        if target is aten.unsqueeze.default and "b" not in layout:
+        if target is aten.unsqueeze.default:
             position: Any = node.args[1]
             axis = position % len(layout)
             before = layout[:axis] + layout[axis + 1 :]

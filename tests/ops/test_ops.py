@@ -30,6 +30,8 @@ def test_opcheck_all():
     calls = [
         (ops.gather_rows.default, (hidden, rows, keep)),
         (ops.scatter_rows.default, (torch.randn(2, 3, 4), rows, keep, 8)),
+        (ops.fence.default, (rows,)),
+        (ops.join_columns.default, ([torch.randn(3, 2), torch.randn(3, 4)],)),
         (ops.difficulty.default, (*stats, "combined")),
         (ops.uniform.default, (state, valid)),
         (ops.select_rows.default, (torch.rand(2, 8), valid, 1, 4)),

@@ -82,3 +82,15 @@ def test_random_numbers_are_no_positions():
         return [query * noise for query in queries]
 
     check(function, arguments(MANY), 0)
+
+
+def test_rows_of_angles():
+    def function(queries, frequencies, positions):
+        rows = queries[0].sum((0, 1, 3)).argsort()[:3]  # selected by what the model computed
+        cos = (positions[:, None].float() * frequencies.repeat(2)).cos()
+        cos = cos[rows]
+        return [query[:, :, rows] * cos for query in queries]
+
+    gm = check(function, arguments(MANY), 1)
+    (fence,) = fences(gm.graph)
+    assert tuple(fence.meta["val"].shape) == (3, 4)
