@@ -71,8 +71,7 @@ class CGGRModel(nn.Module):
         self.model = model
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(_resume)
-        # a tuple, out of sight of nn.Module: state_dict has no _orig_mod
-        self._compiled: tuple[Callable[..., Any], ...] = ()
+        self._compile()
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
         """What the model returns.
@@ -95,15 +94,19 @@ class CGGRModel(nn.Module):
             return self.model(input_ids, labels=labels, **kwargs)
         return self._train(input_ids, labels=labels, **kwargs)
 
-    # inlined into a user's own torch.compile, the model would lose the backend and train on every token
-    @torch.compiler.disable(reason="CGGRModel compiles its model with the backend cggr")
-    def _train(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._compiled:
-            from cggr_compile.backend import cggr
+    def _compile(self) -> None:
+        from cggr_compile.backend import cggr
 
-            _resume(self)
-            self._compiled = (torch.compile(self.model, backend=cggr, options=self.options),)
-        return self._compiled[0](*args, **kwargs)
+        _resume(self)
+        compiled = torch.compile(self.model, backend=cggr, options=self.options)
+
+        def train(*args: Any, **kwargs: Any) -> Any:
+            return compiled(*args, **kwargs)
+
+        # Inlined into a user's own torch.compile, the model would lose the backend and train on every token. It is a
+        # function because a compiled module would be a child of this one, with _orig_mod in the state_dict.
+        reason = "CGGRModel compiles its model with the backend cggr"
+        self._train: Callable[..., Any] = torch.compiler.disable(train, reason=reason)
 
     def step(self) -> None:
         """Count a training step; call it after ``optimizer.step()``."""
@@ -124,8 +127,15 @@ class CGGRModel(nn.Module):
     def _runtime(self) -> Runtime:
         return runtime(self.model)
 
+    # a copy compiles its own model
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": ()}  # copies compile for themselves
+        state: dict[str, Any] = super().__getstate__()
+        del state["_train"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile()
 
 
 def _resume(module: CGGRModel, _: Any = None) -> None:
