@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cggr_compile.ops.select import uniform
+import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 
 _ROUNDING = 1e-3  # of ratio * count in float32: ceil(0.1 * 30) is 3
 _RANDOM_BITS = 24  # of cggr::uniform
@@ -49,9 +49,12 @@ def _quota(ratio: Tensor, count: Tensor) -> Tensor:
 
 
 def _rank(scores: Tensor, valid: Tensor) -> Tensor:
-    """int64 [R, N]: the place of every element in its row, the highest valid score first; ties by position."""
-    order = scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    return _places(order)
+    """int64 [R, N]: the place of every element in its row, the highest valid score first; ties by position.
+
+    Among the valid ones a score that is not finite comes last.
+    """
+    finite = torch.where(scores.isfinite(), scores, torch.finfo(scores.dtype).min)
+    return _places(finite.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices)
 
 
 def _places(order: Tensor) -> Tensor:
@@ -70,7 +73,7 @@ def _stratified(difficulty: Tensor, valid: Tensor, ratio: Tensor, step: Tensor, 
     begins = -(-torch.arange(num_strata + 1, device=rank.device) * count // num_strata)
     quota = _quota(ratio, begins.diff())
     state = torch.stack((torch.zeros_like(step), step))
-    noise = (uniform(state, valid).reshape(1, -1) * (1 << _RANDOM_BITS)).long()
+    noise = (torch.ops.cggr.uniform(state, valid).reshape(1, -1) * (1 << _RANDOM_BITS)).long()
     shuffled = _places(((stratum << _RANDOM_BITS) + noise).sort(dim=1, stable=True).indices)
     inside = stratum.clamp(max=num_strata - 1)
     mask = shuffled - begins[inside] < quota[inside]

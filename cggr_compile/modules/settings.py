@@ -49,7 +49,7 @@ class Settings:
         _check_number("min_tokens_ratio", self.min_tokens_ratio, "a number in (0, 1]")
         if not 0.0 < self.min_tokens_ratio <= 1.0:
             raise OptionError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio!r}")
-        for name, least in (("warmup_steps", 0), ("num_strata", 1), ("min_tokens_per_sequence", 0)):
+        for name, least in (("warmup_steps", 0), ("num_strata", 1), ("min_tokens_per_sequence", 1)):
             value = getattr(self, name)
             if not _is_int(value) or value < least:
                 raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")

@@ -7,10 +7,10 @@ import models
 import pytest
 import torch
 from modules import zoo
-from reference import assert_same, backward, dense, hf_reference
+from reference import assert_same, backward, dense, hf_reference, reference
 
 import cggr_compile
-from cggr_compile import CGGRModel, TruncatedRouter, create_truncated_router
+from cggr_compile import CGGRModel, CGGRScorer, TruncatedRouter, create_truncated_router
 
 pytestmark = pytest.mark.filterwarnings("ignore:the backend has no options")
 
@@ -54,6 +54,30 @@ def test_metrics():
     assert metrics["tokens_total"] == int((batch["labels"][:, 1:] != -100).sum())
     assert (metrics["selection"], metrics["scoring"]) == ("topk", "combined")
     assert 0 < metrics["avg_confidence"] < 1 and metrics["avg_entropy"] > 0
+
+
+@pytest.mark.parametrize("gradient", ["exact", "routed"])
+def test_masked_language_model(gradient):
+    wrapped = make("bert", options={"gradient": gradient, "kv_gradient": "stop"})
+    ids = zoo.ids()
+    labels = torch.where(ids % 3 == 0, -100, ids)
+    got = backward(wrapped.model, wrapped(ids, labels=labels).loss)
+    selected = cggr_compile.runtime(wrapped.model).selected
+    arguments = {"gradient": gradient, "kv_gradient": "stop"}
+    want = reference(wrapped.model, lambda: wrapped.model(ids).logits, labels, selected, **arguments)
+    assert wrapped.get_metrics()["tokens_selected"] == 6
+    assert_same(got, want)
+
+
+def test_the_backend_scores_as_the_router_does():
+    wrapped = make(options={"router_precision": "model"})
+    ids = zoo.ids()
+    wrapped(ids, labels=ids)
+    scorer = CGGRScorer(TruncatedRouter(wrapped.model, 1))
+    scorer(ids, targets=ids)
+    inside, outside = wrapped.get_metrics(), scorer.get_metrics()
+    for figure in ("tokens_total", "avg_confidence", "avg_entropy", "avg_difficulty"):
+        assert inside[figure] == pytest.approx(outside[figure], rel=1e-4), figure
 
 
 def test_settings_reach_the_backend():

@@ -38,7 +38,7 @@ CASES = st.tuples(
 
 
 @settings(max_examples=40, deadline=None)
-@given(CASES, st.booleans(), st.integers(1, 6), st.integers(0, 3))
+@given(CASES, st.booleans(), st.integers(1, 6), st.integers(1, 3))
 def test_counts_and_candidates(case, ties, num_strata, least):
     """As many as asked for, also among ties; never a token that is no candidate; 1.0 selects everything."""
     batch, seq, seed, ratio = case
@@ -78,6 +78,12 @@ def test_the_hardest(case):
 def test_ties_go_to_the_earlier_position():
     assert mask_of("topk", torch.zeros(2, 4), ratio=0.5).tolist() == [[True] * 4, [False] * 4]
     assert mask_of("fixed_quota", torch.zeros(2, 4), ratio=0.5).tolist() == [[True, True, False, False]] * 2
+
+
+def test_what_is_not_finite_comes_last():
+    difficulty = torch.tensor([[torch.nan, 1.0, torch.inf, 2.0, -torch.inf]])
+    assert mask_of("topk", difficulty, ratio=0.4).tolist() == [[False, True, False, True, False]]
+    assert mask_of("topk", difficulty, ratio=1.0).all()
 
 
 def test_sequence_aware_covers_an_easy_sequence():

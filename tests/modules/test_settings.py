@@ -28,7 +28,7 @@ def model(**arguments):
         ("warmup_steps", [-1, 2.5, None], "integer >= 0"),
         ("threshold_sensitivity", [-0.1, 1.5, "low"], r"\[0, 1\]"),
         ("num_strata", [0, -2, 1.5], "integer >= 1"),
-        ("min_tokens_per_sequence", [-1, 0.5], "integer >= 0"),
+        ("min_tokens_per_sequence", [0, -1, 1.5], "integer >= 1"),
         ("scoring", ["entrpy", "random", None], "one of .*'entropy'"),
         ("selection", ["top_k", "random", 3], "one of .*'topk'"),
         ("dynamic_threshold", ["yes", 1], "True or False"),
