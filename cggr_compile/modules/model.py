@@ -142,7 +142,7 @@ def _resume(module: CGGRModel, _: Any = None) -> None:
     """Let the backend go on at ``step_count``."""
     target, step = module._runtime, int(module.step_count)
     if target.state_dict()["step"] != step:
-        target.load_state_dict({**Runtime().state_dict(), "seed": target.seed, "step": step})
+        target.load_state_dict({**Runtime().state_dict(), "seed": module.options["seed"], "step": step})
 
 
 def _router_layers(model: nn.Module, router: nn.Module | None) -> Any:

@@ -216,6 +216,15 @@ def test_one_graph_for_the_whole_schedule(scoring, selection):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_sizes_that_change(selection):
+    loss = make(selection=selection)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager", dynamic=True)
+    for size, seq in ((2, 8), (3, 5), (1, 12)):
+        logits, targets = batch(size, seq)
+        torch.testing.assert_close(compiled(logits, targets), loss(logits, targets))
+
+
 def test_inductor():
     loss, twin = make(selection="stratified"), make(selection="stratified")
     logits, targets = batch()

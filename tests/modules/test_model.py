@@ -137,14 +137,18 @@ def test_checkpoints_hold_every_tensor_once():
 
 
 def test_resumes_at_the_step():
-    wrapped, other = make(selection="topk", options={"seed": 3}), make(options={"seed": 3})
+    wrapped = make(options={"seed": 3})
     batch = models.make_batch()
     for _ in range(3):
         wrapped(**batch)
         wrapped.step()
-    other(**batch)
-    other.load_state_dict(wrapped.state_dict())
-    assert other.step_count == 3 and other.get_metrics()["step"] == 3
+    for compiled_before in (False, True):
+        other = make(options={"seed": 3})
+        if compiled_before:
+            other(**batch)
+        other.load_state_dict(wrapped.state_dict())
+        rt = cggr_compile.runtime(other.model)
+        assert (int(other.step_count), rt.metrics()["step"], rt.seed) == (3, 3, 3)
     twin = copy.deepcopy(wrapped)  # a copy has a runtime of its own
     assert_same(backward(twin.model, twin(**batch).loss), backward(wrapped.model, wrapped(**batch).loss))
     assert twin.get_metrics()["step"] == 3
