@@ -27,7 +27,7 @@ class CGGRModel(nn.Module):
         model: what computes a loss from ``labels``.
         router: what scores the tokens: a :class:`TruncatedRouter` of this very model, of which the backend takes the
             number of blocks (it scores with the main forward's own first blocks), or None for the full model.
-        min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, scoring, num_strata,
+        scoring, min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, num_strata,
             min_tokens_per_sequence: see :class:`cggr_compile.modules.settings.Settings`.
         options: further options of the backend, see :class:`cggr_compile.Options`.
 
@@ -44,12 +44,12 @@ class CGGRModel(nn.Module):
         self,
         model: nn.Module,
         router: nn.Module | None = None,
+        scoring: Scoring = "combined",
         min_tokens_ratio: float = 0.25,
         warmup_steps: int = 1000,
         dynamic_threshold: bool = True,
         threshold_sensitivity: float = 0.5,
         selection: Selection = "topk",
-        scoring: Scoring = "combined",
         num_strata: int = 4,
         min_tokens_per_sequence: int = 1,
         options: Mapping[str, Any] | None = None,
@@ -84,8 +84,10 @@ class CGGRModel(nn.Module):
             **kwargs: passed to the model.
 
         Raises:
-            ValueError: for labels of another shape.
+            ValueError: for other shapes.
         """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must have shape [B, S], got {tuple(input_ids.shape)}")
         if labels is None:
             return self.model(input_ids, **kwargs)
         if labels.shape != input_ids.shape:

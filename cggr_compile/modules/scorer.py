@@ -22,7 +22,7 @@ class CGGRScorer(TokenSelector):
     Args:
         router: ``(input_ids, **kwargs)`` -> logits, or an output with ``.logits``: a :class:`TruncatedRouter` or any
             language model. It is used and not owned: parameters(), state_dict() and to() leave it out.
-        min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, scoring, num_strata,
+        scoring, min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, num_strata,
             min_tokens_per_sequence: see :class:`cggr_compile.modules.settings.Settings`.
 
     Raises:
@@ -32,12 +32,12 @@ class CGGRScorer(TokenSelector):
     def __init__(
         self,
         router: nn.Module,
+        scoring: Scoring = "combined",
         min_tokens_ratio: float = 0.25,
         warmup_steps: int = 1000,
         dynamic_threshold: bool = True,
         threshold_sensitivity: float = 0.5,
         selection: Selection = "topk",
-        scoring: Scoring = "combined",
         num_strata: int = 4,
         min_tokens_per_sequence: int = 1,
     ) -> None:

@@ -177,6 +177,8 @@ def test_a_compilation_around_it_does_not_take_the_backend_away():
 
 def test_bad_arguments():
     model = zoo.style("llama", layers=2)
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[B, S\]"):
+        make()(zoo.ids()[0])
     with pytest.raises(ValueError, match="labels must match input_ids"):
         make()(zoo.ids(), labels=zoo.ids()[:, 1:])
     with pytest.raises(ValueError, match=r"options must leave out \['min_tokens_ratio'\]"):

@@ -24,7 +24,7 @@ class Fixed(nn.Module):
 
 def make(router=None, ratio=0.5, **arguments):
     router = Fixed(torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0))) if router is None else router
-    return CGGRScorer(router, ratio, **{"warmup_steps": 0, "dynamic_threshold": False, **arguments})
+    return CGGRScorer(router, min_tokens_ratio=ratio, **{"warmup_steps": 0, "dynamic_threshold": False, **arguments})
 
 
 def tokens(size=3, seq=8):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -38,3 +40,22 @@ def test_out_of_range(make, name, values, allowed):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} must be .*{allowed}"):
             make(**{name: value})
+
+
+def test_order_and_defaults():
+    """As code written for the original modules passes them."""
+    shared = [
+        *(("scoring", "combined"), ("min_tokens_ratio", 0.25), ("warmup_steps", 1000), ("dynamic_threshold", True)),
+        *(("threshold_sensitivity", 0.5), ("selection", "topk"), ("num_strata", 4), ("min_tokens_per_sequence", 1)),
+    ]
+
+    def given(cls):
+        return [(name, p.default) for name, p in inspect.signature(cls).parameters.items()]
+
+    assert given(CGGRScorer)[1:] == shared
+    assert given(CGGRModel)[2:-1] == shared
+    assert given(CGGRLoss) == [
+        *(("scoring", "combined"), ("selection", "topk"), ("dynamic_threshold", True), ("threshold_sensitivity", 0.5)),
+        *(("min_tokens_ratio", 0.25), ("warmup_steps", 1000), ("num_strata", 4), ("min_tokens_per_sequence", 1)),
+        ("base_loss", None),
+    ]
