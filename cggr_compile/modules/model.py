@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -100,7 +101,9 @@ class CGGRModel(nn.Module):
         from cggr_compile.backend import cggr
 
         _resume(self)
-        compiled = torch.compile(self.model, backend=cggr, options=self.options)
+        # Dynamo runs a graph for every model of its class whose backend is equal, and a graph has one runtime, that of
+        # the model it was captured from. No two partial objects are equal.
+        compiled = torch.compile(self.model, backend=functools.partial(cggr, options=self.options))
 
         def train(*args: Any, **kwargs: Any) -> Any:
             return compiled(*args, **kwargs)

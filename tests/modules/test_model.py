@@ -154,6 +154,16 @@ def test_resumes_at_the_step():
     assert twin.get_metrics()["step"] == 3
 
 
+def test_two_models_of_one_class_keep_apart():
+    first, second = make(), make()
+    batch, other = models.make_batch(), models.make_batch(ignored=False)
+    first(**batch)
+    first.step()
+    second(**other)
+    assert [m.get_metrics()["step"] for m in (first, second)] == [1, 0]
+    assert [m.get_metrics()["tokens_total"] for m in (first, second)] == [26, 30]
+
+
 def test_can_be_stored_whole():
     wrapped = make()
     batch = models.make_batch()
