@@ -22,7 +22,8 @@ class CGGRModel(nn.Module):
 
     The model itself is not changed: ``model(...)``, ``model.generate(...)`` and its state_dict stay as they are, and
     the keys of this module's state_dict are ``step_count`` and the model's behind ``model.``. :meth:`step` follows
-    ``optimizer.step()``: it advances selection and schedule, so that the micro-batches of one step share them.
+    ``optimizer.step()``: it advances selection and schedule, so that the micro-batches of one step share them. Loading
+    a state_dict resumes at its step; what ``dynamic_threshold`` has seen is in ``runtime(model).state_dict()`` only.
 
     Args:
         model: what computes a loss from ``labels``.
