@@ -1,6 +1,10 @@
 """cggr_compile: a ``torch.compile`` backend that back-propagates only where it pays."""
 
 from cggr_compile.explain import explain
+from cggr_compile.modules.loss import CGGRLoss
+from cggr_compile.modules.model import CGGRModel
+from cggr_compile.modules.router import TruncatedRouter, create_truncated_router
+from cggr_compile.modules.scorer import CGGRScorer
 from cggr_compile.options import Options
 from cggr_compile.report import Explanation
 from cggr_compile.runtime import Runtime, runtime
@@ -8,4 +12,17 @@ from cggr_compile.train_step import train_step
 from cggr_compile.verify import VerificationError
 
 __version__ = "0.1.0"
-__all__ = ["Explanation", "Options", "Runtime", "VerificationError", "explain", "runtime", "train_step"]
+__all__ = [
+    "CGGRLoss",
+    "CGGRModel",
+    "CGGRScorer",
+    "Explanation",
+    "Options",
+    "Runtime",
+    "TruncatedRouter",
+    "VerificationError",
+    "create_truncated_router",
+    "explain",
+    "runtime",
+    "train_step",
+]

@@ -4,7 +4,17 @@ The eager implementation of an operator is its specification. Operators that lat
 (``score``) are opaque to the compiler; the others decompose into ATen so that the compiler fuses them.
 """
 
-from cggr_compile.ops import attention_rows, difficulty, join_columns, metrics, rows, score, select, stop_rows
+from cggr_compile.ops import (
+    attention_rows,
+    difficulty,
+    join_columns,
+    metrics,
+    rows,
+    score,
+    score_logits,
+    select,
+    stop_rows,
+)
 from cggr_compile.ops.stop_rows import UnresolvedMarkerError
 
 __all__ = [
@@ -15,6 +25,7 @@ __all__ = [
     "metrics",
     "rows",
     "score",
+    "score_logits",
     "select",
     "stop_rows",
 ]

@@ -1,0 +1,55 @@
+"""The arguments that the loss, the scorer and the model share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cggr_compile.options import OptionError, _check_choice, _check_number, _is_int
+
+Scoring = Literal["entropy", "margin", "loss", "combined"]
+Selection = Literal["topk", "stratified", "sequence_aware", "fixed_quota"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How tokens are scored and how many of which are selected.
+
+    Attributes:
+        scoring: difficulty from the distribution p: ``entropy`` H(p) - p_top1, ``margin`` 1 - (p_top1 - p_top2),
+            ``loss`` -log p(label), ``combined`` their sum.
+        selection: ``topk`` the most difficult tokens of the batch; ``sequence_aware`` the same, and at least
+            ``min_tokens_per_sequence`` of every sequence; ``fixed_quota`` the most difficult ones of every sequence, of
+            each the same share, which ``dynamic_threshold`` leaves alone; ``stratified`` the same share of each of
+            ``num_strata`` groups of similar difficulty, at random inside a group.
+        dynamic_threshold, threshold_sensitivity: see :func:`cggr_compile.modules.schedule.adjust_to_confidence`.
+        min_tokens_ratio, warmup_steps: see :func:`cggr_compile.modules.schedule.curriculum_ratio`.
+
+    Raises:
+        ValueError: for a value out of range; it names the argument.
+    """
+
+    scoring: Scoring = "combined"
+    selection: Selection = "topk"
+    dynamic_threshold: bool = True
+    threshold_sensitivity: float = 0.5
+    min_tokens_ratio: float = 0.25
+    warmup_steps: int = 1000
+    num_strata: int = 4
+    min_tokens_per_sequence: int = 1
+
+    def __post_init__(self) -> None:
+        _check_choice("scoring", self.scoring, get_args(Scoring))
+        _check_choice("selection", self.selection, get_args(Selection))
+        if not isinstance(self.dynamic_threshold, bool):
+            raise OptionError(f"dynamic_threshold must be True or False, got {self.dynamic_threshold!r}")
+        _check_number("threshold_sensitivity", self.threshold_sensitivity, "a number in [0, 1]")
+        if not 0.0 <= self.threshold_sensitivity <= 1.0:
+            raise OptionError(f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity!r}")
+        _check_number("min_tokens_ratio", self.min_tokens_ratio, "a number in (0, 1]")
+        if not 0.0 < self.min_tokens_ratio <= 1.0:
+            raise OptionError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio!r}")
+        for name, least in (("warmup_steps", 0), ("num_strata", 1), ("min_tokens_per_sequence", 1)):
+            value = getattr(self, name)
+            if not _is_int(value) or value < least:
+                raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
