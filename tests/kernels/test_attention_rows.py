@@ -7,8 +7,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 from ops.test_attention_rows import errors, make_case, poisoned  # noqa: E402
+from triton_harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 
 from cggr_compile.kernels import attention_rows as kernels  # noqa: E402
 from cggr_compile.ops.attention_rows import attention_rows_backward_reference  # noqa: E402

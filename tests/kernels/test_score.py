@@ -7,8 +7,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from kernels.harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 from ops.test_score import check, expected, make_case  # noqa: E402
+from triton_harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 
 import cggr_compile.ops.score as implementation  # noqa: E402
 from cggr_compile.kernels import score as kernels  # noqa: E402

@@ -1,0 +1,189 @@
+"""Times single kernels beside what the same card reaches: its copy bandwidth, its matrix products, dense attention.
+
+First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, then the backward
+of attention from the selected queries beside the dense backwards. Medians; the second-level cache is cleared between
+runs. `of product rate`: arithmetic of the operator, over its time, over the rate of the card's own large product.
+
+    python benchmarks/kernels.py                 # CUDA, bfloat16
+    python benchmarks/kernels.py --tiny          # CPU, float32: a rehearsal on the reference implementations
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+from results import NONE, machine_line, save, text
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+
+from cggr_compile.ops.attention_rows import attention_rows_backward
+from cggr_compile.ops.score import SPAN, score_partials
+
+RATIO = 4  # one position in so many is selected
+
+
+class Heads(NamedTuple):
+    """A call of attention: sequences, positions, heads of queries and of keys, width of a head."""
+
+    batch: int
+    length: int
+    queries: int
+    keys: int
+    width: int
+
+
+SCORES = {"cuda": [(32768, 576, 49152), (8192, 2048, 128256)], "cpu": [(64, 16, 1000)]}  # rows, hidden, vocabulary
+ATTENTIONS = {"cuda": [Heads(16, 2048, 9, 3, 64), Heads(4, 4096, 32, 8, 128)], "cpu": [Heads(2, 64, 4, 2, 16)]}
+
+
+def milliseconds(function: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=50, rep=200, return_mode="median"))
+    return 1e3 * Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.05).median
+
+
+def card(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes and multiply-adds per second that the device reaches on a plain copy and a plain product."""
+    size = 1 << (28 if device == "cuda" else 20)
+    source = torch.empty(size, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source), device)
+    side = 8192 if device == "cuda" else 256
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = milliseconds(lambda: left @ right, device)
+    return {
+        "copy_gb_per_s": 2 * source.nbytes / copy / 1e6,
+        "product_tflops": 2 * side**3 / product / 1e9,
+    }
+
+
+def record(name: str, shape: str, time: float, flops: float, baseline: float | None) -> dict[str, Any]:
+    """``baseline``: milliseconds of what the operator is compared with."""
+    rate = flops / time / 1e9
+    return {"name": name, "shape": shape, "ms": time, "tflops": rate, "times": baseline / time if baseline else None}
+
+
+def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    rows, hidden, vocabulary = size
+    states = torch.randn(rows, hidden, device=device, dtype=dtype)
+    weight = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5
+    flops = 2.0 * rows * hidden * vocabulary
+    product = milliseconds(lambda: states @ weight.t(), device)
+    span = SPAN if device == "cuda" else vocabulary
+    ours = milliseconds(lambda: score_partials(states, weight, None, 1.0, 0.0, span), device)
+    shape = "×".join(map(str, size))
+    return [
+        record("product alone (mm)", shape, product, flops, None),
+        record("score_partials", shape, ours, flops, product),
+    ]
+
+
+def attentions(heads: Heads, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    batch, length, queries, keys, width = heads
+    make = dict(device=device, dtype=dtype)
+    query = torch.randn(batch, queries, length, width, **make).requires_grad_()  # type: ignore[call-overload]
+    key, value = (torch.randn(batch, keys, length, width, **make) for _ in range(2))  # type: ignore[call-overload]
+    upstream = torch.randn(batch, queries, length, width, **make)  # type: ignore[call-overload]
+    shape = f"{batch}×{length}, {queries}/{keys} heads, d {width}"
+    pairs = batch * queries * width * length * (length + 1) / 2  # under a causal mask
+    shared = [tensor.repeat_interleave(queries // keys, 1).requires_grad_() for tensor in (key, value)]
+    found = []
+    for name, backend in _dense(device).items():
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(query, *shared, is_causal=True)
+        inputs = (query, *shared)
+
+        def dense(out: Tensor = out, inputs: tuple[Tensor, ...] = inputs) -> Any:
+            return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+        found.append(record(f"dense backward, {name}", shape, milliseconds(dense, device), 10 * pairs, None))
+    baseline = found[0]["ms"]
+
+    slots = length // RATIO
+    rows = torch.rand(batch, length, device=device).argsort(1)[:, :slots].sort(1).values
+    at = rows[:, None, :, None].expand(-1, queries, -1, width)
+    with torch.no_grad():
+        logsumexp = _logsumexp(query, key, rows)
+        out = F.scaled_dot_product_attention(query, shared[0], shared[1], is_causal=True)
+        picked = [tensor.detach().gather(2, at) for tensor in (upstream, query, out)]
+        for name, all_keys in (("rows, gradients of selected keys", False), ("rows, gradients of all keys", True)):
+            # dq: three products of the selected queries and all keys; dk, dv: four with the keys that are wanted
+            products = 6 + 8 * (1 if all_keys else 1 / RATIO)
+            call = (picked[0], picked[1], key, value, picked[2], logsumexp, rows, None, width**-0.5, True, all_keys)
+            time = milliseconds(lambda call=call: attention_rows_backward(*call), device)  # type: ignore[misc]
+            found.append(record(name, shape, time, products * pairs / RATIO, baseline))
+    return found
+
+
+def _dense(device: str) -> dict[str, SDPBackend]:
+    if device == "cpu":
+        return {"flash": SDPBackend.FLASH_ATTENTION}
+    return {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+def _logsumexp(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
+    """Of the causal scores of the selected queries, float32 [B, heads, K]; one sequence and head at a time."""
+    found = []
+    positions = torch.arange(key.shape[2], device=key.device)
+    for sequence, chosen in enumerate(rows):
+        later = positions > chosen[:, None]
+        for head in range(query.shape[1]):
+            keys = key[sequence, head * key.shape[1] // query.shape[1]]
+            products = (query[sequence, head, chosen] @ keys.t()).float() * query.shape[3] ** -0.5
+            found.append(products.masked_fill(later, -torch.inf).logsumexp(-1))
+    return torch.stack(found).view(query.shape[0], query.shape[1], -1)
+
+
+def table(records: Sequence[dict[str, Any]], rate: float) -> Table:
+    found = Table()
+    for column in ("kernel", "shape"):
+        found.add_column(column)
+    for column in ("ms", "TFLOP/s", "of product rate", "× the first"):
+        found.add_column(column, justify="right")
+    for entry in records:
+        fraction = entry["tflops"] / rate
+        times = text(entry["times"], "{:.2f}") if entry["times"] else NONE
+        found.add_row(
+            entry["name"], entry["shape"], f"{entry['ms']:.3f}", f"{entry['tflops']:.0f}", f"{fraction:.2f}", times
+        )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, float32")
+    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/kernels.json"))
+    args = parser.parse_args(argv)
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device: --tiny rehearses on the CPU")
+    device, dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
+    torch.manual_seed(0)
+    console = Console(width=max(120, Console().width))
+    document: dict[str, Any] = {"machine": describe(device), "card": card(device, dtype), "results": []}
+    console.print(machine_line(document["machine"]), highlight=False)
+    own = document["card"]
+    console.print(f"copy {own['copy_gb_per_s']:.0f} GB/s, product {own['product_tflops']:.1f} TFLOP/s", highlight=False)
+    for size in SCORES[device]:
+        document["results"] += scores(size, device, dtype)
+        save(document, args.json)
+    for heads in ATTENTIONS[device]:
+        document["results"] += attentions(heads, device, dtype)
+        save(document, args.json)
+    console.print(table(document["results"], own["product_tflops"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

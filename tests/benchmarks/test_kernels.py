@@ -1,0 +1,38 @@
+"""The kernel benchmark runs, and compares the operator with the right thing."""
+
+from __future__ import annotations
+
+import json
+
+import kernels as benchmark
+import torch
+import torch.nn.functional as F
+
+
+def test_rehearsal(tmp_path, capsys):
+    assert benchmark.main(["--tiny", "--json", str(tmp_path / "kernels.json")]) == 0
+    document = json.loads((tmp_path / "kernels.json").read_text())
+    assert [entry["name"] for entry in document["results"]] == [
+        "product alone (mm)",
+        "score_partials",
+        "dense backward, flash",
+        "rows, gradients of selected keys",
+        "rows, gradients of all keys",
+    ]
+    assert all(entry["ms"] > 0 and entry["tflops"] > 0 for entry in document["results"])
+    assert document["card"]["copy_gb_per_s"] > 0
+    assert "score_partials" in capsys.readouterr().out
+
+
+def test_logsumexp_is_that_of_the_attention():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    rows = torch.tensor([[0, 3, 8], [1, 2, 5]])
+    logsumexp = benchmark._logsumexp(query, key, rows)
+    scores = query @ key.repeat_interleave(2, 1).mT / 8**0.5
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
+    at = rows[:, None, :, None].expand(-1, 4, -1, 9)
+    weights = torch.exp(scores.gather(2, at) - logsumexp[..., None])
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    expected = out.gather(2, at[..., :8])
+    torch.testing.assert_close(weights @ value.repeat_interleave(2, 1), expected)
