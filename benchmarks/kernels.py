@@ -102,7 +102,7 @@ def attentions(heads: Heads, device: str, dtype: torch.dtype) -> list[dict[str, 
     found = []
     for name, backend in _dense(device).items():
         with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(query, *shared, is_causal=True)
+            out = F.scaled_dot_product_attention(query, shared[0], shared[1], is_causal=True)
         inputs = (query, *shared)
 
         def dense(out: Tensor = out, inputs: tuple[Tensor, ...] = inputs) -> Any:
