@@ -8,6 +8,8 @@ times its routing weight. Nothing is added atomically: the same input gives the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,21 +63,22 @@ def moe_mlp_triton(
     position: Tensor,
     offsets: Tensor,
     save: bool,
-    **overrides: dict[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor]:
-    """As the reference. ``overrides``: those of ``multiply_rows``, by kernel."""
+    """As the reference. ``overrides``: of ``multiply_rows``, by kernel."""
     rows, top_k, width = order.shape[0], weights.shape[1], down.shape[2]
     inner = hidden.new_empty(rows if save else 0, 2 * width)
     if not rows:
         return torch.zeros_like(hidden), inner
-    queues: dict[int, Tensor] = {}
     activation, products = hidden.new_empty(rows, width), hidden.new_empty(rows, hidden.shape[1])
-    swiglu = dict(kernel="swiglu", order=order, gather=True, top_k=top_k, inner=inner if save else None)
-    multiply_rows(
-        hidden, gate_up, activation, offsets, transposed=True, queues=queues, **swiglu, **overrides.get("swiglu", {})
-    )
-    multiply_rows(activation, down, products, offsets, transposed=True, queues=queues, **overrides.get("plain", {}))
-    return combine(products, weights.contiguous(), position, offsets, top_k), inner
+    shared: dict[str, Any] = dict(order=order, top_k=top_k, queues={})
+    with torch.cuda.device_of(hidden):
+        saved = inner if save else None
+        multiply_rows(
+            "swiglu", hidden, gate_up, activation, offsets, inner=saved, **shared, **overrides.get("swiglu", {})
+        )
+        multiply_rows("down", activation, down, products, offsets, **shared, **overrides.get("down", {}))
+        return combine(products, weights.contiguous(), position, offsets, top_k), inner
 
 
 def moe_mlp_backward_triton(
@@ -88,39 +91,35 @@ def moe_mlp_backward_triton(
     order: Tensor,
     position: Tensor,
     offsets: Tensor,
-    **overrides: dict[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As the reference. ``overrides``: those of ``multiply_rows`` and ``weight_gradient``, by kernel."""
+    """As the reference. ``overrides``: of ``multiply_rows`` and ``weight_gradient``, by kernel."""
     rows, top_k, width = order.shape[0], weights.shape[1], down.shape[2]
-    d_gate_up, d_down = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                         for tensor in (gate_up, down))  # fmt: skip
+    d_gate_up, d_down = gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
     if not rows:
         return torch.zeros_like(hidden), d_gate_up.zero_(), d_down.zero_(), torch.zeros_like(weights)
-    queues: dict[int, Tensor] = {}
-    weighted, d_inner, d_rows = (
-        inner.new_empty(rows, width),
-        torch.empty_like(inner),
-        grad.new_empty(rows, grad.shape[1]),
-    )
-    parts = multiply_rows(
-        *(grad, down, weighted, offsets),
-        kernel="swiglu_backward",
-        transposed=False,
-        order=order,
-        gather=True,
-        top_k=top_k,
-        inner=inner,
-        d_inner=d_inner,
-        weights=weights.contiguous(),
-        queues=queues,
-        **overrides.get("swiglu_backward", {}),
-    )
-    plain, grouped = overrides.get("plain", {}), overrides.get("weight_gradient", {})
-    multiply_rows(d_inner, gate_up, d_rows, offsets, transposed=False, queues=queues, **plain)
-    weight_gradient(d_inner, hidden, d_gate_up, order, offsets, top_k, gather_right=True, **grouped)
-    weight_gradient(grad, weighted, d_down, order, offsets, top_k, gather_left=True, **grouped)
+    weighted, d_inner = inner.new_empty(rows, width), torch.empty_like(inner)
+    d_rows = grad.new_empty(rows, grad.shape[1])
+    permuted = (order, offsets, top_k)
+    shared: dict[str, Any] = dict(order=order, top_k=top_k, queues={})
+    with torch.cuda.device_of(hidden):
+        parts = multiply_rows(
+            "swiglu_backward",
+            grad,
+            down,
+            weighted,
+            offsets,
+            inner=inner,
+            d_inner=d_inner,
+            weights=weights.contiguous(),
+            **shared,
+            **overrides.get("swiglu_backward", {}),
+        )
+        multiply_rows("d_hidden", d_inner, gate_up, d_rows, offsets, **shared, **overrides.get("d_hidden", {}))
+        weight_gradient("d_gate_up", d_inner, hidden, d_gate_up, *permuted, **overrides.get("d_gate_up", {}))
+        weight_gradient("d_down", grad, weighted, d_down, *permuted, **overrides.get("d_down", {}))
+        d_hidden = combine(d_rows, None, position, offsets, top_k)
     assert parts is not None
     place = position.long()
     d_weights = torch.where(place < offsets[-1], parts.sum(0)[place], 0.0)  # unwritten without an expert
-    d_hidden = combine(d_rows, None, position, offsets, top_k)
     return d_hidden, d_gate_up, d_down, d_weights.view(weights.shape).to(weights.dtype)

@@ -80,8 +80,36 @@ def _expert_tile(
     return tile
 
 
-# a count that happens to be 1 would otherwise be a constant, and no tensor
-@triton.jit(do_not_specialize=["b_expert"])
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _through_swiglu(
+    d_activation, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N: tl.constexpr
+):  # fmt: skip
+    """Back through SwiGLU for some columns of a tile; returns their share of the gradient of the routing weights."""
+    column = low + tl.arange(0, d_activation.shape[1])
+    inside = (row < end)[:, None]
+    if not EVEN_N:
+        inside = inside & (column < N)[None, :]
+    gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
+    gate = tl.load(inner_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(inner_ptr + gate_at + N, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d_weight = tl.sum(d_activation * silu * up, 1)
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out_ptr + at, silu * up * weight[:, None], mask=inside)
+    d_activation *= weight[:, None]
+    tl.store(d_inner_ptr + gate_at, d_activation * up * sigmoid * (1.0 + gate - silu), mask=inside)
+    tl.store(d_inner_ptr + gate_at + N, d_activation * silu, mask=inside)
+    return d_weight
+
+
+@triton.jit
 def _rows_kernel(
     a_ptr, a_stride, b_ptr, b_expert, b_row, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
     order_ptr, offsets_ptr, schedule_ptr, rows, N, K,
@@ -145,18 +173,19 @@ def _rows_kernel(
             gate = gate.to(tl.float32)
             tl.store(out_ptr + at, gate * tl.sigmoid(gate) * rounded_up.to(tl.float32), mask=inside)
         else:
-            gate = tl.load(inner_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(inner_ptr + gate_at + N, mask=inside, other=0.0).to(tl.float32)
             assignment = tl.load(order_ptr + row, mask=row < end, other=0)
-            weight = tl.load(weights_ptr + assignment).to(tl.float32)[:, None]
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            d_weight = tl.sum(acc * silu * value, 1)
+            weight = tl.load(weights_ptr + assignment).to(tl.float32)
+            # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
+            left, right = _halves(acc)
+            d_weight = tl.zeros([BLOCK_M], tl.float32)
+            for half in tl.static_range(2):
+                parts = _halves(left if half == 0 else right)
+                for quarter in tl.static_range(2):
+                    d_weight += _through_swiglu(
+                        parts[quarter], low + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
+                        inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
+                    )  # fmt: skip
             tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
-            tl.store(out_ptr + at, silu * value * weight, mask=inside)
-            acc *= weight
-            tl.store(d_inner_ptr + gate_at, acc * value * sigmoid * (1.0 + gate - silu), mask=inside)
-            tl.store(d_inner_ptr + gate_at + N, acc * silu, mask=inside)
 
 
 @triton.jit
@@ -200,14 +229,15 @@ def _weight_gradient_kernel(
 
 
 def configuration(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Tile sizes of ``plain``, ``swiglu`` (two products at a time), ``swiglu_backward``, ``weight_gradient``.
+    """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
+    ``d_down``.
 
     NOT measured yet: ``python benchmarks/moe.py --device cuda --sweep`` tries others.
     """
-    wide = kernel in ("plain", "weight_gradient")
+    narrow = kernel in ("swiglu", "swiglu_backward")
     if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=128 if wide else 64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=256 if wide else 128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
+        return dict(BLOCK_M=64, BLOCK_N=64 if narrow else 128, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=128 if narrow else 256, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
 
 
 @cache
@@ -249,49 +279,54 @@ def _for_interpreter(tensor: Tensor) -> Tensor:
 
 
 def multiply_rows(
+    kernel: str,
     a: Tensor,
     b: Tensor,
     out: Tensor,
     offsets: Tensor,
     *,
-    kernel: str = "plain",
-    transposed: bool,
+    queues: dict[int, Tensor],
     order: Tensor | None = None,
-    gather: bool = False,
     top_k: int = 1,
     inner: Tensor | None = None,
     d_inner: Tensor | None = None,
     weights: Tensor | None = None,
-    queues: dict[int, Tensor] | None = None,
     **overrides: Any,
 ) -> Tensor | None:
     """``out[r] = a[r] @ b[e]`` for the rows r of every expert e.
 
+    ================  =============  ============  ==========================================================
+    kernel            a              b             out [rows, N]
+    ================  =============  ============  ==========================================================
+    swiglu            [tokens, K]    [E, 2 N, K]   silu(gate) * up; ``inner`` [rows, 2 N] gets gate and up
+    down              [rows, K]      [E, N, K]     the product
+    swiglu_backward   [tokens, K]    [E, K, N]     the activation times its routing weight; the product is its
+                                                   gradient but for that weight, ``d_inner`` gets that of ``inner``
+    d_hidden          [rows, K]      [E, K, N]     the product
+    ================  =============  ============  ==========================================================
+
     Args:
-        a: [rows, K], or [tokens, K] with ``gather``: row r is then a[order[r] // top_k].
-        b: [E, N, K] if transposed, else [E, K, N]. offsets: int32 [E + 1], as ``moe_permute`` returns them.
-        kernel: ``plain``: out [rows, N]. ``swiglu``: b is [E, 2 N, K], gate and up; out gets silu(gate) * up, and
-            ``inner`` [rows, 2 N], unless None, gate and up. ``swiglu_backward``: the product is the gradient of that
-            activation but for the routing weight, ``weights`` [tokens * top_k]; ``inner`` is read, ``d_inner`` gets
-            its gradient, out the activation times its weight.
-        queues: schedules by BLOCK_M, which calls with the same offsets share.
-        overrides: of :func:`configuration`, and of DESCRIPTORS, FLATTEN, PROGRAMS.
+        a: where it is [tokens, K], row r is a[order[r] // top_k].
+        offsets: int32 [E + 1]. order: int32 [rows]; both as ``moe_permute`` returns them.
+        inner: None (swiglu only): gate and up are not kept. weights: [tokens * top_k], contiguous.
+        queues: schedules by BLOCK_M, for calls with the same offsets to share.
+        overrides: of :func:`configuration`, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (grid),
+            GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by TMA).
 
     Returns:
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
     """
+    gather, transposed = kernel in ("swiglu", "swiglu_backward"), kernel in ("swiglu", "down")
     a, b = _contiguous_rows(a), _contiguous_rows(b)
     rows, width = out.shape
-    config: dict[str, Any] = {
-        **configuration(kernel, a.dtype),
-        "FLATTEN": False,
-        "DESCRIPTORS": can_describe(b) and (gather or can_describe(a)),
-        **overrides,
-    }
-    b_descriptor = config.pop("DESCRIPTORS")
-    a_descriptor = b_descriptor and not gather
+    config: dict[str, Any] = {**configuration(kernel, a.dtype), **overrides}
+    if gather and not config.pop("GATHER", True):
+        assert order is not None
+        a, gather = a[order // top_k], False
+    descriptors = config.pop("DESCRIPTORS", can_describe(b) and (gather or can_describe(a)))
+    # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
+    config.setdefault("FLATTEN", descriptors)
     grid = (config.pop("PROGRAMS", None) or programs(a),)
-    queues = {} if queues is None else queues
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     if block_m not in queues:
         queues[block_m] = schedule(offsets, rows, block_m)
@@ -301,16 +336,16 @@ def multiply_rows(
     a, b = _for_interpreter(a), _for_interpreter(b)
     a_block, b_block = [block_m, block_k], [1, *((block_n, block_k) if transposed else (block_k, block_n))]
     _rows_kernel[grid](
-        *(TensorDescriptor.from_tensor(a, a_block) if a_descriptor else a, a.stride(0)),
-        *(TensorDescriptor.from_tensor(b, b_block) if b_descriptor else b, b.stride(0), b.stride(1)),
+        *(TensorDescriptor.from_tensor(a, a_block) if descriptors and not gather else a, a.stride(0)),
+        *(TensorDescriptor.from_tensor(b, b_block) if descriptors else b, b.stride(0), b.stride(1)),
         *(out, inner, d_inner, weights, d_weights, order, offsets, queues[block_m], rows, width, a.shape[1]),
         TOP_K=top_k,
         GATHER=gather,
         TRANSPOSED=transposed,
-        EPILOGUE={"plain": PLAIN, "swiglu": SWIGLU, "swiglu_backward": SWIGLU_BACKWARD}[kernel],
+        EPILOGUE={"swiglu": SWIGLU, "swiglu_backward": SWIGLU_BACKWARD}.get(kernel, PLAIN),
         SAVE=inner is not None,
-        A_DESCRIPTOR=a_descriptor,
-        B_DESCRIPTOR=b_descriptor,
+        A_DESCRIPTOR=descriptors and not gather,
+        B_DESCRIPTOR=descriptors,
         EVEN_N=width % block_n == 0,
         EVEN_K=a.shape[1] % block_k == 0,
         PRECISION=_precision(a),
@@ -320,31 +355,32 @@ def multiply_rows(
 
 
 def weight_gradient(
+    kernel: str,
     left: Tensor,
     right: Tensor,
     out: Tensor,
     order: Tensor,
     offsets: Tensor,
     top_k: int,
-    *,
-    gather_left: bool = False,
-    gather_right: bool = False,
     **overrides: Any,
 ) -> None:
     """``out[e] = sum_r left[r]^T right[r]`` over the rows r of every expert e; zero without rows.
 
     Args:
-        left: [rows, M], right: [rows, N], or [tokens, ...] where gathered. out: [E, M, N], contiguous.
+        kernel: ``d_gate_up``: left is [rows, M], right [tokens, N]. ``d_down``: left is [tokens, M], right [rows, N].
+            Row r of what is [tokens, ...] is that of the token order[r] // top_k.
+        out: [E, M, N], contiguous.
+        overrides: of :func:`configuration`.
     """
     left, right = (_for_interpreter(_contiguous_rows(tensor)) for tensor in (left, right))
     experts, m, n = out.shape
-    config = {**configuration("weight_gradient", left.dtype), **overrides}
+    config = {**configuration(kernel, out.dtype), **overrides}
     tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
     _weight_gradient_kernel[(experts * tiles,)](
         *(left, left.stride(0), right, right.stride(0), out, order, offsets, m, n),
         TOP_K=top_k,
-        GATHER_LEFT=gather_left,
-        GATHER_RIGHT=gather_right,
+        GATHER_LEFT=kernel == "d_down",
+        GATHER_RIGHT=kernel == "d_gate_up",
         EVEN=m % config["BLOCK_M"] == 0 and n % config["BLOCK_N"] == 0,
         PRECISION=_precision(left),
         **config,

@@ -89,7 +89,9 @@ def top_experts_triton(scores: Tensor, top_k: int) -> Tensor:
     out = torch.empty(tokens, top_k, dtype=torch.int64, device=scores.device)
     lanes = triton.next_power_of_2(experts)
     block = max(1, 2048 // lanes)
-    if tokens:
+    if not tokens:
+        return out
+    with torch.cuda.device_of(scores):
         _top_experts_kernel[(triton.cdiv(tokens, block),)](
             *(scores, *scores.stride(), out, tokens, experts), TOP_K=top_k, BLOCK_N=block, LANES=lanes
         )
@@ -108,6 +110,7 @@ def permute_triton(experts: Tensor, num_experts: int, chunk: int = CHUNK) -> tup
     counts = order.new_empty(chunks, lanes)
     offsets = order.new_empty(num_experts + 1)
     sizes = dict(CHUNK=chunk, LANES=lanes, num_warps=8 if chunk >= 1024 else 4)
-    _count_kernel[(chunks,)](flat, counts, rows, num_experts, **sizes)
-    _place_kernel[(chunks,)](flat, counts, order, position, offsets, rows, num_experts, chunks, **sizes)
+    with torch.cuda.device_of(flat):
+        _count_kernel[(chunks,)](flat, counts, rows, num_experts, **sizes)
+        _place_kernel[(chunks,)](flat, counts, order, position, offsets, rows, num_experts, chunks, **sizes)
     return order, position, offsets
