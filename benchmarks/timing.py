@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from arms import Step
 from torch import Tensor
-from transformers import LlamaForCausalLM
+
+if TYPE_CHECKING:  # benchmarks of layers need no transformers
+    from arms import Step
+    from transformers import LlamaForCausalLM
 
 MB = 2**20
 
@@ -50,20 +52,20 @@ def run_step(
         step(*batch).backward()
     _begin(model, device)
     static = torch.cuda.memory_allocated() if device == "cuda" else 0
-    start = _stamp(device)
+    start = stamp(device)
     loss = step(*batch)
-    middle = _stamp(device)
+    middle = stamp(device)
     saved = None
     if memory:  # counting takes time on the CPU: neither the forward's nor the backward's
         inputs = (*model.parameters(), *batch)
         saved = (torch.cuda.memory_allocated() - static if device == "cuda" else saved_bytes(loss, inputs)) / MB
-    resume = _stamp(device) if device == "cpu" else middle
+    resume = stamp(device) if device == "cpu" else middle
     loss.backward()
-    end = _stamp(device)
+    end = stamp(device)
     if device == "cuda":
         torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - static) / MB if memory and device == "cuda" else None
-    forward, backward = _milliseconds(start, middle), _milliseconds(resume, end)
+    forward, backward = milliseconds(start, middle), milliseconds(resume, end)
     return Sample(forward, backward, forward + backward, float(loss.detach()), peak, saved)
 
 
@@ -74,7 +76,7 @@ def _begin(model: LlamaForCausalLM, device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _stamp(device: str) -> Any:
+def stamp(device: str) -> Any:
     """A moment: a CUDA event, or seconds of the host's clock."""
     if device != "cuda":
         return time.perf_counter()
@@ -83,7 +85,7 @@ def _stamp(device: str) -> Any:
     return event
 
 
-def _milliseconds(start: Any, end: Any) -> float:
+def milliseconds(start: Any, end: Any) -> float:
     return float(start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else 1e3 * (end - start))
 
 

@@ -3,6 +3,7 @@
 from cggr_compile.explain import explain
 from cggr_compile.modules.loss import CGGRLoss
 from cggr_compile.modules.model import CGGRModel
+from cggr_compile.modules.moe import PersistentTRMLP, create_persistent_tr_mlp
 from cggr_compile.modules.router import TruncatedRouter, create_truncated_router
 from cggr_compile.modules.scorer import CGGRScorer
 from cggr_compile.options import Options
@@ -18,9 +19,11 @@ __all__ = [
     "CGGRScorer",
     "Explanation",
     "Options",
+    "PersistentTRMLP",
     "Runtime",
     "TruncatedRouter",
     "VerificationError",
+    "create_persistent_tr_mlp",
     "create_truncated_router",
     "explain",
     "runtime",

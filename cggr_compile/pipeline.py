@@ -23,6 +23,7 @@ from cggr_compile.passes.grouped_query import GroupQueries
 from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.launch_bound import LaunchBound
+from cggr_compile.passes.lower_experts import LowerExperts
 from cggr_compile.passes.merge_products import MergeProducts
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
@@ -35,7 +36,14 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 log = logging.getLogger(__name__)
 
 # Semantic passes over the Dynamo graph that leave the mathematics alone: all that run at ratio 1.0.
-EXACT_PASSES: tuple[GraphPass, ...] = (Functionalize(), FindLoss(), FindStack(), RecoverCausalMask(), GroupQueries())
+EXACT_PASSES: tuple[GraphPass, ...] = (
+    Functionalize(),
+    LowerExperts(),
+    FindLoss(),
+    FindStack(),
+    RecoverCausalMask(),
+    GroupQueries(),
+)
 # The semantic passes, in order. Checkpoints stay closed at ratio 1.0, where nothing inside them would be changed.
 DYNAMO_PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),

@@ -78,7 +78,11 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     roots = _roots(gm, reaching)
     carrying = _carrying(roots)
     for node in gm.graph.nodes:
-        if mutated_operand(node) is not None and any(n in carrying for n in node.all_input_nodes):
+        target = mutated_operand(node)
+        if target is None or not any(n in carrying for n in node.all_input_nodes):
+            continue
+        # what a layer keeps about itself in a buffer, such as a metric, is not read on the way to the head
+        if target.op != "placeholder" or target in reaching or target in carrying or node.users:
             raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
     stream = carrying & reaching
     ordered = in_order(gm.graph, stream)

@@ -45,6 +45,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", dict(sliding_window=8, **_LLAMA)),
     "phi": ("PhiConfig", _LLAMA),
     "gemma3": ("Gemma3TextConfig", dict(head_dim=8, sliding_window=8, **_LLAMA)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4, **_LLAMA)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24, **_LLAMA)),
+    "olmoe": ("OlmoeConfig", dict(num_experts=5, num_experts_per_tok=2, eos_token_id=2, **_LLAMA)),
     "llama-eager": ("LlamaConfig", dict(attn_implementation="eager", **_LLAMA)),
 }
 # not promised to match, but never to be wrong
@@ -53,7 +56,6 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconConfig",
         {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
     ),
-    "mixtral": ("MixtralConfig", dict(num_local_experts=4, **_LLAMA)),
     # adds the routed experts' output in place
     "llama4": (
         "Llama4TextConfig",

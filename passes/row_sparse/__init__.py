@@ -11,6 +11,7 @@ from torch.fx import Node
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants
 from cggr_compile.passes.row_sparse.attention import attention
+from cggr_compile.passes.row_sparse.experts import experts
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
@@ -97,7 +98,7 @@ def _visit(rv: RowValues, node: Node) -> None:
     inputs = [n for n in node.all_input_nodes if n in rv.sparse]
     if not inputs:
         return
-    if attention(rv, node):
+    if attention(rv, node) or experts(rv, node):
         return
     rule = item if node.target is operator.getitem else RULES.get(node.target) or LATE_RULES.get(str(node.target))
     result = rule(rv, node) if rule is not None else None

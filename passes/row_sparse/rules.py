@@ -192,6 +192,18 @@ def place_at_index(rv: RowValues, node: Node) -> Result:
     return Rows(rv.emit.call(node.target, _zeros(rv, node, layout), [*whole, index], grad.values, *rest), layout)
 
 
+def scatter_columns(rv: RowValues, node: Node) -> Result:
+    """scatter(zeros, axis, index, g), adding or not: the gradient of the top-k, or of other columns, of every token."""
+    table, axis, index, values = node.args
+    grad = _sparse(rv, values)
+    if grad is None or not _is_zeros(table) or grad.layout[axis] is not None or not isinstance(index, Node):  # type: ignore[index]
+        return None
+    if not _spans(index, grad.layout, node) or not _spans(values, grad.layout, node):
+        return None
+    zeros, columns = _zeros(rv, node, grad.layout), rv.version(index, grad.layout)
+    return Rows(rv.emit.call(node.target, zeros, axis, columns, grad.values), grad.layout)
+
+
 def _zeros(rv: RowValues, node: Node, layout: Layout) -> Node:
     value = fake_value(node)
     shape = resize(value.shape, layout, rv.batch, rv.slots)
@@ -321,6 +333,8 @@ RULES: dict[Any, Rule] = {
     aten.cat.default: concatenate,
     aten.slice_scatter.default: place,
     aten.constant_pad_nd.default: pad,
+    aten.scatter.src: scatter_columns,
+    aten.scatter_add.default: scatter_columns,
     aten.sum.dim_IntList: reduction,
     aten.sum.default: reduction,
     aten.mean.dim: reduction,

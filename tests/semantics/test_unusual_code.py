@@ -19,6 +19,7 @@ class Edited(models.Decoder):
         super().__init__(tied=False)
         self.edit = edit
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("level", torch.zeros(()))
 
     def residual(self, x: Tensor) -> Tensor:
         if self.edit == "method":  # the result of add_ is not used
@@ -35,6 +36,9 @@ class Edited(models.Decoder):
             buffer = torch.zeros_like(x)
             buffer.copy_(x)
             x = buffer
+        elif self.edit in ("metric", "feedback"):
+            self.level.copy_(x.detach().abs().mean())
+            x = x + self.level if self.edit == "feedback" else x
         return x
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -52,7 +56,10 @@ class Edited(models.Decoder):
 
 
 @pytest.mark.parametrize("ratio", [RATIO, 1.0])
-@pytest.mark.parametrize("edit", ["method", "view", "setitem", "function", "out", "counter", "logits", "logits-view"])
+@pytest.mark.parametrize(
+    "edit",
+    ["method", "view", "setitem", "function", "out", "counter", "metric", "feedback", "logits", "logits-view"],
+)
 def test_operations_in_place(edit: str, ratio: float) -> None:
     """Nothing that mutates a tensor may be lost as dead code, nor move across what reads the tensor."""
     model, batch = Edited(edit), make_batch()
@@ -66,6 +73,7 @@ def test_operations_in_place(edit: str, ratio: float) -> None:
     for _ in range(2):
         got = backward(model, run(*args))
     assert int(model.calls) == (2 if edit == "counter" else 0)
+    assert (model.level > 0) == (edit in ("metric", "feedback"))
     assert_selected_or_dense(got, model, batch, lambda: model(args[0]), lambda: step(*args))
 
 

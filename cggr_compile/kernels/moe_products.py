@@ -1,0 +1,387 @@
+"""Triton kernels for grouped matrix products: rows sorted by expert, a matrix per expert.
+
+``_rows_kernel`` multiplies every row with its expert's matrix. It is persistent: one program per multiprocessor walks
+over a queue of tiles that spans all experts, so that an expert with few rows leaves nobody idle. Rows may be gathered
+as they are loaded (a row of the order names a token), and SwiGLU, or its derivative, is applied to the product before
+it is stored. ``_weight_gradient_kernel`` sums outer products of rows, expert by expert; as the number of its tiles
+depends on shapes alone, each has its own program.
+
+An expert's matrix is read through tensor descriptors (TMA) on Hopper and later, and so are rows that are not gathered.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cggr_compile.kernels.score import INTERPRETED
+
+PLAIN, SWIGLU, SWIGLU_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _schedule_kernel(offsets_ptr, schedule_ptr, E, LANES: tl.constexpr, BLOCK_M: tl.constexpr):
+    expert = tl.program_id(0)
+    lane = tl.arange(0, LANES)
+    start = tl.load(offsets_ptr + lane, mask=lane < E, other=0)
+    end = tl.load(offsets_ptr + lane + 1, mask=lane < E, other=0)
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    if expert == 0:
+        tl.store(schedule_ptr, tl.sum(tiles, 0))
+    earlier = tl.sum(tl.where(lane < expert, tiles, 0), 0)
+    mine = tl.sum(tl.where(lane == expert, tiles, 0), 0)
+    first_row = tl.load(offsets_ptr + expert)
+    for low in range(0, mine, 128):
+        tile = low + tl.arange(0, 128)
+        entry = schedule_ptr + 1 + 2 * (earlier + tile)
+        tl.store(entry, tl.zeros([128], tl.int32) + expert, mask=tile < mine)
+        tl.store(entry + 1, first_row + tile * BLOCK_M, mask=tile < mine)
+
+
+@triton.jit
+def _grouped(tile, rows, columns, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows walk over the columns together, as neighbours in time share operands."""
+    first = tile // (GROUP * columns) * GROUP
+    size = tl.minimum(rows - first, GROUP)
+    inside = tile % (GROUP * columns)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _expert_tile(
+    b_ptr, b_expert, b_row, expert, low, step, N, K,
+    DESCRIPTOR: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK_N] of an expert's matrix, columns from ``low``; stored [N, K] if TRANSPOSED, else [K, N]."""
+    if DESCRIPTOR:
+        if TRANSPOSED:
+            tile = b_ptr.load([expert, low, step * BLOCK_K]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            tile = b_ptr.load([expert, step * BLOCK_K, low]).reshape(BLOCK_K, BLOCK_N)
+    else:
+        column = low + tl.arange(0, BLOCK_N)
+        along = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        base = b_ptr + expert.to(tl.int64) * b_expert
+        if TRANSPOSED:
+            at = base + along[:, None] + column.to(tl.int64)[None, :] * b_row
+        else:
+            at = base + along.to(tl.int64)[:, None] * b_row + column[None, :]
+        inside = None if EVEN else (along < K)[:, None] & (column < N)[None, :]
+        tile = tl.load(at, mask=inside, other=None if EVEN else 0.0)
+    return tile
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _through_swiglu(
+    d_activation, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N: tl.constexpr
+):  # fmt: skip
+    """Back through SwiGLU for some columns of a tile; returns their share of the gradient of the routing weights."""
+    column = low + tl.arange(0, d_activation.shape[1])
+    inside = (row < end)[:, None]
+    if not EVEN_N:
+        inside = inside & (column < N)[None, :]
+    gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
+    gate = tl.load(inner_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(inner_ptr + gate_at + N, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    d_weight = tl.sum(d_activation * silu * up, 1)
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
+    tl.store(out_ptr + at, silu * up * weight[:, None], mask=inside)
+    d_activation *= weight[:, None]
+    tl.store(d_inner_ptr + gate_at, d_activation * up * sigmoid * (1.0 + gate - silu), mask=inside)
+    tl.store(d_inner_ptr + gate_at + N, d_activation * silu, mask=inside)
+    return d_weight
+
+
+@triton.jit
+def _rows_kernel(
+    a_ptr, a_stride, b_ptr, b_expert, b_row, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
+    order_ptr, offsets_ptr, schedule_ptr, rows, N, K,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, SAVE: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.load(schedule_ptr)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    EVEN: tl.constexpr = EVEN_N and EVEN_K
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
+        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles, GROUP)
+        expert = tl.load(schedule_ptr + 1 + 2 * row_tile)
+        first = tl.load(schedule_ptr + 2 + 2 * row_tile)
+        end = tl.load(offsets_ptr + expert + 1)
+        low = column_tile * BLOCK_N
+        if not A_DESCRIPTOR:  # rows past the expert's end read its last one
+            source = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
+            if GATHER:
+                source = tl.load(order_ptr + source) // TOP_K
+            a_rows = a_ptr + source.to(tl.int64)[:, None] * a_stride
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of SWIGLU; nothing otherwise
+        for step in range(tl.cdiv(K, BLOCK_K)):
+            if A_DESCRIPTOR:
+                a = a_ptr.load([first, step * BLOCK_K])
+            else:
+                along = step * BLOCK_K + tl.arange(0, BLOCK_K)
+                if EVEN_K:
+                    a = tl.load(a_rows + along[None, :])
+                else:
+                    a = tl.load(a_rows + along[None, :], mask=(along < K)[None, :], other=0.0)
+            b = _expert_tile(
+                b_ptr, b_expert, b_row, expert, low, step, N, K, B_DESCRIPTOR, TRANSPOSED, EVEN, BLOCK_N, BLOCK_K
+            )
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if EPILOGUE == SWIGLU:  # the up rows follow the N rows of the gate
+                b = _expert_tile(
+                    b_ptr, b_expert, b_row, expert, low + N, step, 2 * N, K, B_DESCRIPTOR, TRANSPOSED, EVEN,
+                    BLOCK_N, BLOCK_K
+                )  # fmt: skip
+                up = tl.dot(a, b, up, input_precision=PRECISION)
+
+        row = first + tl.arange(0, BLOCK_M)
+        column = low + tl.arange(0, BLOCK_N)
+        inside = (row < end)[:, None]
+        if not EVEN_N:
+            inside = inside & (column < N)[None, :]
+        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        # gate and up lie beside each other: [rows, 2 N]
+        gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
+        if EPILOGUE == PLAIN:
+            tl.store(out_ptr + at, acc, mask=inside)
+        elif EPILOGUE == SWIGLU:
+            gate = acc.to(out_ptr.dtype.element_ty)  # rounded as it is saved: the backward sees what the forward saw
+            rounded_up = up.to(out_ptr.dtype.element_ty)
+            if SAVE:
+                tl.store(inner_ptr + gate_at, gate, mask=inside)
+                tl.store(inner_ptr + gate_at + N, rounded_up, mask=inside)
+            gate = gate.to(tl.float32)
+            tl.store(out_ptr + at, gate * tl.sigmoid(gate) * rounded_up.to(tl.float32), mask=inside)
+        else:
+            assignment = tl.load(order_ptr + row, mask=row < end, other=0)
+            weight = tl.load(weights_ptr + assignment).to(tl.float32)
+            # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
+            left, right = _halves(acc)
+            d_weight = tl.zeros([BLOCK_M], tl.float32)
+            for half in tl.static_range(2):
+                parts = _halves(left if half == 0 else right)
+                for quarter in tl.static_range(2):
+                    d_weight += _through_swiglu(
+                        parts[quarter], low + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
+                        inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
+                    )  # fmt: skip
+            tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    left_ptr, left_stride, right_ptr, right_stride, out_ptr, order_ptr, offsets_ptr, M, N,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(M, BLOCK_M)
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (row_tiles * column_tiles)
+    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    row_tile, column_tile = _grouped(tile, row_tiles, column_tiles, GROUP)
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for low in range(start, end, BLOCK_K):
+        row = low + tl.arange(0, BLOCK_K)
+        inside = (row < end)[:, None]
+        token = tl.load(order_ptr + row, mask=row < end, other=0) // TOP_K
+        left_row = token if GATHER_LEFT else row
+        right_row = token if GATHER_RIGHT else row
+        left_at = left_ptr + left_row.to(tl.int64)[:, None] * left_stride + m[None, :]
+        right_at = right_ptr + right_row.to(tl.int64)[:, None] * right_stride + n[None, :]
+        # both are masked: what lies past the last expert's rows may be NaN
+        if EVEN:
+            left = tl.load(left_at, mask=inside, other=0.0)
+            right = tl.load(right_at, mask=inside, other=0.0)
+        else:
+            left = tl.load(left_at, mask=inside & (m < M)[None, :], other=0.0)
+            right = tl.load(right_at, mask=inside & (n < N)[None, :], other=0.0)
+        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+    at = out_ptr + expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
+    if EVEN:
+        tl.store(at, acc)
+    else:
+        tl.store(at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def configuration(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
+    ``d_down``.
+
+    NOT measured yet: ``python benchmarks/moe.py --device cuda --sweep`` tries others.
+    """
+    narrow = kernel in ("swiglu", "swiglu_backward")
+    if dtype == torch.float32:
+        return dict(BLOCK_M=64, BLOCK_N=64 if narrow else 128, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
+    return dict(BLOCK_M=128, BLOCK_N=128 if narrow else 256, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(tensor: Tensor) -> int:
+    """One per multiprocessor; where there are none (interpreted, or compiled for another machine), a few."""
+    return _multiprocessors(tensor.device) if tensor.is_cuda else 3
+
+
+def can_describe(tensor: Tensor) -> bool:
+    """Whether TMA can load tiles: Hopper or later, every stride but the last a multiple of 16 bytes."""
+    width = tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 for stride in tensor.stride()[:-1])
+    return aligned and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
+def schedule(offsets: Tensor, rows: int, block: int) -> Tensor:
+    """The queue of row tiles: int32 [number, expert, first row, expert, first row, ...], as much as is needed."""
+    experts = offsets.shape[0] - 1
+    queue = offsets.new_empty(1 + 2 * (rows // block + experts))
+    lanes = triton.next_power_of_2(experts)
+    _schedule_kernel[(experts,)](offsets, queue, experts, LANES=lanes, BLOCK_M=block)
+    return queue
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _precision(tensor: Tensor) -> str:
+    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _for_interpreter(tensor: Tensor) -> Tensor:
+    return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor  # its bfloat16 is wrong
+
+
+def multiply_rows(
+    kernel: str,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    offsets: Tensor,
+    *,
+    queues: dict[int, Tensor],
+    order: Tensor | None = None,
+    top_k: int = 1,
+    inner: Tensor | None = None,
+    d_inner: Tensor | None = None,
+    weights: Tensor | None = None,
+    **overrides: Any,
+) -> Tensor | None:
+    """``out[r] = a[r] @ b[e]`` for the rows r of every expert e.
+
+    ================  =============  ============  ==========================================================
+    kernel            a              b             out [rows, N]
+    ================  =============  ============  ==========================================================
+    swiglu            [tokens, K]    [E, 2 N, K]   silu(gate) * up; ``inner`` [rows, 2 N] gets gate and up
+    down              [rows, K]      [E, N, K]     the product
+    swiglu_backward   [tokens, K]    [E, K, N]     the activation times its routing weight; the product is its
+                                                   gradient but for that weight, ``d_inner`` gets that of ``inner``
+    d_hidden          [rows, K]      [E, K, N]     the product
+    ================  =============  ============  ==========================================================
+
+    Args:
+        a: where it is [tokens, K], row r is a[order[r] // top_k].
+        offsets: int32 [E + 1]. order: int32 [rows]; both as ``moe_permute`` returns them.
+        inner: None (swiglu only): gate and up are not kept. weights: [tokens * top_k], contiguous.
+        queues: schedules by BLOCK_M, for calls with the same offsets to share.
+        overrides: of :func:`configuration`, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (grid),
+            GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by TMA).
+
+    Returns:
+        of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
+    """
+    gather, transposed = kernel in ("swiglu", "swiglu_backward"), kernel in ("swiglu", "down")
+    a, b = _contiguous_rows(a), _contiguous_rows(b)
+    rows, width = out.shape
+    config: dict[str, Any] = {**configuration(kernel, a.dtype), **overrides}
+    if gather and not config.pop("GATHER", True):
+        assert order is not None
+        a, gather = a[order // top_k], False
+    descriptors = config.pop("DESCRIPTORS", can_describe(b) and (gather or can_describe(a)))
+    # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
+    config.setdefault("FLATTEN", descriptors)
+    grid = (config.pop("PROGRAMS", None) or programs(a),)
+    block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    if block_m not in queues:
+        queues[block_m] = schedule(offsets, rows, block_m)
+    d_weights = None
+    if kernel == "swiglu_backward":
+        d_weights = torch.empty(triton.cdiv(width, block_n), rows, dtype=torch.float32, device=a.device)
+    a, b = _for_interpreter(a), _for_interpreter(b)
+    a_block, b_block = [block_m, block_k], [1, *((block_n, block_k) if transposed else (block_k, block_n))]
+    _rows_kernel[grid](
+        *(TensorDescriptor.from_tensor(a, a_block) if descriptors and not gather else a, a.stride(0)),
+        *(TensorDescriptor.from_tensor(b, b_block) if descriptors else b, b.stride(0), b.stride(1)),
+        *(out, inner, d_inner, weights, d_weights, order, offsets, queues[block_m], rows, width, a.shape[1]),
+        TOP_K=top_k,
+        GATHER=gather,
+        TRANSPOSED=transposed,
+        EPILOGUE={"swiglu": SWIGLU, "swiglu_backward": SWIGLU_BACKWARD}.get(kernel, PLAIN),
+        SAVE=inner is not None,
+        A_DESCRIPTOR=descriptors and not gather,
+        B_DESCRIPTOR=descriptors,
+        EVEN_N=width % block_n == 0,
+        EVEN_K=a.shape[1] % block_k == 0,
+        PRECISION=_precision(a),
+        **config,
+    )
+    return d_weights
+
+
+def weight_gradient(
+    kernel: str,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    **overrides: Any,
+) -> None:
+    """``out[e] = sum_r left[r]^T right[r]`` over the rows r of every expert e; zero without rows.
+
+    Args:
+        kernel: ``d_gate_up``: left is [rows, M], right [tokens, N]. ``d_down``: left is [tokens, M], right [rows, N].
+            Row r of what is [tokens, ...] is that of the token order[r] // top_k.
+        out: [E, M, N], contiguous.
+        overrides: of :func:`configuration`.
+    """
+    left, right = (_for_interpreter(_contiguous_rows(tensor)) for tensor in (left, right))
+    experts, m, n = out.shape
+    config = {**configuration(kernel, out.dtype), **overrides}
+    tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+    _weight_gradient_kernel[(experts * tiles,)](
+        *(left, left.stride(0), right, right.stride(0), out, order, offsets, m, n),
+        TOP_K=top_k,
+        GATHER_LEFT=kernel == "d_down",
+        GATHER_RIGHT=kernel == "d_gate_up",
+        EVEN=m % config["BLOCK_M"] == 0 and n % config["BLOCK_N"] == 0,
+        PRECISION=_precision(left),
+        **config,
+    )

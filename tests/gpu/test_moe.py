@@ -1,0 +1,101 @@
+"""The expert kernels on a GPU: parity with float64 over routings and sizes, no waiting for the device, compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ops.test_moe import check, check_permutation, expected, make_case, run
+
+from cggr_compile import PersistentTRMLP
+from cggr_compile.kernels import moe_products
+from cggr_compile.ops.moe_routing import moe_permute, moe_top_experts, moe_top_experts_reference
+
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def nothing_synchronises():
+    torch.zeros((), device="cuda")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def run_without_waiting(case, grad):
+    run(case, grad)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    got = run(case, grad)
+    torch.cuda.set_sync_debug_mode("default")
+    return got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
+def test_routings(routing, dtype):
+    case = make_case(1000, 256, 192, 6, 2, routing=routing, dtype=dtype, device="cuda")
+    grad = torch.randn_like(case[0])
+    check(run_without_waiting(case, grad), expected(*case, grad), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "experts", "top_k"),
+    [(1, 64, 64, 1, 1), (5, 33, 17, 3, 3), (777, 100, 36, 4, 1), (3000, 512, 256, 64, 8), (2048, 1024, 768, 8, 2)],
+)
+def test_sizes(tokens, hidden, inner, experts, top_k, dtype):
+    case = make_case(tokens, hidden, inner, experts, top_k, dtype=dtype, device="cuda")
+    grad = torch.randn_like(case[0])
+    check(run(case, grad), expected(*case, grad), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_ways_of_loading(monkeypatch, descriptors, gather, flatten):
+    if descriptors and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor descriptors before Hopper")
+    original = moe_products.configuration
+
+    def configuration(kernel, dtype):
+        ways = dict(DESCRIPTORS=descriptors, FLATTEN=flatten)
+        ways |= dict(GATHER=gather) if kernel in ("swiglu", "swiglu_backward") else {}
+        return original(kernel, dtype) | (ways if not kernel.startswith("d_") or kernel == "d_hidden" else {})
+
+    monkeypatch.setattr(moe_products, "configuration", configuration)
+    case = make_case(3000, 256, 384, 8, 2, routing="null", dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    check(run(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
+
+
+def test_the_same_bits_every_time():
+    case = make_case(3000, 256, 384, 8, 4, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    first, second = run(case, grad), run(case, grad)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (16384, 8, 2), (5001, 128, 8), (300, 300, 20)])
+def test_routing(tokens, experts, top_k):
+    scores = torch.randint(0, 50, (tokens, experts), device="cuda").float()
+    chosen = moe_top_experts(scores, top_k)
+    assert torch.equal(chosen, moe_top_experts_reference(scores, top_k))
+    check_permutation(moe_permute(chosen, experts), chosen, experts)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layer_equals_itself_on_the_cpu(compiled):
+    torch.manual_seed(0)
+    layer = PersistentTRMLP(64, 48, 5, 2, z_loss_weight=0.001)
+    x, mask = torch.randn(2, 50, 64), torch.rand(2, 50) < 0.6
+    wanted, got = [], []
+    for device, into in (("cpu", wanted), ("cuda", got)):
+        layer.to(device)
+        layer.zero_grad()
+        call = torch.compile(layer, fullgraph=True) if compiled and device == "cuda" else layer
+        output, aux_loss = call(x.to(device), mask=mask.to(device))
+        (output.square().sum() + aux_loss).backward()
+        into += [output.detach(), aux_loss.detach(), *(p.grad for p in layer.parameters())]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-3)
