@@ -85,6 +85,25 @@ def tracing_under(fake_mode: Any) -> Iterator[None]:
         outer.guards_context.aotautograd_guards.extend(inner.guards_context.aotautograd_guards)
 
 
+def compilation_id() -> Any:
+    """What logs call the compilation under way: hand it to :func:`compiling_later`."""
+    from torch._guards import CompileContext
+
+    return CompileContext.try_get()
+
+
+@contextmanager
+def compiling_later(compilation: Any, fake_mode: Any = None) -> Iterator[None]:
+    """Compile a captured graph when Dynamo is no longer there, under ``fake_mode`` or one with static sizes.
+
+    Guards are not collected: they must be those of a form of the graph that was compiled at the capture.
+    """
+    from torch._guards import TracingContext, compile_context, tracing
+
+    with compile_context(compilation), tracing(TracingContext(fake_mode or static_fake_mode())):
+        yield
+
+
 def recompilations_left() -> int | None:
     """How many more graphs Dynamo compiles for the frame it is capturing, this one included; None outside."""
     from torch._dynamo import config
