@@ -171,15 +171,14 @@ def _at_capture(form: _Form, inputs: Sequence[Any]) -> Callable[..., Any]:
 def _after_capture(form: _Form, compilation: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile a form at the first step that needs it."""
     with compat.compiling_later(compilation, form.ctx.fake_mode if form.static is not None else None):
-        run = _compiled(form, inputs)
-    form.report.waiting = False
-    return run
+        return _compiled(form, inputs)
 
 
 def _compiled(form: _Form, inputs: Sequence[Any]) -> Callable[..., Any]:
     kept = form.static.kept if form.static is not None else tuple(range(len(inputs)))
     log.info("graph %d compiled by %s: %s", form.report.index, form.report.compiler, form.report.reason)
     run = (_selective if form.report.matched else _dense)(form, [inputs[i] for i in kept])
+    form.report.waiting = False
     form.dump.finish()
     return run if form.static is None else lambda *args: run(*(args[i] for i in kept))
 

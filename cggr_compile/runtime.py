@@ -62,11 +62,12 @@ class Runtime:
     def metrics(self) -> dict[str, Any]:
         """Figures of the last training forward. Besides ``verify``, the only thing that waits for the device.
 
-        Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung that the schedule chose, 1.0 where
-        every token is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected; tokens_total (candidates);
-        avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router ran); scoring;
-        selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error, verify_worst: steps
-        that the option ``verify`` has compared, the largest error (None before the first) and whose it was.
+        Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung of the schedule, 1.0 where every token
+        is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
+        tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
+        ran); scoring; selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error,
+        verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
+        it was.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -155,7 +156,8 @@ class Runtime:
 
     def ratio(self, options: Options) -> float:
         """What the schedule wants for the step that is about to run."""
-        return self._schedule.ratio(options, self._step)
+        decide = self._schedule.ratio if self._observed is None else self._schedule.preview
+        return decide(options, self._step)
 
     def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
         self._note(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cggr_compile.ops.metrics import STAT_NAMES
@@ -26,10 +27,9 @@ def rungs(options: Options) -> tuple[float, ...]:
         return (base,)
     given = options.ladder if options.ladder is not None else _default_ladder(base)
     ladder = sorted({*map(float, given), base, *([1.0] if options.warmup_steps else [])})
-    below = [0.0, *ladder]
-    return tuple(r for previous, r in zip(below, ladder, strict=False) if previous < high - _SLACK and r > low - _SLACK)[
-        ::-1
-    ]
+    neighbours = zip([0.0, *ladder], ladder, strict=False)
+    reached = [rung for below, rung in neighbours if below < high - _SLACK and rung > low - _SLACK]
+    return tuple(reversed(reached))
 
 
 def _range(options: Options) -> tuple[float, float]:
@@ -71,9 +71,9 @@ class Schedule:
     """The moving parts of one model's schedule; a step's ratio is decided once, so that micro-batches share it."""
 
     def __init__(self) -> None:
-        self._confidence: float | None = None
-        self._decided: tuple[int, float] | None = None  # (step, ratio)
         self._figures = Readback()
+        self._confidence: float | None = None
+        self._decided: tuple[int, float] | None = None  # (step, target)
 
     def ratio(self, options: Options, step: int) -> float:
         """:func:`target` of this step, from what has arrived so far. Does not wait for the device."""
@@ -82,6 +82,12 @@ class Schedule:
             self._decided = (step, target(options, step, self._confidence))
         return self._decided[1]
 
+    def preview(self, options: Options, step: int) -> float:
+        """What :meth:`ratio` would say, deciding nothing. Waits for figures that are under way."""
+        if self._decided is not None and self._decided[0] == step:
+            return self._decided[1]
+        return target(options, step, _confidence(self._figures.wait(), self._confidence))
+
     def observe(self, stats: Tensor) -> None:
         """The figures of a training forward (``cggr::stats``), on their way to the host."""
         self._figures.send(stats)
@@ -89,7 +95,7 @@ class Schedule:
     def state_dict(self, step: int) -> dict[str, Any]:
         """Plain numbers. Waits for figures that are under way."""
         decided = self._decided[1] if self._decided is not None and self._decided[0] == step else None
-        return {"target": decided, "confidence": _confidence(self._figures.wait(), self._confidence)}
+        return {"target": decided, "confidence": self._confidence, "under_way": self._figures.wait()}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Resume from :meth:`state_dict`.
@@ -97,22 +103,27 @@ class Schedule:
         Raises:
             ValueError: if ``state`` is no such dict.
         """
-        if not isinstance(state, Mapping) or set(state) != set(_FRESH) or not all(map(_is_share, state.values())):
-            raise ValueError(f"state: schedule must be a dict like {_FRESH} of numbers in [0, 1] or None, got {state!r}")
-        self._figures = Readback()
+        if not isinstance(state, Mapping) or set(state) != {"target", "confidence", "under_way"}:
+            raise ValueError(f"state: schedule must have the keys target, confidence and under_way, got {state!r}")
+        for name in ("target", "confidence"):
+            if not (state[name] is None or _is_number(state[name])):
+                raise ValueError(f"state: schedule's {name} must be a number or None, got {state[name]!r}")
+        figures = state["under_way"]
+        if not (figures is None or (isinstance(figures, list) and all(map(_is_number, figures)))):
+            raise ValueError(f"state: schedule's under_way must be a list of numbers or None, got {figures!r}")
+        self.reset()
         self._confidence = state["confidence"]
         self._decided = None if state["target"] is None else (step, state["target"])
+        if figures is not None:
+            self._figures.send(torch.tensor(figures))
 
     def reset(self) -> None:
         """Forget everything that was observed."""
-        self.load_state_dict(_FRESH, 0)
+        self._figures, self._confidence, self._decided = Readback(), None, None
 
 
-_FRESH = {"target": None, "confidence": None}
-
-
-def _is_share(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and 0.0 <= value <= 1.0)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _confidence(figures: list[float] | None, otherwise: float | None) -> float | None:
