@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat
+from cggr_compile.aside import Aside
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
-from cggr_compile.ladder import Ladder
+from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
@@ -25,6 +26,7 @@ from cggr_compile.pipeline import copy_module, note_cached, rewrite
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
 from cggr_compile.schedule import round_up, rungs
+from cggr_compile.variance import Gradient, VarianceMeter
 from cggr_compile.verify import Verifier, unverifiable
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         patches[compat.CUDA_GRAPHS] = False
     training = _is_training(gm, inputs)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
-    ratios = rungs(options) if training else (options.min_tokens_ratio,)
+    measured = options.min_tokens_ratio == "auto"
+    ratios = rungs(options) if training else (1.0,)
 
     def rewritten(ratio: float) -> _Form:
         report = GraphReport(
@@ -99,7 +102,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training else gm
         runtime.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, runtime, patches)
+        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, runtime, patches, measured)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -112,13 +115,16 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
     if not report.matched or len(ratios) == 1:
         _pin_sizes(form)
-        return _at_capture(form, inputs)
+        return _at_capture(form, inputs).run
     return _ladder({**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}, inputs, options)
 
 
 @dataclass
 class _Form:
-    """A captured graph as the semantic passes left it, for one ratio. ``static`` if its sizes are numbers now."""
+    """A captured graph as the semantic passes left it, for one ratio.
+
+    ``static`` if its sizes are numbers now, ``measured`` if the variance of its gradient matters.
+    """
 
     graph: GraphModule
     ctx: GraphContext
@@ -127,6 +133,7 @@ class _Form:
     dump: GraphDump
     runtime: Runtime
     patches: dict[str, Any]
+    measured: bool
 
 
 def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -152,7 +159,26 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
             form.dump.finish()
             form.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
             waiting[ratio] = partial(_after_capture, form, compilation)
-    return Ladder(compiled, waiting, lambda: runtime.ratio(options)).run
+    measure = _measuring(options, runtime) if options.min_tokens_ratio == "auto" else None
+    return Ladder(compiled, waiting, lambda: runtime.ratio(options), measure).run
+
+
+def _measuring(options: Options, runtime: Runtime) -> Callable[[Ladder, float, Sequence[Any]], None]:
+    """What measures, before some steps, the variance that the selection adds to the gradient."""
+    meter = VarianceMeter(options.measure_every)
+
+    def measure(ladder: Ladder, ratio: float, args: Sequence[Any]) -> None:
+        below = next(r for r in ladder.ratios if r < 1.0)
+        at = min(ratio, below)  # the dense graph has no selection: the one to go to next
+
+        def gradient() -> Gradient:
+            found = ladder.rung(at, args).gradient
+            assert found is not None
+            return found
+
+        runtime.measure(meter, args, at, gradient)
+
+    return measure
 
 
 def _pin_sizes(form: _Form) -> None:
@@ -160,7 +186,7 @@ def _pin_sizes(form: _Form) -> None:
         compat.pin_size(size)
 
 
-def _at_capture(form: _Form, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _at_capture(form: _Form, inputs: Sequence[Any]) -> Rung:
     """Compile a form while Dynamo captures it."""
     if form.static is None:
         return _compiled(form, inputs)
@@ -168,19 +194,25 @@ def _at_capture(form: _Form, inputs: Sequence[Any]) -> Callable[..., Any]:
         return _compiled(form, inputs)
 
 
-def _after_capture(form: _Form, compilation: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _after_capture(form: _Form, compilation: Any, inputs: Sequence[Any]) -> Rung:
     """Compile a form at the first step that needs it."""
     with compat.compiling_later(compilation, form.ctx.fake_mode if form.static is not None else None):
         return _compiled(form, inputs)
 
 
-def _compiled(form: _Form, inputs: Sequence[Any]) -> Callable[..., Any]:
+def _compiled(form: _Form, inputs: Sequence[Any]) -> Rung:
     kept = form.static.kept if form.static is not None else tuple(range(len(inputs)))
     log.info("graph %d compiled by %s: %s", form.report.index, form.report.compiler, form.report.reason)
-    run = (_selective if form.report.matched else _dense)(form, [inputs[i] for i in kept])
+    rung = (_selective if form.report.matched else _dense)(form, [inputs[i] for i in kept])
     form.report.waiting = False
     form.dump.finish()
-    return run if form.static is None else lambda *args: run(*(args[i] for i in kept))
+    if form.static is None:
+        return rung
+    run, gradient = rung.run, rung.gradient
+    return Rung(
+        lambda *args: run(*(args[i] for i in kept)),
+        None if gradient is None else lambda args, number: gradient([args[i] for i in kept], number),
+    )
 
 
 def _engine(options: Options, inputs: list[Any]) -> str:
@@ -211,7 +243,7 @@ def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, A
     return compat.compile_fx(gm, inputs, patches)
 
 
-def _dense(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
+def _dense(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on every position, or does not train."""
     ctx, runtime, report, patches = form.ctx, form.runtime, form.report, form.patches
     observed, rung = ctx.observed is not None, ctx.rung
@@ -220,7 +252,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
     else:
         compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
-        return compiled  # not noted as the last graph that ran
+        return Rung(compiled)  # not noted as the last graph that ran
     replayed = _replayed(report, patches)
 
     def run(*args: Any) -> Any:
@@ -233,7 +265,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
         runtime.record(report, None, stats)
         return tuple(outputs)
 
-    return run
+    return Rung(run)
 
 
 def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
@@ -241,7 +273,7 @@ def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
     return report.compiler == "Inductor CUDA" and compat.uses_cuda_graphs(patches)
 
 
-def _selective(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
+def _selective(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on selected positions."""
     gm, ctx, runtime, report, dump, patches = (
         *(form.graph, form.ctx, form.runtime),
@@ -251,6 +283,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
+    aside = Aside(gm, device) if form.measured else None
     compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
     note_cached(report)
     if message := dense_layers(report, ctx.stack.blocks):
@@ -275,7 +308,9 @@ def _selective(form: _Form, inputs: list[Any]) -> Callable[..., Any]:
         runtime.record(report, selected, stats)
         return tuple(outputs)
 
-    return run
+    if aside is None:
+        return Rung(run)
+    return Rung(run, lambda args, number: aside.run(compiled, args, runtime.other_state(device, number)).grads)
 
 
 def _lower_selective(

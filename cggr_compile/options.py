@@ -26,7 +26,8 @@ class Options:
 
     Attributes:
         min_tokens_ratio: share of each sequence's positions that contribute gradient, in (0, 1]. A sequence
-            of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone.
+            of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone. ``auto`` starts
+            at 1.0 and moves on the ladder as far down as ``variance_bound`` allows.
         scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
             1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
         selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
@@ -59,6 +60,9 @@ class Options:
             probability over the candidates of a recent step, read back without waiting: a model that is unsure keeps
             more tokens, one that is sure fewer, below ``min_tokens_ratio`` as well.
         threshold_sensitivity: how far ``dynamic_threshold`` goes, in [0, 1].
+        variance_bound: with ``min_tokens_ratio="auto"``, how much variance the selection may add to the gradient, in
+            multiples of that of the batches (VCAS, arXiv 2402.17227). See :class:`cggr_compile.variance.VarianceMeter`.
+        measure_every: steps from one measurement of that to the next; each costs three training steps.
         fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
             or be ``silent``. The graph is compiled as it is in any case.
         launch_bound: on CUDA without CUDA graphs, where kernel launches and not arithmetic take the time, selecting
@@ -70,7 +74,7 @@ class Options:
         inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``.
     """
 
-    min_tokens_ratio: float = 0.25
+    min_tokens_ratio: float | Literal["auto"] = 0.25
     scoring: Scoring = "combined"
     selection: SelectionName = "random"
     router_layers: int | Literal["full"] | None = None
@@ -87,6 +91,8 @@ class Options:
     ladder: Sequence[float] | None = None
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
+    variance_bound: float = 0.5
+    measure_every: int = 100
     fallback: Literal["warn", "error", "silent"] = "warn"
     launch_bound: Literal["dense", "select"] = "dense"
     compiler: Literal["auto", "inductor", "eager"] = "auto"
@@ -95,7 +101,8 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_ratio("min_tokens_ratio", self.min_tokens_ratio)
+        if self.min_tokens_ratio != "auto":
+            _check_ratio("min_tokens_ratio", self.min_tokens_ratio, "'auto' or a number in (0, 1]")
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
             if get_origin(hints[item.name]) is Literal:
@@ -137,6 +144,24 @@ class Options:
                 "dynamic_threshold needs the router's confidence: scoring must be one of "
                 "['combined', 'entropy', 'loss', 'margin'], got 'random'"
             )
+        _check_number("variance_bound", self.variance_bound, "a number > 0")
+        if self.variance_bound <= 0:
+            raise OptionError(f"variance_bound must be a number > 0, got {self.variance_bound!r}")
+        if not _is_int(self.measure_every) or self.measure_every < 1:
+            raise OptionError(f"measure_every must be an integer >= 1, got {self.measure_every!r}")
+        if self.min_tokens_ratio == "auto":
+            self._check_auto()
+
+    def _check_auto(self) -> None:
+        if self.selection not in _SAMPLED:
+            raise OptionError(
+                "min_tokens_ratio='auto' measures the variance of a random selection: selection must be one of "
+                f"{sorted(_SAMPLED)}, got {self.selection!r}"
+            )
+        if self.dynamic_threshold:
+            raise OptionError("dynamic_threshold must be False with min_tokens_ratio='auto': both move the ratio")
+        if self.ladder is not None and min(self.ladder) == 1.0:
+            raise OptionError(f"ladder must have a ratio below 1.0 with min_tokens_ratio='auto', got {self.ladder!r}")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -160,6 +185,7 @@ class Options:
     @property
     def ratio(self) -> Fraction:
         """``min_tokens_ratio`` as a fraction, so that slot counts are integer arithmetic on any size."""
+        assert self.min_tokens_ratio != "auto"  # a graph has one of the ladder's
         return max(Fraction(self.min_tokens_ratio).limit_denominator(10_000), Fraction(1, 10_000))
 
     @property
@@ -177,7 +203,9 @@ class Options:
 
 
 # which ratio a step runs at; a graph has but one
-_SCHEDULE = {"warmup_steps", "ladder", "dynamic_threshold", "threshold_sensitivity"}
+_SCHEDULE = {"warmup_steps", "ladder", "dynamic_threshold", "threshold_sensitivity", "variance_bound", "measure_every"}
+# selections that draw at random
+_SAMPLED = {"random"}
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -194,8 +222,8 @@ def _check_number(name: str, value: Any, expected: str) -> None:
         raise OptionError(f"{name} must be {expected}, got {value!r}")
 
 
-def _check_ratio(name: str, value: Any) -> None:
-    _check_number(name, value, "a number in (0, 1]")
+def _check_ratio(name: str, value: Any, expected: str = "a number in (0, 1]") -> None:
+    _check_number(name, value, expected)
     if not 0.0 < value <= 1.0:
         raise OptionError(f"{name} must be in (0, 1], got {value!r}")
 

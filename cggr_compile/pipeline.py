@@ -80,6 +80,7 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
         name = "the schedule's ratio" if ctx.rung else "min_tokens_ratio"
         report.reason = f"{name} is 1.0: every token is trained on"
         return work
+    assert ctx.options.min_tokens_ratio != "auto"
     report.matched, report.ratio = True, ctx.options.min_tokens_ratio
     told = (report.record(FindStack.name), report.record(SelectRows.name))
     report.reason = "; ".join(record.reason for record in told if record is not None)

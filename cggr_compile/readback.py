@@ -19,10 +19,10 @@ class Readback:
         self._event: torch.cuda.Event | None = None
         self._under_way = False
 
-    def send(self, value: Tensor) -> None:
-        """Start the transfer of ``value`` (any shape), unless one is under way: then this one is dropped."""
+    def send(self, value: Tensor) -> bool:
+        """Start the transfer of ``value`` (any shape). False if one is under way: then this one is dropped."""
         if self._under_way:
-            return
+            return False
         if value.device.type == "cuda":
             if self._event is None or self._host is None or self._host.shape != value.shape:
                 self._host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
@@ -32,6 +32,7 @@ class Readback:
         else:
             self._host = value.detach()
         self._under_way = True
+        return True
 
     def receive(self) -> list[float] | None:
         """The numbers, once; None if nothing has arrived since."""

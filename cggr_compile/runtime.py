@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
+from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
 _STATE_VERSION = 2
@@ -67,7 +68,7 @@ class Runtime:
         tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
         ran); scoring; selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
-        it was.
+        it was; added_variance: V_sel / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -89,6 +90,7 @@ class Runtime:
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
+            "added_variance": self._schedule.added,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +145,12 @@ class Runtime:
         # a copy: the compiled graph may keep its input for the backward pass
         return self._device_state.clone()
 
+    def other_state(self, device: torch.device, number: int) -> Tensor:
+        """:meth:`state` of another selection for the same forward, by another seed."""
+        state = self.state(device)
+        state[0].add_(number * 0x51ED2705)
+        return state
+
     def next_state(self, device: torch.device) -> Tensor:
         """:meth:`state`, for a training forward that happens now; advances if automatic."""
         state = self.state(device)
@@ -158,6 +166,15 @@ class Runtime:
         """What the schedule wants for the step that is about to run."""
         decide = self._schedule.ratio if self._observed is None else self._schedule.preview
         return decide(options, self._step)
+
+    def measure(
+        self, meter: VarianceMeter, args: Sequence[Any], ratio: float, gradient: Callable[[], Gradient]
+    ) -> None:
+        """Before a training forward: measure the variance at ``ratio``, if this step is one to do so."""
+        if self._observed is None and self._step >= self.options.warmup_steps:
+            figures = meter.measure(self._step, args, gradient)
+            if figures is not None:
+                self._schedule.measured(figures, ratio)
 
     def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
         self._note(report)
