@@ -14,7 +14,7 @@ from training import metrics, selected, small
 
 import cggr_compile
 from cggr_compile import compat
-from cggr_compile.ladder import Ladder
+from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.readback import Readback
 
 LADDER = {"warmup_steps": 3, "ladder": (1.0, 0.5)}
@@ -72,13 +72,21 @@ def compilations(monkeypatch):
     return seen
 
 
-def test_each_rung_is_compiled_once_and_when_first_needed(compilations):
-    ran = []
-    ladder = Ladder({1.0: ran.append}, {r: lambda args, r=r: compilations.append(r) or ran.append for r in (0.5, 0.25)},
-                    lambda: wanted)  # fmt: skip
+def test_each_rung_is_compiled_once_and_when_first_needed():
+    ran, built = [], []
+
+    def compiler(ratio):
+        def build(args):
+            built.append((ratio, args))
+            return Rung(lambda arg: ran.append(ratio))
+
+        return build
+
+    ladder = Ladder({1.0: compiler(1.0)(())}, {r: compiler(r) for r in (0.5, 0.25)}, lambda: wanted)
     for wanted in (1.0, 0.8, 0.5, 0.3, 0.5, 0.25, 0.1, 1.0):
         ladder.run(wanted)
-    assert compilations == [0.5, 0.25] and len(ran) == 8
+    assert built == [(1.0, ()), (0.5, (0.5,)), (0.25, (0.25,))]
+    assert ran == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 1.0]
 
 
 def test_a_rung_that_cannot_be_compiled_is_tried_again():
@@ -198,7 +206,8 @@ def test_resumes_exactly():
     model = scheduled(**options, seed=5)
     steps(model, range(5))
     weights, state = copy.deepcopy(model.state_dict()), cggr_compile.runtime(model).state_dict()
-    assert state["seed"] == 5 and state["step"] == 2 and None not in state["schedule"].values()
+    assert state["seed"] == 5 and state["step"] == 2
+    assert None not in [state["schedule"][name] for name in ("target", "confidence", "figures")]
     expected = steps(model, range(5, 9))
     other = scheduled(**options, seed=1)
     other.load_state_dict(weights)
@@ -233,7 +242,7 @@ def test_dynamic_threshold_sees_the_router_at_ratio_one():
     assert torch.equal(got.loss, want.loss)
     assert all(torch.equal(got.grads[name], grad) for name, grad in want.grads.items())
     assert values["ratio"] == values["token_ratio"] == 1.0 and 0 < values["avg_confidence"] < 1
-    assert cggr_compile.runtime(model).state_dict()["schedule"]["confidence"] == pytest.approx(values["avg_confidence"])
+    assert cggr_compile.runtime(model).state_dict()["schedule"]["figures"][2] == pytest.approx(values["avg_confidence"])
 
 
 def test_a_graph_that_cannot_be_rewritten_has_no_ladder():
@@ -271,14 +280,22 @@ def test_waiting_rungs_keep_neither_model_nor_batch_alive():
     assert [ref() for ref in alive] == [None, None]
 
 
-def test_no_step_of_a_schedule_reads_a_number(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "figures"),
+    [
+        ({"dynamic_threshold": True, "warmup_steps": 2}, [8.0, 29.0, 0.9, 1.0, 1.0]),
+        ({"min_tokens_ratio": "auto", "measure_every": 1, "warmup_steps": 0}, [1.0, 10.0]),
+    ],
+    ids=["dynamic", "auto"],
+)
+def test_no_step_of_a_schedule_reads_a_number(options, figures, monkeypatch):
     """Nothing becomes a Python number in a step, but for figures that have arrived on the host."""
     monkeypatch.setattr("cggr_compile.backend._checks_labels_every_step", lambda device: False)
     model, batch = tiny(), models.make_batch()
-    scheduled(model, dynamic_threshold=True, warmup_steps=2, ladder=(1.0, 0.2))
+    scheduled(model, ladder=(1.0, 0.2), **options)
     rt = cggr_compile.runtime(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    monkeypatch.setattr(Readback, "_numbers", lambda self: [8.0, 29.0, 0.9, 1.0, 1.0])
+    monkeypatch.setattr(Readback, "_numbers", lambda self: figures)
 
     def steps():
         rt.load_state_dict({"version": 1, "step": 0, "seed": 0})

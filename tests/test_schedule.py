@@ -27,6 +27,8 @@ FIVE = (1.0, 0.75, 0.5, 0.375, 0.25)
         ({"dynamic_threshold": True, "min_tokens_ratio": 0.8}, (1.0, 0.8, 0.6, 0.4)),
         ({"dynamic_threshold": True, "ladder": [0.3, 0.2]}, (0.3, 0.25, 0.2)),
         ({"dynamic_threshold": True, "warmup_steps": 4}, (*FIVE, 0.1875, 0.125)),
+        ({"min_tokens_ratio": "auto"}, FIVE),
+        ({"min_tokens_ratio": "auto", "ladder": (0.1, 0.4)}, (1.0, 0.4, 0.1)),
     ],
     ids=str,
 )
@@ -113,3 +115,26 @@ def test_resumes_with_figures_under_way(advanced):
     assert ratios[0] == ratios[1] == ([0.125, 0.125] if advanced else [0.25, 0.125])
     schedule.reset()
     assert schedule.ratio(options, 0) == 0.25
+
+
+def test_auto_starts_dense_and_follows_the_measurements():
+    options = Options(min_tokens_ratio="auto", warmup_steps=2, variance_bound=1.0)
+    schedule, resumed = Schedule(), Schedule()
+    ratios = []
+    for step, within in enumerate([None, None, 1.0, None, 1.0, 8.0, 8.0]):
+        ratios.append(schedule.ratio(options, step))
+        if within is not None:
+            schedule.measured(torch.tensor([within, 10.0]), min(ratios[-1], 0.75))
+    # 1 / 9 at 0.75 predicts 1 / 3 at 0.5, which predicts 1 / 3 * 5 / 3 at 0.375; 8 / 2 is too much anywhere
+    assert ratios == [1.0, 1.0, 1.0, 0.75, 0.75, 0.5, 0.75] and schedule.added == pytest.approx(4.0)
+    resumed.load_state_dict(schedule.state_dict(7), 7)
+    assert resumed.ratio(options, 7) == schedule.ratio(options, 7) == 1.0 and resumed.added == schedule.added
+
+
+@pytest.mark.parametrize(
+    "change", [{"target": "high"}, {"level": True}, {"figures": 0.5}, {"variance": ["1"]}, {"rung": 1.0}], ids=str
+)
+def test_bad_states_name_the_field(change):
+    schedule = Schedule()
+    with pytest.raises(ValueError, match=f"schedule.*{next(iter(change))}"):
+        schedule.load_state_dict({**schedule.state_dict(0), **change}, 0)

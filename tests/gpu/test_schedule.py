@@ -23,8 +23,9 @@ def scheduled(**options):
     return models.compiled(model, **options)
 
 
-def batch():
-    return {name: tensor.cuda() for name, tensor in models.make_batch(4, 64).items()}
+def batches(count):
+    made = [models.make_batch(4, 64, seed=seed) for seed in range(count)]
+    return [{name: tensor.cuda() for name, tensor in batch.items()} for batch in made]
 
 
 def restart(rt):
@@ -32,13 +33,13 @@ def restart(rt):
     rt.state(torch.device("cuda", torch.cuda.current_device()))  # resuming copies step and seed to the device
 
 
-def train(model, steps):
+def train(model, data):
     """The ratio of each step. ``metrics()`` would wait for the device."""
-    rt, data, found = cggr_compile.runtime(model), batch(), []
+    rt, found = cggr_compile.runtime(model), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(steps):
+    for batch in data:
         optimizer.zero_grad()
-        model(**data).loss.backward()
+        model(**batch).loss.backward()
         optimizer.step()
         found.append(rt._last.ratio)
     return found
@@ -59,22 +60,29 @@ def test_every_step_equals_its_reference():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"dynamic_threshold": True}, {"cuda_graphs": True}], ids=str)
+AUTO = {"min_tokens_ratio": "auto", "warmup_steps": 0, "measure_every": 2, "variance_bound": 100.0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dynamic_threshold": True}, {"cuda_graphs": True}, AUTO, {**AUTO, "cuda_graphs": True}],
+    ids=str,
+)
 def test_a_schedule_does_not_synchronise(options):
     model = scheduled(**options)
-    rt = cggr_compile.runtime(model)
+    rt, data = cggr_compile.runtime(model), batches(12)
     for _ in range(3):  # compile, warm up and record every rung
         restart(rt)
-        seen = train(model, 12)
+        seen = train(model, data)
     torch.cuda.synchronize()
     restart(rt)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = train(model, 12)
+        again = train(model, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert again[0] == seen[0] == 1.0 and len(set(again)) >= 2
-    if not options.get("dynamic_threshold"):  # there figures may be a step or two late
+    if not options.get("dynamic_threshold") and "min_tokens_ratio" not in options:  # those may be a step or two late
         assert again == seen == RATIOS[:3] + [0.25] * 9
 
 
@@ -113,7 +121,7 @@ def test_dynamic_threshold_arrives_within_two_steps(monkeypatch):
     options = {"warmup_steps": 0, "ladder": (0.5, 0.125), "dynamic_threshold": True, "threshold_sensitivity": 1.0}
     model = scheduled(**options)
     for confidence[0], ratio in [(0.5, 0.25), (0.95, 0.125), (0.05, 0.5)]:
-        train(model, 1)
+        train(model, batches(1))
         torch.cuda.synchronize()
-        assert train(model, 3)[-1] == ratio
+        assert train(model, batches(3))[-1] == ratio
         torch.cuda.synchronize()
