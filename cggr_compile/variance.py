@@ -40,7 +40,7 @@ class VarianceMeter:
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._before: tuple[int, list[Any]] | None = None  # step and arguments of the forward to compare with
+        self._before: tuple[int, dict[int, Tensor]] | None = None  # step and batch of the forward to compare with
 
     def measure(self, step: int, args: Sequence[Any], gradient: Callable[[], Gradient]) -> Tensor | None:
         """float32 [2], (within, between), on the device, if this forward is one to measure at; else None.
@@ -53,11 +53,12 @@ class VarianceMeter:
         if before is not None and step % self._every == 1 % self._every and before[0] in (step, step - 1):
             compute = gradient()
             first, second = _sample(compute(args, 1)), _sample(compute(args, 2))
-            third = _sample(compute(before[1], 3))
+            third = _sample(compute([before[1].get(i, arg) for i, arg in enumerate(args)], 3))
             between = (_distance(first, third) + _distance(second, third)) / 2
             figures = torch.stack([_distance(first, second), between])
         if step % self._every == 0:
-            self._before = (step, [_keep(arg) for arg in args])
+            # copies: the user may overwrite them with the next batch
+            self._before = (step, {i: arg.clone() for i, arg in enumerate(args) if _is_data(arg)})
         return figures
 
 
@@ -102,8 +103,5 @@ def _distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _keep(arg: Any) -> Any:
-    """Parameters as they are; a copy of anything that the user may overwrite for the next batch."""
-    if not isinstance(arg, Tensor) or arg.requires_grad or isinstance(arg, torch.nn.Parameter):
-        return arg
-    return arg.clone()
+def _is_data(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and not arg.requires_grad and not isinstance(arg, torch.nn.Parameter)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 
 import models
 import pytest
@@ -63,6 +64,10 @@ def test_the_batch_before_is_a_copy():
         buffer.add_(1)
         parameter.data.add_(1)
     assert seen == [[1, 1], [1, 1], [1, 0]], "the parameters of now, the batch of then"
+    meter.measure(2, [parameter, buffer], lambda: gradient)
+    alive = weakref.ref(parameter)
+    del parameter
+    assert alive() is None
 
 
 @pytest.mark.parametrize(
