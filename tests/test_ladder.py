@@ -113,6 +113,7 @@ def test_curriculum_over_the_whole_ladder(compilations):
     assert all(report.record("row_sparse").matched for report in rt.reports if report.ratio < 1.0)
 
 
+@pytest.mark.slow
 def test_through_inductor():
     """The dense rung is the compiled model itself; the other is compiled without Dynamo."""
     batch, plain = models.make_batch(), tiny()
