@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +15,18 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat, lowerings
+from cggr_compile.aside import Aside
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
+from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
-from cggr_compile.passes.base import GraphContext, fake_value
+from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
+from cggr_compile.passes.static_sizes import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, note_cached, rewrite
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
+from cggr_compile.schedule import round_up, rungs
+from cggr_compile.variance import Gradient, VarianceMeter
 from cggr_compile.verify import Verifier, unverifiable
 
 log = logging.getLogger(__name__)
@@ -79,37 +86,135 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
         patches[compat.CUDA_GRAPHS] = False
     training = _is_training(gm, inputs)
-    report = GraphReport(
-        index=sum(r.training == training for r in runtime.reports),
-        training=training,
-        compiler=engine,
-        options=options.as_dict(),
-        reason="not a training graph: gradients are off or the model is in evaluation mode",
-    )
-    dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
-    ctx = GraphContext(options, inputs, compat.capture_fake_mode(gm), pays_launches=launches)
-    dump.stage("captured", gm)
-    work = rewrite(gm, ctx, report, dump) if report.training else gm
-    runtime.begin(report, options)
-    log.info("graph %d compiled by %s: %s", report.index, engine, report.reason)
+    measured = options.min_tokens_ratio == "auto"
+    ratios = rungs(options) if training else (1.0,)
+
+    def rewritten(ratio: float) -> _Form:
+        report = GraphReport(
+            index=sum(r.training == training for r in runtime.reports),
+            training=training,
+            compiler=engine,
+            options=options.as_dict(),
+            reason="not a training graph: gradients are off or the model is in evaluation mode",
+        )
+        dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
+        at_ratio = dataclasses.replace(options, min_tokens_ratio=ratio)
+        ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
+        dump.stage("captured", gm)
+        work = rewrite(gm, ctx, report, dump) if report.training else gm
+        runtime.begin(report, options)
+        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, runtime, patches, measured)
+
+    form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
+    report, ctx = form.report, form.ctx
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
-    if report.training and not report.matched and not ctx.dense:
-        runtime.fall_back(report)
-    dump.finish()
-    if not report.matched:
-        if options.verify and report.training:
+    if report.training and not report.matched:
+        if not ctx.dense:
+            runtime.fall_back(report)
+        if options.verify:
             _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
-        return _remember(_lower(work, inputs, engine, patches), runtime, report)
-    if ctx.static is None:
-        return _selective(work, inputs, ctx, runtime, report, dump, patches)
-    for size in ctx.static.sizes:
+    if not report.matched or len(ratios) == 1:
+        _pin_sizes(form)
+        return _at_capture(form, inputs).run
+    return _ladder({**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}, inputs, options)
+
+
+@dataclass
+class _Form:
+    """A captured graph as the semantic passes left it, for one ratio.
+
+    ``static`` if its sizes are numbers now, ``measured`` if the variance of its gradient matters.
+    """
+
+    graph: GraphModule
+    ctx: GraphContext
+    static: StaticSizes | None
+    report: GraphReport
+    dump: GraphDump
+    runtime: Runtime
+    patches: dict[str, Any]
+    measured: bool
+
+
+def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> Callable[..., Any]:
+    """The function that runs each step at the ratio its schedule wants. Only what the first one needs is compiled now.
+
+    A graph whose sizes stay symbolic is compiled now as well: it puts guards on them, which Dynamo collects here.
+    """
+    for form in forms.values():
+        _pin_sizes(form)
+    runtime = next(iter(forms.values())).runtime
+    first = round_up(runtime.ratio(options), tuple(forms))
+    compiled = {first: _at_capture(forms[first], inputs)}
+    waiting = {}
+    compilation = compat.compilation_id()
+    for ratio, form in forms.items():
+        if ratio == first:
+            continue
+        if form.static is None and has_symbolic_sizes(form.graph):
+            with compat.separate_tracing_context():
+                compiled[ratio] = _at_capture(form, inputs)
+        else:
+            form.report.waiting = True
+            form.dump.finish()
+            form.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
+            waiting[ratio] = partial(_after_capture, form, compilation)
+    measure = _measuring(options, runtime) if options.min_tokens_ratio == "auto" else None
+    return Ladder(compiled, waiting, lambda: runtime.ratio(options), measure).run
+
+
+def _measuring(options: Options, runtime: Runtime) -> Callable[[Ladder, float, Sequence[Any]], None]:
+    """What measures, before some steps, the variance that the selection adds to the gradient."""
+    meter = VarianceMeter(options.measure_every)
+
+    def measure(ladder: Ladder, ratio: float, args: Sequence[Any]) -> None:
+        below = next(r for r in ladder.ratios if r < 1.0)
+        at = min(ratio, below)  # the dense graph has no selection: the one to go to next
+
+        def gradient() -> Gradient:
+            found = ladder.rung(at, args).gradient
+            assert found is not None
+            return found
+
+        runtime.measure(meter, args, at, gradient)
+
+    return measure
+
+
+def _pin_sizes(form: _Form) -> None:
+    for size in form.static.sizes if form.static is not None else ():
         compat.pin_size(size)
-    with compat.tracing_under(ctx.fake_mode):
-        run = _selective(work, ctx.example_inputs, ctx, runtime, report, dump, patches)
-    kept = ctx.static.kept
-    return lambda *args: run(*(args[i] for i in kept))
+
+
+def _at_capture(form: _Form, inputs: Sequence[Any]) -> Rung:
+    """Compile a form while Dynamo captures it."""
+    if form.static is None:
+        return _compiled(form, inputs)
+    with compat.tracing_under(form.ctx.fake_mode):
+        return _compiled(form, inputs)
+
+
+def _after_capture(form: _Form, compilation: Any, inputs: Sequence[Any]) -> Rung:
+    """Compile a form at the first step that needs it."""
+    with compat.compiling_later(compilation, form.ctx.fake_mode if form.static is not None else None):
+        return _compiled(form, inputs)
+
+
+def _compiled(form: _Form, inputs: Sequence[Any]) -> Rung:
+    kept = form.static.kept if form.static is not None else tuple(range(len(inputs)))
+    log.info("graph %d compiled by %s: %s", form.report.index, form.report.compiler, form.report.reason)
+    rung = (_selective if form.report.matched else _dense)(form, [inputs[i] for i in kept])
+    form.report.waiting = False
+    form.dump.finish()
+    if form.static is None:
+        return rung
+    run, gradient = rung.run, rung.gradient
+    return Rung(
+        lambda *args: run(*(args[i] for i in kept)),
+        None if gradient is None else lambda args, number: gradient([args[i] for i in kept], number),
+    )
 
 
 def _engine(options: Options, inputs: list[Any]) -> str:
@@ -140,38 +245,53 @@ def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, A
     return compat.compile_fx(gm, inputs, patches)
 
 
-def _remember(compiled: Callable[..., Any], runtime: Runtime, report: GraphReport) -> Callable[..., Any]:
-    """Note at each call which graph ran last; inference graphs are not noted."""
+def _dense(form: _Form, inputs: list[Any]) -> Rung:
+    """Compile a graph that trains on every position, or does not train."""
+    ctx, runtime, report, patches = form.ctx, form.runtime, form.report, form.patches
+    observed, rung = ctx.observed is not None, ctx.rung
+    if observed and report.compiler != "eager":  # our operators in it: the cache key must know our sources
+        compiled = _lower_selective(form.graph, inputs, ctx.options, report, form.dump, patches)
+    else:
+        compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
-        return compiled
+        return Rung(compiled)  # not noted as the last graph that ran
+    replayed = _replayed(report, patches)
 
     def run(*args: Any) -> Any:
-        runtime.record(report, None, None)
-        return compiled(*args)
+        if rung:
+            runtime.advance()
+        outputs, stats = compiled(*args), None
+        if observed:
+            *outputs, stats = outputs
+            stats = stats.clone() if replayed else stats
+        runtime.record(report, None, stats)
+        return tuple(outputs)
 
-    return run
+    return Rung(run)
 
 
-def _selective(
-    gm: GraphModule,
-    inputs: list[Any],
-    ctx: GraphContext,
-    runtime: Runtime,
-    report: GraphReport,
-    dump: GraphDump,
-    patches: dict[str, Any],
-) -> Callable[..., Any]:
+def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
+    """Whether the next step overwrites what this one returns."""
+    return report.compiler == "Inductor CUDA" and compat.uses_cuda_graphs(patches)
+
+
+def _selective(form: _Form, inputs: list[Any]) -> Rung:
+    """Compile a graph that trains on selected positions."""
+    gm, ctx, runtime, report, dump, patches = (
+        *(form.graph, form.ctx, form.runtime),
+        *(form.report, form.dump, form.patches),
+    )
     assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
+    aside = Aside(gm, device) if form.measured else None
     compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
     note_cached(report)
     if message := dense_layers(report, ctx.stack.blocks):
         runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, runtime, report, patches)
-    replayed = report.compiler == "Inductor CUDA" and compat.uses_cuda_graphs(patches)
-    dump.finish()
+    replayed = _replayed(report, patches)
     check = _label_check(gm, ctx)
     check(inputs)
 
@@ -185,12 +305,14 @@ def _selective(
             checking.step(args, runtime, report)
             del checking
         *outputs, selected, stats = compiled(*args, runtime.next_state(device))
-        if replayed:  # the next replay overwrites what this one returned
+        if replayed:
             selected, stats = selected.clone(), stats.clone()
         runtime.record(report, selected, stats)
         return tuple(outputs)
 
-    return run
+    if aside is None:
+        return Rung(run)
+    return Rung(run, lambda args, number: aside.run(compiled, args, runtime.other_state(device, number)).grads)
 
 
 def _lower_selective(

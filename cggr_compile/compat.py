@@ -70,8 +70,14 @@ def static_fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # Inductor's cache asks for a shape environment; AOTAutograd makes fake tensors by its default
-    return FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
+    class StaticFakeTensorMode(FakeTensorMode):
+        def from_tensor(self, tensor: Any, **arguments: Any) -> Any:
+            # AOTAutograd asks for symbolic sizes where there is a shape environment
+            arguments.pop("symbolic_context", None)
+            return super().from_tensor(tensor, **{**arguments, "static_shapes": True})
+
+    # Inductor's cache asks for a shape environment
+    return StaticFakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
 
 
 @contextmanager
@@ -84,6 +90,28 @@ def tracing_under(fake_mode: Any) -> Iterator[None]:
         yield
     if outer is not None:
         outer.guards_context.aotautograd_guards.extend(inner.guards_context.aotautograd_guards)
+
+
+def compilation_id() -> Any:
+    """What logs call the compilation under way: hand it to :func:`compiling_later`."""
+    from torch._guards import CompileContext
+
+    return CompileContext.try_get()
+
+
+@contextmanager
+def compiling_later(compilation: Any, fake_mode: Any = None) -> Iterator[None]:
+    """Compile a captured graph when Dynamo is no longer there, with static sizes.
+
+    Guards are not collected: they must be those of a form of the graph that was compiled at the capture.
+
+    Args:
+        compilation: what :func:`compilation_id` gave at the capture. fake_mode: a :func:`static_fake_mode`.
+    """
+    from torch._guards import TracingContext, compile_context, tracing
+
+    with compile_context(compilation), tracing(TracingContext(fake_mode or static_fake_mode())):
+        yield
 
 
 def recompilations_left() -> int | None:

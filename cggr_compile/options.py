@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -26,7 +26,8 @@ class Options:
 
     Attributes:
         min_tokens_ratio: share of each sequence's positions that contribute gradient, in (0, 1]. A sequence
-            of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone.
+            of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone. ``auto`` starts
+            at 1.0 and moves on the ladder as far down as ``variance_bound`` allows.
         scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
             1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
         selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
@@ -50,6 +51,18 @@ class Options:
             (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first batch.
         seed: seed of the random selection.
         advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
+        warmup_steps: steps over which the ratio falls linearly from 1.0 to ``min_tokens_ratio`` (curriculum).
+        ladder: the ratios that a schedule moves on, each in (0, 1]; the wanted one is rounded up to the next of them.
+            Each is compiled once, when first needed; 1.0 is the unmodified model. ``min_tokens_ratio``, and with
+            ``warmup_steps`` 1.0, belong to it in any case. None: 1, 0.75, 0.5, 0.375, 0.25, and halves from there, as
+            far as they are above ``min_tokens_ratio``, and for ``dynamic_threshold`` 0.75 and 0.5 times that.
+        dynamic_threshold: multiply the ratio by 1 + threshold_sensitivity * (1 - 2 * c), c the router's mean top-1
+            probability over the candidates of a recent step, read back without waiting: a model that is unsure keeps
+            more tokens, one that is sure fewer, below ``min_tokens_ratio`` as well.
+        threshold_sensitivity: how far ``dynamic_threshold`` goes, in [0, 1].
+        variance_bound: with ``min_tokens_ratio="auto"``, how much variance the selection may add to the gradient, in
+            multiples of that of the batches (VCAS, arXiv 2402.17227). See :class:`cggr_compile.variance.VarianceMeter`.
+        measure_every: steps from one measurement of that to the next; each costs three training steps.
         fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
             or be ``silent``. The graph is compiled as it is in any case.
         launch_bound: on CUDA without CUDA graphs, where kernel launches and not arithmetic take the time, selecting
@@ -61,7 +74,7 @@ class Options:
         inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``.
     """
 
-    min_tokens_ratio: float = 0.25
+    min_tokens_ratio: float | Literal["auto"] = 0.25
     scoring: Scoring = "combined"
     selection: SelectionName = "random"
     router_layers: int | Literal["full"] | None = None
@@ -74,6 +87,12 @@ class Options:
     padding: Literal["auto", "right", "any"] = "auto"
     seed: int = 0
     advance: Literal["auto", "manual"] = "auto"
+    warmup_steps: int = 0
+    ladder: Sequence[float] | None = None
+    dynamic_threshold: bool = False
+    threshold_sensitivity: float = 0.5
+    variance_bound: float = 0.5
+    measure_every: int = 100
     fallback: Literal["warn", "error", "silent"] = "warn"
     launch_bound: Literal["dense", "select"] = "dense"
     compiler: Literal["auto", "inductor", "eager"] = "auto"
@@ -82,9 +101,8 @@ class Options:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_number("min_tokens_ratio", self.min_tokens_ratio, "a number in (0, 1]")
-        if not 0.0 < self.min_tokens_ratio <= 1.0:
-            raise OptionError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio!r}")
+        if self.min_tokens_ratio != "auto":
+            _check_ratio("min_tokens_ratio", self.min_tokens_ratio, "'auto' or a number in (0, 1]")
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
             if get_origin(hints[item.name]) is Literal:
@@ -94,7 +112,8 @@ class Options:
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**31:
             raise OptionError(f"seed must be an integer in [0, 2**31), got {self.seed!r}")
-        for name in ("row_sparse", "cuda_graphs"):
+        self._check_schedule()
+        for name in ("row_sparse", "cuda_graphs", "dynamic_threshold"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if not isinstance(self.verify, int) or self.verify < 0:
@@ -108,6 +127,41 @@ class Options:
                 f"selection={self.selection!r} needs a score: scoring must be one of "
                 "['combined', 'entropy', 'loss', 'margin'], got 'random'"
             )
+
+    def _check_schedule(self) -> None:
+        if not _is_int(self.warmup_steps) or self.warmup_steps < 0:
+            raise OptionError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+        if self.ladder is not None:
+            if not isinstance(self.ladder, (list, tuple)) or not self.ladder:
+                raise OptionError(f"ladder must be None or a list of numbers in (0, 1], got {self.ladder!r}")
+            for ratio in self.ladder:
+                _check_ratio("ladder", ratio)
+        _check_number("threshold_sensitivity", self.threshold_sensitivity, "a number in [0, 1]")
+        if not 0.0 <= self.threshold_sensitivity <= 1.0:
+            raise OptionError(f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity!r}")
+        if self.dynamic_threshold is True and self.scoring == "random":
+            raise OptionError(
+                "dynamic_threshold needs the router's confidence: scoring must be one of "
+                "['combined', 'entropy', 'loss', 'margin'], got 'random'"
+            )
+        _check_number("variance_bound", self.variance_bound, "a number > 0")
+        if self.variance_bound <= 0:
+            raise OptionError(f"variance_bound must be a number > 0, got {self.variance_bound!r}")
+        if not _is_int(self.measure_every) or self.measure_every < 1:
+            raise OptionError(f"measure_every must be an integer >= 1, got {self.measure_every!r}")
+        if self.min_tokens_ratio == "auto":
+            self._check_auto()
+
+    def _check_auto(self) -> None:
+        if self.selection not in _SAMPLED:
+            raise OptionError(
+                "min_tokens_ratio='auto' measures the variance of a random selection: selection must be one of "
+                f"{sorted(_SAMPLED)}, got {self.selection!r}"
+            )
+        if self.dynamic_threshold:
+            raise OptionError("dynamic_threshold must be False with min_tokens_ratio='auto': both move the ratio")
+        if self.ladder is not None and min(self.ladder) == 1.0:
+            raise OptionError(f"ladder must have a ratio below 1.0 with min_tokens_ratio='auto', got {self.ladder!r}")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -131,6 +185,7 @@ class Options:
     @property
     def ratio(self) -> Fraction:
         """``min_tokens_ratio`` as a fraction, so that slot counts are integer arithmetic on any size."""
+        assert self.min_tokens_ratio != "auto"  # a graph has one of the ladder's
         return max(Fraction(self.min_tokens_ratio).limit_denominator(10_000), Fraction(1, 10_000))
 
     @property
@@ -142,9 +197,15 @@ class Options:
 
     def digest(self) -> str:
         """Hash of everything that can change the compiled graph."""
-        same_graph = ("dump_dir", "fallback", "advance", "seed", "verify")
+        same_graph = {"dump_dir", "fallback", "advance", "seed", "verify", *_SCHEDULE}
         fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# which ratio a step runs at; a graph has but one
+_SCHEDULE = {"warmup_steps", "ladder", "dynamic_threshold", "threshold_sensitivity", "variance_bound", "measure_every"}
+# selections that draw at random
+_SAMPLED = {"random"}
 
 
 def _hint(name: str, known: list[str]) -> str:
@@ -159,6 +220,12 @@ def _is_int(value: Any) -> bool:
 def _check_number(name: str, value: Any, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise OptionError(f"{name} must be {expected}, got {value!r}")
+
+
+def _check_ratio(name: str, value: Any, expected: str = "a number in (0, 1]") -> None:
+    _check_number(name, value, expected)
+    if not 0.0 < value <= 1.0:
+        raise OptionError(f"{name} must be in (0, 1], got {value!r}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

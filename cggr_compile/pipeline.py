@@ -25,6 +25,7 @@ from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.launch_bound import LaunchBound
 from cggr_compile.passes.lower_experts import LowerExperts
 from cggr_compile.passes.merge_products import MergeProducts
+from cggr_compile.passes.observe_router import ObserveRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
 from cggr_compile.passes.route_gradient import RouteGradient
@@ -57,6 +58,8 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     RouteGradient(),
     DetachOutputs(),
 )
+# At ratio 1.0, where the schedule depends on the router.
+OBSERVING_PASSES: tuple[GraphPass, ...] = (AlignTargets(), InsertRouter(), ObserveRouter())
 # Optimising passes over AOTAutograd's joint graph, in order. They must be exact.
 JOINT_PASSES: tuple[JointPass, ...] = (
     RowSparseBackward(),
@@ -76,7 +79,7 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
         OptionError: an option that does not fit this model.
     """
     work = copy_module(gm)
-    for graph_pass in EXACT_PASSES if ctx.dense else DYNAMO_PASSES:
+    for graph_pass in semantic_passes(ctx):
         record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
         if record.matched:
             work.recompile()
@@ -89,12 +92,24 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:
-        report.reason = "min_tokens_ratio is 1.0: every token is trained on"
+        name = "the schedule's ratio" if ctx.rung else "min_tokens_ratio"
+        report.reason = f"{name} is 1.0: every token is trained on"
         return work
-    report.matched = True
+    assert ctx.options.min_tokens_ratio != "auto"
+    report.matched, report.ratio = True, ctx.options.min_tokens_ratio
     told = (report.record(FindStack.name), report.record(SelectRows.name))
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
+
+
+def semantic_passes(ctx: GraphContext) -> tuple[GraphPass, ...]:
+    """The semantic passes for this ratio, in order."""
+    if not ctx.dense:
+        return DYNAMO_PASSES
+    # a rung that is compiled later can have no guards on symbolic sizes
+    before = (MakeSizesStatic(),) if ctx.rung else ()
+    after = OBSERVING_PASSES if ctx.rung and ctx.options.dynamic_threshold else ()
+    return (*before, *EXACT_PASSES, *after)
 
 
 def joint_passes(report: GraphReport) -> list[JointPass]:

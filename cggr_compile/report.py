@@ -76,6 +76,8 @@ class GraphReport:
         index: counts the model's training graphs, and by themselves its inference graphs.
         matched: whether the graph trains on selected positions.
         reason: why, in one sentence.
+        ratio: share of the positions that it trains on; a schedule has one graph per ratio.
+        waiting: whether it is yet to be compiled, because no step has come to its ratio.
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
         compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
         verification: the outcome of the option ``verify``; None if it is off.
@@ -87,6 +89,8 @@ class GraphReport:
     options: dict[str, Any]
     matched: bool = False
     reason: str = ""
+    ratio: float = 1.0
+    waiting: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None
 
@@ -123,6 +127,8 @@ class Explanation:
         console = Console(width=120, record=True, file=io.StringIO())
         for graph in self.graphs:
             title = f"graph {graph.index} · {'training' if graph.training else 'inference'} · {graph.compiler}"
+            title += f" · ratio {graph.ratio:g}" if graph.training else ""
+            title += " · not needed so far" if graph.waiting else ""
             table = Table(title=title, title_justify="left", caption=graph.reason, caption_justify="left")
             for column in ("pass", "stage", "matched", "what", "operators"):
                 table.add_column(column, overflow="fold")

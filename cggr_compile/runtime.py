@@ -6,7 +6,7 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,12 @@ from cggr_compile import compat
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.report import GraphReport, Verification
+from cggr_compile.schedule import Schedule
+from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_STATE_KEYS = {1: {"version", "step", "seed"}, 2: {"version", "step", "seed", "schedule"}}
 
 
 class FallbackWarning(UserWarning):
@@ -32,7 +35,7 @@ class Runtime:
     Attributes:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
             positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
-            slots). None before the first, or with ``min_tokens_ratio=1.0``.
+            slots). None before the first, or at ratio 1.0.
         options: the options of the last compilation.
         reports: a GraphReport per graph compiled for this model.
     """
@@ -45,6 +48,7 @@ class Runtime:
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
+        self._schedule = Schedule()
         self._device_state: Tensor | None = None
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
@@ -59,10 +63,12 @@ class Runtime:
     def metrics(self) -> dict[str, Any]:
         """Figures of the last training forward. Besides ``verify``, the only thing that waits for the device.
 
-        Keys: step; token_ratio = tokens_selected / tokens_total; tokens_selected; tokens_total (candidates);
-        avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router ran); scoring;
-        selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error, verify_worst: steps
-        that the option ``verify`` has compared, the largest error (None before the first) and whose it was.
+        Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung of the schedule, 1.0 where every token
+        is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
+        tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
+        ran); scoring; selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error,
+        verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
+        it was; added_variance: V_sel / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -74,6 +80,7 @@ class Runtime:
         matched = report.matched if report is not None else False
         return {
             "step": self._step,
+            "ratio": report.ratio if report is not None else None,
             "token_ratio": values["tokens_selected"] / total if total else (0.0 if total == 0 else 1.0),
             **values,
             "scoring": self.options.scoring,
@@ -83,26 +90,37 @@ class Runtime:
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
+            "added_variance": self._schedule.added,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: plain numbers, safe to store in any checkpoint."""
-        return {"version": _STATE_VERSION, "step": self._step, "seed": self.seed}
+        """What resuming needs: plain numbers, safe to store in any checkpoint.
+
+        Waits for the device if a schedule is reading figures back from it.
+        """
+        schedule = self._schedule.state_dict(self._step)
+        return {"version": _STATE_VERSION, "step": self._step, "seed": self.seed, "schedule": schedule}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from :meth:`state_dict`; the next forward selects what it would have selected then.
+        """Resume from :meth:`state_dict`; the next forward selects what it would have selected then, at the same ratio.
+
+        States of version 1, which had no schedule, start it with what their step says.
 
         Raises:
             ValueError: if ``state`` is not such a dict.
         """
-        expected = {"version", "step", "seed"}
-        if not isinstance(state, Mapping) or set(state) != expected:
+        if not isinstance(state, Mapping) or state.get("version") not in _STATE_KEYS:
+            raise ValueError(f"state must be a dict with a version in {sorted(_STATE_KEYS)}, got {state!r}")
+        expected = _STATE_KEYS[state["version"]]
+        if set(state) != expected:
             raise ValueError(f"state must have exactly the keys {sorted(expected)}, got {state!r}")
-        if state["version"] != _STATE_VERSION:
-            raise ValueError(f"state: version must be {_STATE_VERSION}, got {state['version']!r}")
         for name in ("step", "seed"):
             if not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(f"state: {name} must be an integer >= 0, got {state[name]!r}")
+        if "schedule" in state:
+            self._schedule.load_state_dict(state["schedule"], state["step"])
+        else:
+            self._schedule.reset()
         self._step, self._seed = state["step"], state["seed"]
         self._device_state = None
 
@@ -127,17 +145,43 @@ class Runtime:
         # a copy: the compiled graph may keep its input for the backward pass
         return self._device_state.clone()
 
+    def other_state(self, device: torch.device, number: int) -> Tensor:
+        """:meth:`state` of another selection for the same forward, by another seed."""
+        state = self.state(device)
+        state[0].add_(number * 0x51ED2705)
+        return state
+
     def next_state(self, device: torch.device) -> Tensor:
         """:meth:`state`, for a training forward that happens now; advances if automatic."""
         state = self.state(device)
+        self.advance()
+        return state
+
+    def advance(self) -> None:
+        """A training forward happens now; it is a step if that is automatic."""
         if self.options.advance == "auto" and self._observed is None:
             self.step()
-        return state
+
+    def ratio(self, options: Options) -> float:
+        """What the schedule wants for the step that is about to run."""
+        decide = self._schedule.ratio if self._observed is None else self._schedule.preview
+        return decide(options, self._step)
+
+    def measure(
+        self, meter: VarianceMeter, args: Sequence[Any], ratio: float, gradient: Callable[[], Gradient]
+    ) -> None:
+        """Before a training forward: measure the variance at ``ratio``, if this step is one to do so."""
+        if self._observed is None and self._step >= self.options.warmup_steps:
+            figures = meter.measure(self._step, args, gradient)
+            if figures is not None:
+                self._schedule.measured(figures, ratio)
 
     def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
         self._note(report)
         if self._observed is None:
             self.selected, self._stats = selected, stats
+            if stats is not None and self.options.dynamic_threshold:
+                self._schedule.observe(stats)
 
     def verified(self, report: GraphReport, error: float, worst: str) -> None:
         """A step of this graph has been compared."""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile import compat
-from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.aside import Aside, differentiable
 from cggr_compile.passes.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.runtime import Runtime
@@ -23,19 +20,10 @@ from cggr_compile.runtime import Runtime
 _ROUNDING = 8.0
 # No power of two, so that everything computed from it is rounded differently.
 _OTHER_SCALE = 1.3
-# Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
-_FLOAT16_SCALE = 4096.0
 
 
 class VerificationError(RuntimeError):
     """The row-sparse and the dense backward gave gradients that rounding does not explain."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    selected: Tensor
-    outputs: list[Tensor]
-    grads: list[Tensor | None]
 
 
 class Verifier:
@@ -71,17 +59,8 @@ class Verifier:
     ) -> None:
         self.ours, self.dense, self.device = ours, dense, device
         self.remaining = math.inf if steps is True else steps
-        inputs = graph.graph.find_nodes(op="placeholder")
-        self.names = [compat.source_name(node) for node in inputs]
-        operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
-        written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
-        self.written = [
-            isinstance(value, Tensor) and compat.storage_id(value) in written for value in map(fake_value, inputs)
-        ]
-        values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
-        types = {value.dtype for value in values if value.requires_grad}
-        self.tolerance = max([1e-5, *(2 * torch.finfo(dtype).eps for dtype in types)])
-        self.scale = _FLOAT16_SCALE if torch.float16 in types else 1.0
+        self.aside = Aside(graph, device)
+        self.tolerance = max([1e-5, *(2 * torch.finfo(dtype).eps for dtype in self.aside.dtypes)])
 
     def step(self, args: Sequence[Any], runtime: Runtime, report: GraphReport) -> None:
         """Compare the training step that is about to run; record the outcome.
@@ -110,9 +89,9 @@ class Verifier:
         Args:
             args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
         """
-        dense = self._run(self.dense, args, state, 1.0)
-        other = self._run(self.dense, args, state, _OTHER_SCALE)
-        ours = self._run(self.ours, args, state, 1.0)
+        dense = self.aside.run(self.dense, args, state)
+        other = self.aside.run(self.dense, args, state, _OTHER_SCALE)
+        ours = self.aside.run(self.ours, args, state)
         if not torch.equal(dense.selected, ours.selected):
             return "rounding of the router's scores changed the selection (not so with selection='random')"
         names, figures = [], []
@@ -121,7 +100,7 @@ class Verifier:
             names.append(f"output {i}")
             difference = torch.maximum((mine - theirs).abs().max(), (again - theirs).abs().max())
             figures.append([difference, theirs.abs().max().clamp(min=1.0), torch.zeros_like(difference)])
-        leaves = [name for name, arg in zip(self.names, args, strict=False) if _differentiable(arg)]
+        leaves = [name for name, arg in zip(self.aside.names, args, strict=False) if differentiable(arg)]
         for name, *grads in zip(leaves, ours.grads, dense.grads, other.grads, strict=True):
             some = next((grad for grad in grads if grad is not None), None)
             if some is not None:
@@ -142,20 +121,6 @@ class Verifier:
         allowed = max(norm, _ROUNDING * rounding / self.tolerance)
         return difference / allowed if math.isfinite(difference) and allowed > 0.0 else math.inf
 
-    def _run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float) -> _Run:
-        """Gradients of the sum of the outputs, times ``scale``, from the random state as it is now."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            fresh = [_alias(arg, written) for arg, written in zip(args, self.written, strict=False)]
-            outputs = list(function(*fresh, state.clone()))
-            del outputs[-1]
-            selected = outputs.pop().clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
-            roots = [out for out in outputs if _differentiable(out)]
-            leaves = [arg for arg in fresh if _differentiable(arg)]
-            start = [torch.full_like(root, scale * self.scale) for root in roots]
-            grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return _Run(selected, [root.detach() for root in roots], list(grads))
-
 
 def unverifiable(report: GraphReport, device: torch.device) -> str:
     """Why there is nothing to compare for a compiled graph; empty if there is."""
@@ -167,15 +132,3 @@ def unverifiable(report: GraphReport, device: torch.device) -> str:
     if device.type not in ("cpu", "cuda"):
         return f"the random generators of device {device.type!r} cannot be forked"
     return ""
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _alias(arg: Any, written: bool) -> Any:
-    """The same memory as a leaf of its own, without hooks; a copy where the graph writes into it."""
-    if not isinstance(arg, Tensor):
-        return arg
-    alias = arg.detach().clone() if written else arg.detach()
-    return alias.requires_grad_(arg.requires_grad)

@@ -214,6 +214,10 @@ class GraphContext:
     candidates: Candidates | None = None
     router: RouterScores | None = None
     selection: Selection | None = None
+    # one of several ratios of this graph, compiled after the capture
+    rung: bool = False
+    # what ObserveRouter added
+    observed: Node | None = None
     # what the user should hear once
     notices: list[str] = field(default_factory=list)
 

@@ -73,6 +73,11 @@ class MakeSizesStatic:
         return PassResult(True, f"one graph for {listed}", {"sizes": sizes})
 
 
+def has_symbolic_sizes(gm: GraphModule) -> bool:
+    """Whether an input's size, or an input, may change from call to call."""
+    return any(_is_symbolic(fake_value(node)) for node in gm.graph.find_nodes(op="placeholder"))
+
+
 def _sizes(value: Any) -> tuple[Any, ...]:
     """Everything about an input that may be symbolic."""
     return (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, torch.Tensor) else (value,)

@@ -35,6 +35,18 @@ def test_modes():
 
 def test_outside_a_capture():
     assert compat.frame_scopes() == {} and compat.recompilations_left() is None
+    assert compat.compilation_id() is None
+
+
+def test_compiling_later():
+    """A tracing context with static sizes, as AOTAutograd asks for them, and none afterwards."""
+    from torch._guards import TracingContext
+
+    with compat.compiling_later(None):
+        mode = TracingContext.get().fake_mode
+        fake = mode.from_tensor(torch.zeros(3, 7), static_shapes=False, symbolic_context=None, source=None, trace=True)
+        assert [type(size) for size in fake.shape] == [int, int]
+    assert TracingContext.try_get() is None
 
 
 def test_static_fake_tensors():

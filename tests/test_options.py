@@ -13,7 +13,7 @@ BAD = [
     ({"min_tokens_ratio": 0}, "min_tokens_ratio"),
     ({"min_tokens_ratio": 1.5}, "min_tokens_ratio"),
     ({"min_tokens_ratio": float("nan")}, "min_tokens_ratio"),
-    ({"min_tokens_ratio": "0.25"}, "min_tokens_ratio"),
+    ({"min_tokens_ratio": "0.25"}, r"min_tokens_ratio must be 'auto' or a number in \(0, 1\], got '0.25'"),
     ({"min_tokens_ratio": True}, "min_tokens_ratio"),
     ({"scoring": "entropie"}, r"scoring .*did you mean 'entropy'"),
     ({"selection": "top_k"}, r"selection .*did you mean 'topk'"),
@@ -34,6 +34,24 @@ BAD = [
     ({"cuda_graphs": 1}, "cuda_graphs must be True or False"),
     ({"seed": -1}, "seed"),
     ({"seed": 1.0}, "seed"),
+    ({"warmup_steps": -1}, "warmup_steps must be an integer >= 0, got -1"),
+    ({"warmup_steps": 10.0}, "warmup_steps"),
+    ({"ladder": []}, "ladder"),
+    ({"ladder": 0.5}, "ladder"),
+    ({"ladder": [0.5, 0.0]}, r"ladder must be in \(0, 1\], got 0.0"),
+    ({"ladder": [1.5]}, "ladder"),
+    ({"ladder": ["0.5"]}, "ladder"),
+    ({"dynamic_threshold": 1}, "dynamic_threshold"),
+    ({"dynamic_threshold": True, "scoring": "random"}, "dynamic_threshold needs the router's confidence"),
+    ({"threshold_sensitivity": 1.01}, r"threshold_sensitivity must be in \[0, 1\], got 1.01"),
+    ({"threshold_sensitivity": -0.1}, "threshold_sensitivity"),
+    ({"threshold_sensitivity": float("nan")}, "threshold_sensitivity"),
+    ({"variance_bound": 0.0}, "variance_bound must be a number > 0"),
+    ({"variance_bound": "small"}, "variance_bound"),
+    ({"measure_every": 0}, "measure_every must be an integer >= 1"),
+    ({"min_tokens_ratio": "auto", "selection": "topk"}, "'auto' measures the variance of a random selection"),
+    ({"min_tokens_ratio": "auto", "dynamic_threshold": True}, "dynamic_threshold must be False"),
+    ({"min_tokens_ratio": "auto", "ladder": [1.0]}, "ladder must have a ratio below 1.0"),
     ({"dump_dir": 3}, "dump_dir"),
     ({"inductor": "max_autotune"}, "inductor"),
     ({"min_token_ratio": 0.5}, "unknown option 'min_token_ratio', did you mean 'min_tokens_ratio'"),
@@ -73,6 +91,9 @@ def test_digest_covers_what_changes_the_graph():
     assert Options(min_tokens_ratio=0.5).digest() != base
     assert Options(kv_gradient="stop").digest() != base
     assert Options(dump_dir="x", fallback="silent", verify=3).digest() == base
+    schedule = Options(warmup_steps=9, ladder=(0.5,), dynamic_threshold=True, threshold_sensitivity=0.1)
+    schedule = dataclasses.replace(schedule, variance_bound=2.0, measure_every=3)
+    assert schedule.digest() == base, "a rung is the graph of its ratio"
 
 
 def test_every_field_is_documented():

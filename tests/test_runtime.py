@@ -48,9 +48,9 @@ def test_metrics_keys_and_values():
     model(**batch).loss.backward()
     values = rt.metrics()
     assert list(values) == [
-        *("step", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
+        *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
         *("avg_difficulty", "scoring", "selection", "matched", "fallback_reason"),
-        *("verify_steps", "verify_max_error", "verify_worst"),
+        *("verify_steps", "verify_max_error", "verify_worst", "added_variance"),
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
     assert values["tokens_total"] == candidates and values["tokens_selected"] == 8
@@ -58,6 +58,7 @@ def test_metrics_keys_and_values():
     assert 0 < values["avg_confidence"] < 1 and 0 < values["avg_entropy"] < 5
     assert values["avg_difficulty"] == pytest.approx(values["avg_entropy"] - values["avg_confidence"], abs=1e-4)
     assert values["matched"] and values["fallback_reason"] is None and values["step"] == 1
+    assert values["ratio"] == 0.25 and before["ratio"] is None
     assert values["verify_steps"] == 0 and values["verify_max_error"] is None is values["verify_worst"]
 
 
@@ -108,7 +109,22 @@ def test_resume():
     assert torch.equal(fresh.selected, expected) and fresh.metrics()["step"] == 4
 
 
-@pytest.mark.parametrize("state", [{}, {"version": 1, "step": -1, "seed": 0}, {"version": 9, "step": 0, "seed": 0}, 3])
+def test_resumes_from_a_state_without_a_schedule():
+    rt = cggr_compile.runtime(models.Decoder())
+    rt.load_state_dict({"version": 1, "step": 7, "seed": 3})
+    assert (rt.metrics()["step"], rt.seed) == (7, 3) and rt.state_dict()["version"] == 2
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"version": 1, "step": -1, "seed": 0},
+        {"version": 9, "step": 0, "seed": 0},
+        3,
+        {"version": 2, "step": 0, "seed": 0},
+    ],
+)
 def test_bad_state(state):
     with pytest.raises(ValueError, match="state"):
         cggr_compile.runtime(models.Decoder()).load_state_dict(state)

@@ -1,0 +1,87 @@
+"""Gradients of a compiled training graph, computed beside the training step and without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from cggr_compile import compat
+from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.fx import mutated_operand
+
+# Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
+_FLOAT16_SCALE = 4096.0
+
+
+@dataclass(frozen=True)
+class AsideRun:
+    """Selected positions, differentiable outputs, and the gradient of every differentiable argument, in order."""
+
+    selected: Tensor
+    outputs: list[Tensor]
+    grads: list[Tensor | None]
+
+
+class Aside:
+    """Runs compiled forms of one rewritten graph on the arguments of a training step.
+
+    ``.grad``, hooks, buffers, the step counter and random generators stay as they are.
+
+    Args:
+        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the selected
+            positions and the metrics.
+
+    Attributes:
+        dtypes: floating-point types that gradients pass through.
+        names: of the graph's inputs.
+    """
+
+    def __init__(self, graph: GraphModule, device: torch.device) -> None:
+        self.device = device
+        inputs = graph.graph.find_nodes(op="placeholder")
+        self.names = [compat.source_name(node) for node in inputs]
+        operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
+        written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
+        self._written = [
+            isinstance(value, Tensor) and compat.storage_id(value) in written for value in map(fake_value, inputs)
+        ]
+        values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
+        self.dtypes = {value.dtype for value in values if value.requires_grad}
+        self._scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
+
+    def run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float = 1.0) -> AsideRun:
+        """Gradients of the sum of the outputs, times ``scale`` (and 4096 for float16).
+
+        Random numbers are drawn from the generators as they are now, so two runs draw the same.
+
+        Args:
+            args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            fresh = [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
+            outputs = list(function(*fresh, state.clone()))
+            del outputs[-1]
+            selected = outputs.pop().clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
+            roots = [out for out in outputs if differentiable(out)]
+            leaves = [arg for arg in fresh if differentiable(arg)]
+            start = [torch.full_like(root, scale * self._scale) for root in roots]
+            grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
+        return AsideRun(selected, [root.detach() for root in roots], list(grads))
+
+
+def differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _alias(arg: Any, written: bool) -> Any:
+    """The same memory as a leaf of its own, without hooks; a copy where the graph writes into it."""
+    if not isinstance(arg, Tensor):
+        return arg
+    alias = arg.detach().clone() if written else arg.detach()
+    return alias.requires_grad_(arg.requires_grad)

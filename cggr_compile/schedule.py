@@ -1,0 +1,173 @@
+"""Which ratio a training step runs at: a function of the options, the step and what earlier steps have shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile.ops.metrics import STAT_NAMES
+from cggr_compile.options import Options
+from cggr_compile.readback import Readback
+from cggr_compile.variance import added, move
+
+_SLACK = 1e-9  # rounding of the linear rule must not reach the next rung
+_AUTO_LADDER = (1.0, 0.75, 0.5, 0.375, 0.25)
+_TOTAL, _CONFIDENCE = STAT_NAMES.index("tokens_total"), STAT_NAMES.index("avg_confidence")
+
+
+def rungs(options: Options) -> tuple[float, ...]:
+    """The ratios that training under these options can come to, in descending order.
+
+    One, ``min_tokens_ratio``, unless ``warmup_steps`` or ``dynamic_threshold`` move it, or it is ``auto``.
+    """
+    base = options.min_tokens_ratio
+    if base == "auto":
+        return tuple(sorted({1.0, *map(float, options.ladder or _AUTO_LADDER)}, reverse=True))
+    low, high = _range(options, base)
+    if low == high:
+        return (base,)
+    given = options.ladder if options.ladder is not None else _default_ladder(base)
+    ladder = sorted({*map(float, given), base, *([1.0] if options.warmup_steps else [])})
+    neighbours = zip([0.0, *ladder], ladder, strict=False)
+    reached = [rung for below, rung in neighbours if below < high - _SLACK and rung > low - _SLACK]
+    return tuple(reversed(reached))
+
+
+def _range(options: Options, base: float) -> tuple[float, float]:
+    """The smallest and the largest target."""
+    swing = base * options.threshold_sensitivity if options.dynamic_threshold else 0.0
+    return base - swing, 1.0 if options.warmup_steps else min(base + swing, 1.0)
+
+
+def _default_ladder(base: float) -> list[float]:
+    """1, 3/4, 1/2, 3/8, 1/4 and from there halves, as far as they are above ``base``; 3/4 and 1/2 of ``base``."""
+    above = [1.0, 0.75, 0.5, 0.375, *(0.5**power for power in range(2, 15))]
+    return [*(ratio for ratio in above if ratio > base), 0.75 * base, 0.5 * base]
+
+
+def round_up(ratio: float, ladder: Sequence[float]) -> float:
+    """The smallest rung that is not below ``ratio``; the largest one if all are."""
+    return min((rung for rung in ladder if rung >= ratio - _SLACK), default=max(ladder))
+
+
+def target(options: Options, step: int, confidence: float | None = None, level: float | None = None) -> float:
+    """What the ratio should be at ``step`` (from 0), before it is rounded up to a rung.
+
+    Curriculum: it falls linearly from 1 at step 0 to ``min_tokens_ratio`` at step ``warmup_steps``. With
+    ``dynamic_threshold`` that is multiplied by ``1 + threshold_sensitivity * (1 - 2 * confidence)``, at most to 1.
+    With ``min_tokens_ratio="auto"`` it is 1 for ``warmup_steps`` steps, and then the level that has been measured.
+
+    Args:
+        confidence: the router's mean top-1 probability over the candidates, in [0, 1]; None if unknown.
+        level: the rung that the measured variance allows; None if unknown.
+    """
+    base = options.min_tokens_ratio
+    if base == "auto":
+        return 1.0 if level is None or step < options.warmup_steps else level
+    left = 1.0 - step / options.warmup_steps if step < options.warmup_steps else 0.0
+    ratio = base + (1.0 - base) * left
+    if options.dynamic_threshold and confidence is not None:
+        ratio *= 1.0 + options.threshold_sensitivity * (1.0 - 2.0 * confidence)
+    return min(ratio, 1.0)
+
+
+class Schedule:
+    """The moving parts of one model's schedule; a step's ratio is decided once, so that micro-batches share it.
+
+    Attributes:
+        added: V_sel / V_batch as last measured (``min_tokens_ratio="auto"``); None before the first measurement.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        self.added: float | None = None
+        self._figures, self._variance = Readback(), Readback()
+        self._confidence: float | None = None
+        self._level: float | None = None
+        self._measured_at: float | None = None  # the ratio of the variance under way
+        self._decided: tuple[int, float] | None = None  # (step, target)
+
+    def ratio(self, options: Options, step: int) -> float:
+        """:func:`target` of this step, from what has arrived so far. Does not wait for the device."""
+        if self._decided is None or self._decided[0] != step:
+            self._confidence = _confidence(self._figures.receive(), self._confidence)
+            self._level = self._moved(options, self._variance.receive())
+            self._decided = (step, target(options, step, self._confidence, self._level))
+        return self._decided[1]
+
+    def preview(self, options: Options, step: int) -> float:
+        """What :meth:`ratio` would say, deciding nothing. Waits for figures that are under way."""
+        if self._decided is not None and self._decided[0] == step:
+            return self._decided[1]
+        copy = Schedule()
+        copy.load_state_dict(self.state_dict(step), step)
+        return copy.ratio(options, step)
+
+    def observe(self, stats: Tensor) -> None:
+        """The figures of a training forward (``cggr::stats``), on their way to the host."""
+        self._figures.send(stats)
+
+    def measured(self, figures: Tensor, ratio: float) -> None:
+        """A measurement of :class:`VarianceMeter` at ``ratio``, on its way to the host."""
+        if self._variance.send(figures):
+            self._measured_at = ratio
+
+    def _moved(self, options: Options, figures: list[float] | None) -> float | None:
+        if options.min_tokens_ratio != "auto" or figures is None or self._measured_at is None:
+            return self._level
+        found = added(*figures)
+        if found is None:
+            return self._level
+        self.added = found
+        ladder = rungs(options)
+        return move(round_up(self._level or 1.0, ladder), ladder, found, self._measured_at, options.variance_bound)
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Plain numbers. Waits for figures that are under way."""
+        return {
+            "target": self._decided[1] if self._decided is not None and self._decided[0] == step else None,
+            "confidence": self._confidence,
+            "level": self._level,
+            "added": self.added,
+            "measured_at": self._measured_at,
+            "figures": self._figures.wait(),
+            "variance": self._variance.wait(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Resume from :meth:`state_dict`.
+
+        Raises:
+            ValueError: if ``state`` is no such dict.
+        """
+        fresh = Schedule().state_dict(0)
+        if not isinstance(state, Mapping) or set(state) != set(fresh):
+            raise ValueError(f"state: schedule must have the keys {sorted(fresh)}, got {state!r}")
+        for name, value in state.items():
+            if name in ("figures", "variance"):
+                if not (value is None or (isinstance(value, list) and all(map(_is_number, value)))):
+                    raise ValueError(f"state: schedule's {name} must be a list of numbers or None, got {value!r}")
+            elif not (value is None or _is_number(value)):
+                raise ValueError(f"state: schedule's {name} must be a number or None, got {value!r}")
+        self.reset()
+        self._confidence, self._level, self.added = state["confidence"], state["level"], state["added"]
+        self._measured_at = state["measured_at"]
+        self._decided = None if state["target"] is None else (step, state["target"])
+        for readback, numbers in ((self._figures, state["figures"]), (self._variance, state["variance"])):
+            if numbers is not None:
+                readback.send(torch.tensor(numbers))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _confidence(figures: list[float] | None, otherwise: float | None) -> float | None:
+    """Mean confidence, from figures that have arrived and are about at least one candidate."""
+    return otherwise if figures is None or not figures[_TOTAL] else figures[_CONFIDENCE]

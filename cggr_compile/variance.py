@@ -1,0 +1,107 @@
+"""How much noise the selection adds to the gradient: what ``min_tokens_ratio="auto"`` keeps under a bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Every 17th number of a gradient is compared: an odd prime, so that all columns of a matrix have their turn.
+_STRIDE = 17
+
+# the gradient of every trainable argument: from a graph's arguments, and the number of a selection of its own
+Gradient = Callable[[Sequence[Any], int], list[Tensor | None]]
+
+
+class VarianceMeter:
+    """Measures, every ``every`` steps, the variance that the selection adds, on the user's own batches.
+
+    As VCAS does (arXiv 2402.17227), the noise of the sampling is held against the noise of the batches.
+    One measurement takes three gradients at the same parameters: g(x, s1) and g(x, s2) of this step's batch x under two
+    independent selections, and g(y, s3) of the batch y of the forward before. Their squared distances
+
+        within = |g(x, s1) - g(x, s2)|^2,    between = (|g(x, s1) - g(y, s3)|^2 + |g(x, s2) - g(y, s3)|^2) / 2
+
+    estimate 2 V_sel and 2 (V_batch + V_sel), where V is the trace of a covariance: V_sel that of the gradient over
+    selections, V_batch that of its mean over batches. One number in 17 of every gradient enters, unscaled.
+
+    It says nothing about a bias: ``gradient="routed"`` is another direction than the dense gradient, whatever the
+    noise. Nor does it know what an optimiser makes of the noise. Dropout is drawn alike for all three.
+
+    A measurement costs three forward and backward passes at the measured ratio and, for its duration, the memory of
+    3/17 of the gradients; it does not wait for the device.
+
+    Args:
+        every: steps from one measurement to the next.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._before: tuple[int, dict[int, Tensor]] | None = None  # step and batch of the forward to compare with
+
+    def measure(self, step: int, args: Sequence[Any], gradient: Callable[[], Gradient]) -> Tensor | None:
+        """float32 [2], (within, between), on the device, if this forward is one to measure at; else None.
+
+        Args:
+            args: the captured graph's arguments. gradient: gives what differentiates it, if that is needed.
+        """
+        before, self._before = self._before, None
+        figures = None
+        if before is not None and step % self._every == 1 % self._every and before[0] in (step, step - 1):
+            compute = gradient()
+            first, second = _sample(compute(args, 1)), _sample(compute(args, 2))
+            third = _sample(compute([before[1].get(i, arg) for i, arg in enumerate(args)], 3))
+            between = (_distance(first, third) + _distance(second, third)) / 2
+            figures = torch.stack([_distance(first, second), between])
+        if step % self._every == 0:
+            # copies: the user may overwrite them with the next batch
+            self._before = (step, {i: arg.clone() for i, arg in enumerate(args) if _is_data(arg)})
+        return figures
+
+
+def added(within: float, between: float) -> float | None:
+    """V_sel / V_batch from the two figures of a measurement; infinite where all noise is the selection's."""
+    if not (math.isfinite(within) and math.isfinite(between)):
+        return None
+    if within == 0.0:
+        return 0.0
+    return within / (between - within) if between > within else math.inf
+
+
+def move(rung: float, ladder: Sequence[float], measured: float, ratio: float, bound: float) -> float:
+    """The rung to train at next, at most one from ``rung``, so that the added variance stays within ``bound``.
+
+    Where tokens are drawn independently, V_sel is proportional to 1 / ratio - 1: so the next lower rung's is predicted.
+
+    Args:
+        ladder: descending, the first one 1.0. measured: V_sel / V_batch, measured at ``ratio``, a rung below 1.0.
+    """
+    position = list(ladder).index(rung)
+
+    def expected(other: float) -> float:
+        return measured * (1.0 / other - 1.0) / (1.0 / ratio - 1.0)
+
+    if expected(rung) > bound and position > 0:
+        return ladder[position - 1]
+    if position + 1 < len(ladder) and expected(ladder[position + 1]) <= bound:
+        return ladder[position + 1]
+    return rung
+
+
+def _sample(grads: list[Tensor | None]) -> list[Tensor]:
+    """A part of every gradient, copied: a replayed CUDA graph overwrites what it returned."""
+    return [grad.detach().reshape(-1)[::_STRIDE].float().clone() for grad in grads if grad is not None]
+
+
+def _distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Sum of squared differences; gradients may live on several devices."""
+    device = left[0].device
+    parts = [(a - b).square().sum().to(device, non_blocking=True) for a, b in zip(left, right, strict=True)]
+    return torch.stack(parts).sum()
+
+
+def _is_data(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and not arg.requires_grad and not isinstance(arg, torch.nn.Parameter)
