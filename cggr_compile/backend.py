@@ -20,6 +20,7 @@ from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
+from cggr_compile.owner import Owner
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, note_cached, rewrite
@@ -79,6 +80,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     if unknown:
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
     runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    owner = Owner(runtime, inputs)
     engine = _engine(options, inputs)
     if engine != "eager":
         lowerings.register()
@@ -103,8 +105,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training else gm
-        runtime.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, runtime, patches, measured)
+        owner.begin(report, options)
+        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches, measured)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -117,8 +119,9 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
     if not report.matched or len(ratios) == 1:
         _pin_sizes(form)
-        return _at_capture(form, inputs).run
-    return _ladder({**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}, inputs, options)
+        return owner.before(_at_capture(form, inputs).run)
+    forms = {**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}
+    return owner.before(_ladder(forms, inputs, options))
 
 
 @dataclass
@@ -133,7 +136,7 @@ class _Form:
     static: StaticSizes | None
     report: GraphReport
     dump: GraphDump
-    runtime: Runtime
+    owner: Owner
     patches: dict[str, Any]
     measured: bool
 
@@ -145,8 +148,8 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
     """
     for form in forms.values():
         _pin_sizes(form)
-    runtime = next(iter(forms.values())).runtime
-    first = round_up(runtime.ratio(options), tuple(forms))
+    owner = next(iter(forms.values())).owner
+    first = round_up(owner.runtime.ratio(options), tuple(forms))
     compiled = {first: _at_capture(forms[first], inputs)}
     waiting = {}
     compilation = compat.compilation_id()
@@ -161,11 +164,11 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
             form.dump.finish()
             form.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
             waiting[ratio] = partial(_after_capture, form, compilation)
-    measure = _measuring(options, runtime) if options.min_tokens_ratio == "auto" else None
-    return Ladder(compiled, waiting, lambda: runtime.ratio(options), measure).run
+    measure = _measuring(options, owner) if options.min_tokens_ratio == "auto" else None
+    return Ladder(compiled, waiting, lambda: owner.runtime.ratio(options), measure).run
 
 
-def _measuring(options: Options, runtime: Runtime) -> Callable[[Ladder, float, Sequence[Any]], None]:
+def _measuring(options: Options, owner: Owner) -> Callable[[Ladder, float, Sequence[Any]], None]:
     """What measures, before some steps, the variance that the selection adds to the gradient."""
     meter = VarianceMeter(options.measure_every)
 
@@ -178,7 +181,7 @@ def _measuring(options: Options, runtime: Runtime) -> Callable[[Ladder, float, S
             assert found is not None
             return found
 
-        runtime.measure(meter, args, at, gradient)
+        owner.runtime.measure(meter, args, at, gradient)
 
     return measure
 
@@ -247,7 +250,7 @@ def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, A
 
 def _dense(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on every position, or does not train."""
-    ctx, runtime, report, patches = form.ctx, form.runtime, form.report, form.patches
+    ctx, owner, report, patches = form.ctx, form.owner, form.report, form.patches
     observed, rung = ctx.observed is not None, ctx.rung
     if observed and report.compiler != "eager":  # our operators in it: the cache key must know our sources
         compiled = _lower_selective(form.graph, inputs, ctx.options, report, form.dump, patches)
@@ -258,6 +261,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     replayed = _replayed(report, patches)
 
     def run(*args: Any) -> Any:
+        runtime = owner.runtime
         if rung:
             runtime.advance()
         outputs, stats = compiled(*args), None
@@ -277,8 +281,8 @@ def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
 
 def _selective(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on selected positions."""
-    gm, ctx, runtime, report, dump, patches = (
-        *(form.graph, form.ctx, form.runtime),
+    gm, ctx, owner, report, dump, patches = (
+        *(form.graph, form.ctx, form.owner),
         *(form.report, form.dump, form.patches),
     )
     assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
@@ -289,14 +293,15 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
     note_cached(report)
     if message := dense_layers(report, ctx.stack.blocks):
-        runtime.warn(message)
-    verifier = _verifier(compiled, semantic, example, ctx.options, runtime, report, patches)
+        owner.runtime.warn(message)
+    verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
     replayed = _replayed(report, patches)
     check = _label_check(gm, ctx)
     check(inputs)
 
     def run(*args: Any) -> Any:
         nonlocal verifier
+        runtime = owner.runtime
         if _checks_labels_every_step(device):
             check(args)
         if (checking := verifier) is not None:
@@ -312,7 +317,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
 
     if aside is None:
         return Rung(run)
-    return Rung(run, lambda args, number: aside.run(compiled, args, runtime.other_state(device, number)).grads)
+    return Rung(run, lambda args, number: aside.run(compiled, args, owner.runtime.other_state(device, number)).grads)
 
 
 def _lower_selective(
