@@ -144,7 +144,7 @@ def _remember(compiled: Callable[..., Any], runtime: Runtime, report: GraphRepor
         return compiled
 
     def run(*args: Any) -> Any:
-        runtime.record(report, None, None)
+        runtime.record(report, None, None, None)
         return compiled(*args)
 
     return run
@@ -182,10 +182,10 @@ def _selective(
                 verifier = None  # and with it, after this step, the dense backward
             checking.step(args, runtime, report)
             del checking
-        *outputs, selected, stats = compiled(*args, runtime.next_state(device))
+        *outputs, weights, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:  # the next replay overwrites what this one returned
-            selected, stats = selected.clone(), stats.clone()
-        runtime.record(report, selected, stats)
+            weights, selected, stats = weights.clone(), selected.clone(), stats.clone()
+        runtime.record(report, selected, weights, stats)
         return tuple(outputs)
 
     return run

@@ -13,7 +13,10 @@ from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Scoring = Literal["entropy", "margin", "loss", "combined", "random"]
-SelectionName = Literal["topk", "random", "fixed_quota"]
+SelectionName = Literal["importance", "random", "stratified", "labels", "topk", "fixed_quota", "sequence_aware"]
+# what ranks candidates, and so needs a score
+RANKED = ("stratified", "topk", "fixed_quota", "sequence_aware")
+BATCH_SCOPE = ("importance", "random", "topk", "sequence_aware")
 
 
 class OptionError(ValueError):
@@ -29,8 +32,20 @@ class Options:
             of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone.
         scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
             1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
-        selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
-            sequence; ``fixed_quota`` the same, by its older name. topk trains on a biased sample: see the README.
+        selection: ``importance`` samples with probability p = r(1/2 + 1/2 score / mean score), at most 1; ``random``
+            with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
+            score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
+            than ``max_selected``. In these four each token's loss has the weight 1/p, so that the loss estimates the
+            full one. ``topk`` takes the most difficult tokens, ``fixed_quota`` is topk of each sequence,
+            ``sequence_aware`` topk of the whole batch with ``min_tokens_per_sequence``: without weights, which is a
+            biased sample; see the README. Where ``random`` and ``labels`` select, scores only feed the metrics.
+        scope: whether ``importance``, ``random`` and ``topk`` fill the slots of each ``sequence`` or of the whole
+            ``batch``, where difficult sequences get more. ``sequence_aware`` always looks at the batch.
+        num_strata: parts of the score ranking, >= 1, of ``stratified``.
+        min_tokens_per_sequence: tokens that ``sequence_aware`` takes from every sequence (that has so many), >= 1.
+        max_selected: the most positions of one sequence that get a slot, a share of its length in (0, 1] (float) or a
+            number >= 1 (int). With ``selection="labels"`` None stands for ``min_tokens_ratio``; where the scope is the
+            batch, for 1.5 times that. Slots cost time, used or not.
         router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
         router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``; or
             ``auto``: bf16 on a CPU that multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only
@@ -63,7 +78,11 @@ class Options:
 
     min_tokens_ratio: float = 0.25
     scoring: Scoring = "combined"
-    selection: SelectionName = "random"
+    selection: SelectionName = "importance"
+    scope: Literal["sequence", "batch"] = "sequence"
+    num_strata: int = 4
+    min_tokens_per_sequence: int = 1
+    max_selected: float | int | None = None
     router_layers: int | Literal["full"] | None = None
     router_precision: Literal["auto", "model", "bf16"] = "auto"
     gradient: Literal["routed", "exact"] = "routed"
@@ -103,11 +122,31 @@ class Options:
             raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor must be a dict of Inductor settings, got {self.inductor!r}")
-        if self.selection in ("topk", "fixed_quota") and self.scoring == "random":
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        if self.selection in RANKED and self.scoring == "random":
             raise OptionError(
                 f"selection={self.selection!r} needs a score: scoring must be one of "
                 "['combined', 'entropy', 'loss', 'margin'], got 'random'"
             )
+        for name in ("num_strata", "min_tokens_per_sequence"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise OptionError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if self.scope == "batch" and self.selection not in BATCH_SCOPE:
+            raise OptionError(
+                f"scope='batch' is for selection in {sorted(BATCH_SCOPE)}; selection={self.selection!r} is per sequence"
+            )
+        most = self.max_selected
+        if most is None:
+            return
+        share = isinstance(most, float) and 0.0 < most <= 1.0
+        if not share and not (_is_int(most) and most >= 1):
+            raise OptionError(
+                f"max_selected must be a share in (0, 1] (float), a number >= 1 (int) or None, got {most!r}"
+            )
+        if self.selection != "labels" and not self.whole_batch:
+            raise OptionError("max_selected is for selection='labels' or scope='batch'; min_tokens_ratio does it here")
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None) -> Options:
@@ -131,7 +170,21 @@ class Options:
     @property
     def ratio(self) -> Fraction:
         """``min_tokens_ratio`` as a fraction, so that slot counts are integer arithmetic on any size."""
-        return max(Fraction(self.min_tokens_ratio).limit_denominator(10_000), Fraction(1, 10_000))
+        return _fraction(self.min_tokens_ratio)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether tokens of different sequences compete for slots."""
+        return self.scope == "batch" or self.selection == "sequence_aware"
+
+    @property
+    def most_slots(self) -> Fraction | int:
+        """Slots of a sequence: a share of its positions, or a number."""
+        if isinstance(self.max_selected, float):
+            return _fraction(self.max_selected)
+        if self.max_selected is not None:
+            return self.max_selected
+        return min(Fraction(1), self.ratio * Fraction(3, 2)) if self.whole_batch else self.ratio
 
     @property
     def needs_router(self) -> bool:
@@ -150,6 +203,10 @@ class Options:
 def _hint(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _fraction(share: float) -> Fraction:
+    return max(Fraction(share).limit_denominator(10_000), Fraction(1, 10_000))
 
 
 def _is_int(value: Any) -> bool:

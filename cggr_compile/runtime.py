@@ -33,6 +33,8 @@ class Runtime:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
             positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
             slots). None before the first, or with ``min_tokens_ratio=1.0``.
+        weights: float32 [B, K], what the loss at each of these positions counted: the loss was their weighted sum,
+            divided by the number of candidates if it is a mean. 0 for an unused slot; None where ``selected`` is.
         options: the options of the last compilation.
         reports: a GraphReport per graph compiled for this model.
     """
@@ -41,7 +43,9 @@ class Runtime:
         self.options = Options()
         self.reports: list[GraphReport] = []
         self.selected: Tensor | None = None
+        self.weights: Tensor | None = None
         self._stats: Tensor | None = None
+        self._overflow: Tensor | None = None
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
@@ -61,8 +65,10 @@ class Runtime:
 
         Keys: step; token_ratio = tokens_selected / tokens_total; tokens_selected; tokens_total (candidates);
         avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router ran); scoring;
-        selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error, verify_worst: steps
-        that the option ``verify`` has compared, the largest error (None before the first) and whose it was.
+        selection; labels_overflow: tokens with a label that found no slot in any step so far (None unless
+        ``selection="labels"``); matched; fallback_reason (None if matched); verify_steps, verify_max_error,
+        verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and
+        whose it was.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -78,6 +84,7 @@ class Runtime:
             **values,
             "scoring": self.options.scoring,
             "selection": self.options.selection,
+            "labels_overflow": None if self._overflow is None else int(self._overflow),
             "matched": matched,
             "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
             "verify_steps": self._verification.steps,
@@ -134,10 +141,16 @@ class Runtime:
             self.step()
         return state
 
-    def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
+    def record(
+        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
+    ) -> None:
         self._note(report)
         if self._observed is None:
-            self.selected, self._stats = selected, stats
+            self.selected, self.weights, self._stats = selected, weights, stats
+            if stats is not None and self.options.selection == "labels":
+                # on the device: no transfer
+                missed = (stats[1] - stats[0]).long()
+                self._overflow = missed if self._overflow is None else self._overflow + missed
 
     def verified(self, report: GraphReport, error: float, worst: str) -> None:
         """A step of this graph has been compared."""

@@ -34,6 +34,7 @@ class VerificationError(RuntimeError):
 @dataclass(frozen=True)
 class _Run:
     selected: Tensor
+    weights: Tensor
     outputs: list[Tensor]
     grads: list[Tensor | None]
 
@@ -113,7 +114,8 @@ class Verifier:
         dense = self._run(self.dense, args, state, 1.0)
         other = self._run(self.dense, args, state, _OTHER_SCALE)
         ours = self._run(self.ours, args, state, 1.0)
-        if not torch.equal(dense.selected, ours.selected):
+        same_weights = torch.allclose(dense.weights, ours.weights, rtol=self.tolerance / 2, atol=0.0)
+        if not torch.equal(dense.selected, ours.selected) or not same_weights:
             return "rounding of the router's scores changed the selection (not so with selection='random')"
         names, figures = [], []
         for i, values in enumerate(zip(ours.outputs, dense.outputs, other.outputs, strict=True)):
@@ -149,12 +151,13 @@ class Verifier:
             fresh = [_alias(arg, written) for arg, written in zip(args, self.written, strict=False)]
             outputs = list(function(*fresh, state.clone()))
             del outputs[-1]
-            selected = outputs.pop().clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
+            # as in training, nothing but the user's outputs outlives a CUDA graph
+            selected, weights = outputs.pop().clone(), outputs.pop().clone()
             roots = [out for out in outputs if _differentiable(out)]
             leaves = [arg for arg in fresh if _differentiable(arg)]
             start = [torch.full_like(root, scale * self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return _Run(selected, [root.detach() for root in roots], list(grads))
+        return _Run(selected, weights, [root.detach() for root in roots], list(grads))
 
 
 def unverifiable(report: GraphReport, device: torch.device) -> str:

@@ -39,6 +39,20 @@ BAD = [
     ({"min_token_ratio": 0.5}, "unknown option 'min_token_ratio', did you mean 'min_tokens_ratio'"),
     ({"zzz": 0.5}, "unknown option 'zzz'; options: min_tokens_ratio"),
     ({"selection": "topk", "scoring": "random"}, "scoring"),
+    ({"selection": "stratified", "scoring": "random"}, "scoring"),
+    ({"scope": "all"}, "scope"),
+    ({"scope": "batch", "selection": "labels"}, "scope='batch' is for selection in .*'importance'"),
+    ({"scope": "batch", "selection": "stratified"}, "scope"),
+    ({"num_strata": 0}, "num_strata must be an integer >= 1, got 0"),
+    ({"num_strata": 2.0}, "num_strata"),
+    ({"min_tokens_per_sequence": 0}, "min_tokens_per_sequence must be an integer >= 1"),
+    ({"min_tokens_per_sequence": True}, "min_tokens_per_sequence"),
+    ({"max_selected": 0, "selection": "labels"}, "max_selected must be a share"),
+    ({"max_selected": 0.0, "selection": "labels"}, "max_selected"),
+    ({"max_selected": 1.5, "selection": "labels"}, "max_selected"),
+    ({"max_selected": True, "selection": "labels"}, "max_selected"),
+    ({"max_selected": float("nan"), "selection": "labels"}, "max_selected"),
+    ({"max_selected": 0.5}, "max_selected is for selection='labels' or scope='batch'"),
     (["ratio"], "options must be a dict"),
 ]
 
@@ -68,10 +82,19 @@ def test_ratio_is_a_usable_fraction(ratio):
     assert 0 < fraction <= 1 and abs(fraction - Fraction(ratio)) <= Fraction(1, 10_000)
 
 
+def test_slots_of_a_sequence():
+    assert Options().most_slots == Fraction(1, 4)
+    assert Options(scope="batch").most_slots == Fraction(3, 8)
+    assert Options(selection="sequence_aware", min_tokens_ratio=0.9).most_slots == 1
+    assert Options(scope="batch", max_selected=0.5).most_slots == Fraction(1, 2)
+    assert Options(selection="labels", max_selected=7).most_slots == 7
+
+
 def test_digest_covers_what_changes_the_graph():
     base = Options().digest()
     assert Options(min_tokens_ratio=0.5).digest() != base
     assert Options(kv_gradient="stop").digest() != base
+    assert Options(scope="batch").digest() != base and Options(num_strata=5).digest() != base
     assert Options(dump_dir="x", fallback="silent", verify=3).digest() == base
 
 

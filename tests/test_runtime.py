@@ -49,7 +49,7 @@ def test_metrics_keys_and_values():
     values = rt.metrics()
     assert list(values) == [
         *("step", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
-        *("avg_difficulty", "scoring", "selection", "matched", "fallback_reason"),
+        *("avg_difficulty", "scoring", "selection", "labels_overflow", "matched", "fallback_reason"),
         *("verify_steps", "verify_max_error", "verify_worst"),
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())

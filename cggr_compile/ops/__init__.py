@@ -4,7 +4,32 @@ The eager implementation of an operator is its specification. Operators that lat
 (``score``) are opaque to the compiler; the others decompose into ATen so that the compiler fuses them.
 """
 
-from cggr_compile.ops import attention_rows, difficulty, metrics, rows, score, select, stop_rows
+from cggr_compile.ops import (
+    attention_rows,
+    difficulty,
+    hardest,
+    inclusion,
+    metrics,
+    rows,
+    sample,
+    score,
+    slots,
+    stop_rows,
+    uniform,
+)
 from cggr_compile.ops.stop_rows import UnresolvedMarkerError
 
-__all__ = ["UnresolvedMarkerError", "attention_rows", "difficulty", "metrics", "rows", "score", "select", "stop_rows"]
+__all__ = [
+    "UnresolvedMarkerError",
+    "attention_rows",
+    "difficulty",
+    "hardest",
+    "inclusion",
+    "metrics",
+    "rows",
+    "sample",
+    "score",
+    "slots",
+    "stop_rows",
+    "uniform",
+]

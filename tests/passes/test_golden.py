@@ -23,7 +23,7 @@ def added(captured, name: str, width: int = 100) -> str:
     before = set(captured.text().splitlines())
     captured.run(name)
     lines = [line.replace("l_fn_decoder_modules_", "") for line in captured.text().splitlines() if line not in before]
-    return "\n".join(line[:width] for line in lines)
+    return "\n".join(line[:width].rstrip() for line in lines)
 
 
 def test_align_targets(decoder_step, expect):
@@ -57,10 +57,12 @@ def test_select_rows(decoder_step, expect):
     expect(
         added(decoder_step(), "select_rows"),
         """\
-uniform_default = uniform.default(cggr_state, ne)  # [2, 16]
-select_rows_default = select_rows.default(uniform_default, ne, 1, 4)
-getitem_17 = getitem(select_rows_default, 0)  # [2, 4]
-getitem_18 = getitem(select_rows_default, 1)  # [2, 4]
+inclusion_probabilities_default = inclusion_probabilities.default(difficulty_default, ne, 4, None)
+systematic_sample_default = systematic_sample.default(inclusion_probabilities_default, cggr_state)
+pack_rows_default = pack_rows.default(systematic_sample_default, 4)
+getitem_17 = getitem(pack_rows_default, 0)  # [2, 4]
+getitem_18 = getitem(pack_rows_default, 1)  # [2, 4]
+row_weights_default = row_weights.default(getitem_17, getitem_18, ne, inclusion_probabilities_defaul
 stats_default = stats.default(getitem_18, ne, getitem_14, getitem, difficulty_default)  # [5]
 where = where(getitem_18, getitem_17, -1)  # [2, 4]""",
     )
@@ -77,10 +79,13 @@ gather = gather(pad, 1, getitem_17)  # [2, 4]
 where_1 = where(getitem_18, gather, -100)  # [2, 4]
 flatten = reshape(logits_1, 0, 1)  # [8, 128]
 flatten_1 = reshape(where_1)  # [8]
-cross_entropy_1 = cross_entropy(flatten, flatten_1)  # []
-sum_1 = sum(getitem_18)  # []
-clamp = clamp(sum_1)  # []
-truediv = div(cross_entropy_1, clamp)  # []""",
+cross_entropy_1 = cross_entropy(flatten, flatten_1)  # [8]
+flatten_2 = reshape(row_weights_default)  # [8]
+mul = mul(cross_entropy_1, flatten_2)  # [8]
+sum_1 = sum(mul)  # []
+sum_2 = sum(ne)  # []
+clamp = clamp(sum_2)  # []
+truediv = div(sum_1, clamp)  # []""",
     )
 
 
