@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Scoring = Literal["entropy", "margin", "loss", "combined", "random"]
+Scoring = Literal["entropy", "margin", "loss", "combined", "el2n", "excess", "random"]
 SelectionName = Literal["importance", "random", "stratified", "labels", "topk", "fixed_quota", "sequence_aware"]
 # what ranks candidates, and so needs a score
 RANKED = ("stratified", "topk", "fixed_quota", "sequence_aware")
@@ -31,7 +32,10 @@ class Options:
         min_tokens_ratio: share of each sequence's positions that contribute gradient, in (0, 1]. A sequence
             of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone.
         scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
-            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
+            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``el2n`` ||p - onehot(label)||, which
+            reads the head twice; ``excess`` the loss minus ``reference_loss`` [B, S], an input of the model (see
+            :func:`cggr_compile.with_reference_loss`); ``random`` runs no router. Or a function (logsumexp, entropy,
+            top1, top2, label_logprob) -> difficulty of float32 tensors [B, S], which torch.fx can trace.
         selection: ``importance`` samples with probability p = r(1/2 + 1/2 score / mean score), at most 1; ``random``
             with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
             score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
@@ -77,7 +81,7 @@ class Options:
     """
 
     min_tokens_ratio: float = 0.25
-    scoring: Scoring = "combined"
+    scoring: Scoring | Callable[..., Any] = "combined"
     selection: SelectionName = "importance"
     scope: Literal["sequence", "batch"] = "sequence"
     num_strata: int = 4
@@ -108,6 +112,8 @@ class Options:
         for item in dataclasses.fields(self):
             if get_origin(hints[item.name]) is Literal:
                 _check_choice(item.name, getattr(self, item.name), get_args(hints[item.name]))
+        if not callable(self.scoring):
+            _check_choice("scoring", self.scoring, get_args(Scoring))
         layers = self.router_layers
         if not (layers is None or layers == "full" or (_is_int(layers) and int(layers) >= 1)):
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
@@ -128,7 +134,7 @@ class Options:
         if self.selection in RANKED and self.scoring == "random":
             raise OptionError(
                 f"selection={self.selection!r} needs a score: scoring must be one of "
-                "['combined', 'entropy', 'loss', 'margin'], got 'random'"
+                f"{sorted({*get_args(Scoring)} - {'random'})} or a function, got 'random'"
             )
         for name in ("num_strata", "min_tokens_per_sequence"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
@@ -190,14 +196,34 @@ class Options:
     def needs_router(self) -> bool:
         return self.scoring != "random"
 
+    @property
+    def scoring_name(self) -> str:
+        return callable_name(self.scoring) if callable(self.scoring) else self.scoring
+
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "scoring": self.scoring_name}
 
     def digest(self) -> str:
         """Hash of everything that can change the compiled graph."""
         same_graph = ("dump_dir", "fallback", "advance", "seed", "verify")
         fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
+        if callable(self.scoring):
+            fields["scoring"] = (self.scoring_name, _source(self.scoring))
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """What tells one version of a function from another; its constants are in the graph as well."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter, or an object with __call__
+        code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+        return "" if code is None else f"{code.co_code.hex()} {code.co_consts}"
 
 
 def _hint(name: str, known: list[str]) -> str:

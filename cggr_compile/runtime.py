@@ -82,7 +82,7 @@ class Runtime:
             "step": self._step,
             "token_ratio": values["tokens_selected"] / total if total else (0.0 if total == 0 else 1.0),
             **values,
-            "scoring": self.options.scoring,
+            "scoring": self.options.scoring_name,
             "selection": self.options.selection,
             "labels_overflow": None if self._overflow is None else int(self._overflow),
             "matched": matched,

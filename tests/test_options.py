@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from fractions import Fraction
 
 import pytest
@@ -16,6 +17,7 @@ BAD = [
     ({"min_tokens_ratio": "0.25"}, "min_tokens_ratio"),
     ({"min_tokens_ratio": True}, "min_tokens_ratio"),
     ({"scoring": "entropie"}, r"scoring .*did you mean 'entropy'"),
+    ({"scoring": 3}, "scoring must be one of"),
     ({"selection": "top_k"}, r"selection .*did you mean 'topk'"),
     ({"selection": None}, "selection"),
     ({"gradient": "route"}, "gradient .*did you mean 'routed'"),
@@ -80,6 +82,24 @@ def test_frozen_and_keyword_only():
 def test_ratio_is_a_usable_fraction(ratio):
     fraction = Options(min_tokens_ratio=ratio).ratio
     assert 0 < fraction <= 1 and abs(fraction - Fraction(ratio)) <= Fraction(1, 10_000)
+
+
+def double_entropy(lse, entropy, top1, top2, label_logprob):
+    return 2 * entropy
+
+
+def test_a_function_as_scoring():
+    options = Options(scoring=double_entropy)
+    assert options.needs_router and options.scoring_name == f"{__name__}.double_entropy"
+    assert json.loads(json.dumps(options.as_dict()))["scoring"] == options.scoring_name
+    assert options.digest() == Options(scoring=double_entropy).digest() != Options().digest()
+
+    def interpreted(factor):
+        scope = {}
+        exec(f"def score(lse, entropy, top1, top2, label_logprob): return {factor} * entropy", scope)
+        return Options(scoring=scope["score"]).digest()
+
+    assert interpreted(2) == interpreted(2) != interpreted(3)
 
 
 def test_slots_of_a_sequence():

@@ -6,6 +6,7 @@ The eager implementation of an operator is its specification. Operators that lat
 
 from cggr_compile.ops import (
     attention_rows,
+    carry,
     difficulty,
     hardest,
     inclusion,
@@ -22,6 +23,7 @@ from cggr_compile.ops.stop_rows import UnresolvedMarkerError
 __all__ = [
     "UnresolvedMarkerError",
     "attention_rows",
+    "carry",
     "difficulty",
     "hardest",
     "inclusion",

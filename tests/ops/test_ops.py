@@ -29,6 +29,8 @@ def test_opcheck_all():
         (ops.gather_rows.default, (hidden, rows, keep)),
         (ops.scatter_rows.default, (torch.randn(2, 3, 4), rows, keep, 8)),
         (ops.difficulty.default, (*stats, "combined")),
+        (ops.el2n.default, (stats[0] + 5, stats[1] + 9, -stats[3])),
+        (ops.carry.default, (torch.arange(4), stats[0])),
         (ops.uniform.default, (state, valid)),
         (ops.inclusion_probabilities.default, (torch.randn(2, 8), valid, 3, None)),
         (ops.inclusion_probabilities.default, (None, valid, 3, 5)),
@@ -89,6 +91,16 @@ def test_stats_without_router_are_nan():
     keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     out = ops.stats(keep, valid, None, None, None)
     assert out[:2].tolist() == [2.0, 4.0] and out[2:].isnan().all()
+
+
+def test_el2n_formula():
+    logits, labels = torch.randn(3, 5, 11) * 3, torch.randint(0, 11, (3, 5))
+    logp = logits.log_softmax(-1)
+    arguments = logits.logsumexp(-1), (2 * logits).logsumexp(-1), logp.gather(-1, labels[..., None])[..., 0]
+    expected = (logp.exp() - torch.nn.functional.one_hot(labels, 11)).norm(dim=-1)
+    torch.testing.assert_close(ops.el2n(*arguments), expected, atol=1e-4, rtol=1e-4)
+    certain = torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([0.0])
+    assert ops.el2n(*certain).item() == 0.0  # and not the root of a rounding error below 0
 
 
 def test_unresolved_marker_raises():
