@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.ops.library import define_composite
+from cggr_compile.ops.ranking import comparable, ranks
 
 
 def hardest_reference(scores: Tensor, valid: Tensor, slots: int) -> Tensor:
@@ -17,7 +18,7 @@ def hardest_reference(scores: Tensor, valid: Tensor, slots: int) -> Tensor:
     Returns:
         bool [B, S]. Among equal scores the earlier position wins, on every device.
     """
-    return valid & _first(_ranked(scores, valid), slots)
+    return valid & _first(comparable(scores, valid), slots)
 
 
 def hardest_of_batch_reference(scores: Tensor, valid: Tensor, slots: int, cap: int, least: int) -> Tensor:
@@ -33,25 +34,16 @@ def hardest_of_batch_reference(scores: Tensor, valid: Tensor, slots: int, cap: i
     Returns:
         bool [B, S]. Among equal scores the earlier sequence, then the earlier position, wins, on every device.
     """
-    ranked = _ranked(scores, valid)
+    ranked = comparable(scores, valid)
     allowed = valid & _first(ranked, cap)
     ranked = ranked.masked_fill(~allowed, -torch.inf).masked_fill(allowed & _first(ranked, least), torch.inf)
     chosen = _first(ranked.reshape(1, -1), valid.shape[0] * slots)
     return allowed & chosen.view_as(allowed)
 
 
-def _ranked(scores: Tensor, valid: Tensor) -> Tensor:
-    """Finite scores of candidates, below all of them what is not finite, and -inf elsewhere."""
-    scores = scores.float()
-    lowest = torch.finfo(scores.dtype).min
-    return torch.where(scores.isfinite(), scores, lowest).masked_fill(~valid, -torch.inf)
-
-
 def _first(scores: Tensor, number: int) -> Tensor:
     """bool: the ``number`` highest along axis 1."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    first = (torch.arange(scores.shape[1], device=scores.device) < number).expand(scores.shape)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, first)
+    return ranks(scores, descending=True) < number
 
 
 hardest = define_composite("hardest(Tensor scores, Tensor valid, SymInt slots) -> Tensor", hardest_reference)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cggr_compile.ops.inclusion import ONE
 from cggr_compile.ops.library import define_composite
+from cggr_compile.ops.ranking import comparable, inverse, ranks
 from cggr_compile.ops.uniform import uniform_reference
 
 
@@ -29,7 +30,7 @@ def systematic_sample_reference(probabilities: Tensor, state: Tensor) -> Tensor:
     order = draws[:, :length].sort(dim=1, stable=True).indices
     start = (draws[:, length:] * ONE).long()
     hit = _hits((probabilities.gather(1, order) * ONE).long(), start)
-    return torch.zeros_like(hit).scatter(1, order, hit)
+    return hit.gather(1, inverse(order))
 
 
 def _hits(sizes: Tensor, start: Tensor) -> Tensor:
@@ -48,7 +49,8 @@ def stratified_sample_reference(
     scores. A sequence with fewer slots or candidates than strata has that many strata.
 
     Args:
-        scores: float [B, S]. valid: bool [B, S], the candidates. state: int64 [2], (seed, step).
+        scores: float [B, S]; a score that is not finite counts as the lowest. valid: bool [B, S], the candidates.
+        state: int64 [2], (seed, step).
         slots: of a sequence, which uses no more than it has candidates. strata: >= 1.
 
     Returns:
@@ -64,23 +66,16 @@ def stratified_sample_reference(
         head = longer * (size + 1)
         return torch.where(rank < head, rank // (size + 1), longer + (rank - head).clamp(min=0) // size.clamp(min=1))
 
-    rank_of = _inverse(scores.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices)
-    part = part_of(rank_of)
+    part = part_of(ranks(comparable(scores, valid), descending=True))
     # second ranking: by part, and inside it at random; what is no candidate comes last
     key = (part << 24) + (uniform_reference(state, scores) * ONE).long()
     key = key.masked_fill(~valid, torch.iinfo(torch.int64).max)
-    rank = _inverse(key.sort(dim=1, stable=True).indices)
+    rank = ranks(key)
     begin = part * (count // strata_of) + torch.minimum(part, count % strata_of)
     size = count // strata_of + (part < count % strata_of)
     taken = quota // strata_of + (part < quota % strata_of)
     mask = valid & (rank - begin < taken)
     return mask, torch.where(valid, taken / size.clamp(min=1), 0.0)
-
-
-def _inverse(order: Tensor) -> Tensor:
-    """The inverse of a permutation along axis 1."""
-    positions = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.zeros_like(order).scatter(1, order, positions)
 
 
 systematic_sample = define_composite(

@@ -11,6 +11,7 @@ _MASK = 0xFFFFFFFF
 # Odd 31-bit multiplier of the "lowbias32" integer hash family; the product of two 32-bit numbers with it
 # stays below 2**63, so that int64 arithmetic is exact on every device.
 _MULTIPLIER = 0x7FEB352D
+_SEED_STRIDE = 0x6C078965  # seeds next to each other share no steps
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -27,10 +28,11 @@ def uniform_reference(state: Tensor, like: Tensor) -> Tensor:
         state: int64 [2], (seed, step). The global generators are neither read nor advanced, and every device
             gives the same numbers.
     """
+    # two rounds of mixing in all: a compiler that inlines them repeats each step twice as often as the one after it
+    key = _mix((state[0] * _SEED_STRIDE + state[1]) & _MASK)
     batch = torch.arange(like.shape[0], device=like.device)[:, None]
     position = torch.arange(like.shape[1], device=like.device)[None, :]
-    key = _mix((_mix(state[0] & _MASK) + state[1]) & _MASK)
-    bits = _mix((_mix((key + batch) & _MASK) + position) & _MASK)
+    bits = _mix((key + batch * like.shape[1] + position) & _MASK)
     return (bits >> 8).to(torch.float32) * (1.0 / (1 << 24))
 
 

@@ -54,6 +54,8 @@ def test_scores_that_are_not_finite_come_last():
     valid = torch.tensor([[True, True, True, True, True]])
     assert chosen(ops.hardest(scores, valid, 2)) == [[1, 4]]
     assert chosen(ops.hardest_of_batch(scores, valid, 4, 5, 0)) == [[0, 1, 2, 4]]
+    mask, p = ops.stratified_sample(scores, valid, torch.tensor([0, 0]), 5, 2)
+    assert mask.all() and (p == 1).all()
 
 
 @settings(max_examples=60, deadline=None)

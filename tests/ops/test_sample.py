@@ -111,3 +111,25 @@ def test_stratified_is_random_inside():
         frequency += mask.float().mean(0) / 40
     assert (frequency - p[0]).abs().max() < 4 * 0.5 / (40 * 64) ** 0.5
     torch.testing.assert_close(p[0], torch.tensor([1, 1, 1, 1, 1, 1, 2, 2, 2]) / 3)  # the hardest get what is over
+
+
+def select_in_every_way(scores, valid, state):
+    """Selections, probabilities and weights of all strategies, for comparing devices and compilers bit by bit."""
+    found = []
+    for cap in (None, 9):
+        p = ops.inclusion_probabilities(scores, valid, 6, cap)
+        rows, keep = ops.pack_rows(ops.systematic_sample(p, state), 9)
+        found += [p, rows, keep, ops.row_weights(rows, keep, valid, p)]
+    found += ops.stratified_sample(scores, valid, state, 7, 3)
+    return [*found, ops.hardest(scores, valid, 5), ops.hardest_of_batch(scores, valid, 5, 8, 2)]
+
+
+@pytest.mark.slow
+def test_inductor_selects_the_same():
+    cases = [(*make_case(3, 50, shape, 1), state(5)) for shape in ("entropy", "heavy", "ties")]
+    wanted = [select_in_every_way(*case) for case in cases]
+    compiled = torch.compile(select_in_every_way)
+    # torch's caches do not see what a composite operator consists of
+    with torch._inductor.config.patch(force_disable_caches=True):
+        for case, want in zip(cases, wanted, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(compiled(*case), want, strict=True))
