@@ -68,9 +68,10 @@ def test_no_router_no_averages():
     assert values["avg_entropy"] is None and values["tokens_selected"] == 8
 
 
-def test_reading_metrics_is_the_only_transfer(monkeypatch):
+@pytest.mark.parametrize("selection", ["topk", "importance", "stratified", "labels", "sequence_aware"])
+def test_reading_metrics_is_the_only_transfer(selection, monkeypatch):
     """A step converts no tensor to a Python number (on an accelerator each one would wait for the device)."""
-    model, rt = make(selection="topk", scoring="loss")
+    model, rt = make(selection=selection, scoring="loss")
     batch = models.make_batch()
     model(**batch).loss.backward()
     monkeypatch.setattr("cggr_compile.backend._checks_labels_every_step", lambda device: False)

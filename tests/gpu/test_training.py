@@ -64,7 +64,9 @@ def test_same_selection_as_on_the_cpu():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "topk", "scoring": "combined"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "topk"}, {"selection": "labels"}, {"selection": "stratified"}, {"scope": "batch"}]
+)
 def test_a_step_does_not_synchronise(options):
     model = models.compiled(models.family("llama").cuda(), compiler="inductor", **options)
     batch = {k: v.cuda() for k, v in models.make_batch(4, 64).items()}
