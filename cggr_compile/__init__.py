@@ -7,6 +7,7 @@ from cggr_compile.modules.moe import PersistentTRMLP, create_persistent_tr_mlp
 from cggr_compile.modules.router import TruncatedRouter, create_truncated_router
 from cggr_compile.modules.scorer import CGGRScorer
 from cggr_compile.options import Options
+from cggr_compile.reference_loss import with_reference_loss
 from cggr_compile.report import Explanation
 from cggr_compile.runtime import Runtime, runtime
 from cggr_compile.train_step import train_step
@@ -28,4 +29,5 @@ __all__ = [
     "explain",
     "runtime",
     "train_step",
+    "with_reference_loss",
 ]

@@ -20,9 +20,10 @@ _FLOAT16_SCALE = 4096.0
 
 @dataclass(frozen=True)
 class AsideRun:
-    """Selected positions, differentiable outputs, and the gradient of every differentiable argument, in order."""
+    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument, in order."""
 
     selected: Tensor
+    weights: Tensor
     outputs: list[Tensor]
     grads: list[Tensor | None]
 
@@ -33,8 +34,8 @@ class Aside:
     ``.grad``, hooks, buffers, the step counter and random generators stay as they are.
 
     Args:
-        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the selected
-            positions and the metrics.
+        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the
+            weights, the selected positions and the metrics.
 
     Attributes:
         dtypes: floating-point types that gradients pass through.
@@ -67,12 +68,13 @@ class Aside:
             fresh = [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
             outputs = list(function(*fresh, state.clone()))
             del outputs[-1]
-            selected = outputs.pop().clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
+            # as in training, nothing but the user's outputs outlives a CUDA graph
+            selected, weights = outputs.pop().clone(), outputs.pop().clone()
             roots = [out for out in outputs if differentiable(out)]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self._scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return AsideRun(selected, [root.detach() for root in roots], list(grads))
+        return AsideRun(selected, weights, [root.detach() for root in roots], list(grads))
 
 
 def differentiable(value: Any) -> bool:

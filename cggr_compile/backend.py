@@ -268,7 +268,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
         if observed:
             *outputs, stats = outputs
             stats = stats.clone() if replayed else stats
-        runtime.record(report, None, stats)
+        runtime.record(report, None, None, stats)
         return tuple(outputs)
 
     return Rung(run)
@@ -309,10 +309,10 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
                 verifier = None  # and with it, after this step, the dense backward
             checking.step(args, runtime, report)
             del checking
-        *outputs, selected, stats = compiled(*args, runtime.next_state(device))
+        *outputs, weights, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:
-            selected, stats = selected.clone(), stats.clone()
-        runtime.record(report, selected, stats)
+            weights, selected, stats = weights.clone(), selected.clone(), stats.clone()
+        runtime.record(report, selected, weights, stats)
         return tuple(outputs)
 
     if aside is None:

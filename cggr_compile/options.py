@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Scoring = Literal["entropy", "margin", "loss", "combined", "random"]
-SelectionName = Literal["topk", "random", "fixed_quota"]
+Scoring = Literal["entropy", "margin", "loss", "combined", "el2n", "excess", "random"]
+SelectionName = Literal["importance", "random", "stratified", "labels", "topk", "fixed_quota", "sequence_aware"]
+# what ranks candidates, and so needs a score
+RANKED = ("stratified", "topk", "fixed_quota", "sequence_aware")
+BATCH_SCOPE = ("importance", "random", "topk", "sequence_aware")
 
 
 class OptionError(ValueError):
@@ -29,9 +33,24 @@ class Options:
             of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone. ``auto`` starts
             at 1.0 and moves on the ladder as far down as ``variance_bound`` allows.
         scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
-            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``random`` runs no router.
-        selection: ``random`` slots (scores only feed the metrics); ``topk`` the most difficult tokens of each
-            sequence; ``fixed_quota`` the same, by its older name. topk trains on a biased sample: see the README.
+            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``el2n`` ||p - onehot(label)||, which
+            reads the head twice; ``excess`` the loss minus ``reference_loss`` [B, S], an input of the model (see
+            :func:`cggr_compile.with_reference_loss`); ``random`` runs no router. Or a function (logsumexp, entropy,
+            top1, top2, label_logprob) -> difficulty of float32 tensors [B, S], which torch.fx can trace.
+        selection: ``importance`` samples with probability p = r(1/2 + 1/2 score / mean score), at most 1; ``random``
+            with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
+            score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
+            than ``max_selected``. In these four each token's loss has the weight 1/p, so that the loss estimates the
+            full one. ``topk`` takes the most difficult tokens, ``fixed_quota`` is topk of each sequence,
+            ``sequence_aware`` topk of the whole batch with ``min_tokens_per_sequence``: without weights, which is a
+            biased sample; see the README. Where ``random`` and ``labels`` select, scores only feed the metrics.
+        scope: whether ``importance``, ``random`` and ``topk`` fill the slots of each ``sequence`` or of the whole
+            ``batch``, where difficult sequences get more. ``sequence_aware`` always looks at the batch.
+        num_strata: parts of the score ranking, >= 1, of ``stratified``.
+        min_tokens_per_sequence: tokens that ``sequence_aware`` takes from every sequence (that has so many), >= 1.
+        max_selected: the most positions of one sequence that get a slot, a share of its length in (0, 1] (float) or a
+            number >= 1 (int). With ``selection="labels"`` None stands for ``min_tokens_ratio``; where the scope is the
+            batch, for 1.5 times that. Slots cost time, used or not.
         router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
         router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``; or
             ``auto``: bf16 on a CPU that multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only
@@ -75,8 +94,12 @@ class Options:
     """
 
     min_tokens_ratio: float | Literal["auto"] = 0.25
-    scoring: Scoring = "combined"
-    selection: SelectionName = "random"
+    scoring: Scoring | Callable[..., Any] = "combined"
+    selection: SelectionName = "importance"
+    scope: Literal["sequence", "batch"] = "sequence"
+    num_strata: int = 4
+    min_tokens_per_sequence: int = 1
+    max_selected: float | int | None = None
     router_layers: int | Literal["full"] | None = None
     router_precision: Literal["auto", "model", "bf16"] = "auto"
     gradient: Literal["routed", "exact"] = "routed"
@@ -107,6 +130,8 @@ class Options:
         for item in dataclasses.fields(self):
             if get_origin(hints[item.name]) is Literal:
                 _check_choice(item.name, getattr(self, item.name), get_args(hints[item.name]))
+        if not callable(self.scoring):
+            _check_choice("scoring", self.scoring, get_args(Scoring))
         layers = self.router_layers
         if not (layers is None or layers == "full" or (_is_int(layers) and int(layers) >= 1)):
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
@@ -122,11 +147,31 @@ class Options:
             raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor must be a dict of Inductor settings, got {self.inductor!r}")
-        if self.selection in ("topk", "fixed_quota") and self.scoring == "random":
+        self._check_selection()
+
+    def _check_selection(self) -> None:
+        if self.selection in RANKED and self.scoring == "random":
             raise OptionError(
                 f"selection={self.selection!r} needs a score: scoring must be one of "
-                "['combined', 'entropy', 'loss', 'margin'], got 'random'"
+                f"{sorted({*get_args(Scoring)} - {'random'})} or a function, got 'random'"
             )
+        for name in ("num_strata", "min_tokens_per_sequence"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise OptionError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+        if self.scope == "batch" and self.selection not in BATCH_SCOPE:
+            raise OptionError(
+                f"scope='batch' is for selection in {sorted(BATCH_SCOPE)}; selection={self.selection!r} is per sequence"
+            )
+        most = self.max_selected
+        if most is None:
+            return
+        share = isinstance(most, float) and 0.0 < most <= 1.0
+        if not share and not (_is_int(most) and most >= 1):
+            raise OptionError(
+                f"max_selected must be a share in (0, 1] (float), a number >= 1 (int) or None, got {most!r}"
+            )
+        if self.selection != "labels" and not self.whole_batch:
+            raise OptionError("max_selected is for selection='labels' or scope='batch'; min_tokens_ratio does it here")
 
     def _check_schedule(self) -> None:
         if not _is_int(self.warmup_steps) or self.warmup_steps < 0:
@@ -186,31 +231,69 @@ class Options:
     def ratio(self) -> Fraction:
         """``min_tokens_ratio`` as a fraction, so that slot counts are integer arithmetic on any size."""
         assert self.min_tokens_ratio != "auto"  # a graph has one of the ladder's
-        return max(Fraction(self.min_tokens_ratio).limit_denominator(10_000), Fraction(1, 10_000))
+        return _fraction(self.min_tokens_ratio)
+
+    @property
+    def whole_batch(self) -> bool:
+        """Whether tokens of different sequences compete for slots."""
+        return self.scope == "batch" or self.selection == "sequence_aware"
+
+    @property
+    def most_slots(self) -> Fraction | int:
+        """Slots of a sequence: a share of its positions, or a number."""
+        if isinstance(self.max_selected, float):
+            return _fraction(self.max_selected)
+        if self.max_selected is not None:
+            return self.max_selected
+        return min(Fraction(1), self.ratio * Fraction(3, 2)) if self.whole_batch else self.ratio
 
     @property
     def needs_router(self) -> bool:
         return self.scoring != "random"
 
+    @property
+    def scoring_name(self) -> str:
+        return callable_name(self.scoring) if callable(self.scoring) else self.scoring
+
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "scoring": self.scoring_name}
 
     def digest(self) -> str:
         """Hash of everything that can change the compiled graph."""
         same_graph = {"dump_dir", "fallback", "advance", "seed", "verify", *_SCHEDULE}
         fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
+        if callable(self.scoring):
+            fields["scoring"] = (self.scoring_name, _source(self.scoring))
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 # which ratio a step runs at; a graph has but one
 _SCHEDULE = {"warmup_steps", "ladder", "dynamic_threshold", "threshold_sensitivity", "variance_bound", "measure_every"}
 # selections that draw at random
-_SAMPLED = {"random"}
+_SAMPLED = {"importance", "random", "stratified", "labels"}
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    owner = function if hasattr(function, "__qualname__") else type(function)
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """What tells one version of a function from another; its constants are in the graph as well."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter, or an object with __call__
+        code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+        return "" if code is None else f"{code.co_code.hex()} {code.co_consts}"
 
 
 def _hint(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _fraction(share: float) -> Fraction:
+    return max(Fraction(share).limit_denominator(10_000), Fraction(1, 10_000))
 
 
 def _is_int(value: Any) -> bool:

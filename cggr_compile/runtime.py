@@ -36,6 +36,8 @@ class Runtime:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
             positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
             slots). None before the first, or at ratio 1.0.
+        weights: float32 [B, K], what the loss at each of these positions counted: the loss was their weighted sum,
+            divided by the number of candidates if it is a mean. 0 for an unused slot; None where ``selected`` is.
         options: the options of the last compilation.
         reports: a GraphReport per graph compiled for this model.
     """
@@ -44,7 +46,9 @@ class Runtime:
         self.options = Options()
         self.reports: list[GraphReport] = []
         self.selected: Tensor | None = None
+        self.weights: Tensor | None = None
         self._stats: Tensor | None = None
+        self._overflow: Tensor | None = None
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
@@ -66,7 +70,8 @@ class Runtime:
         Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung of the schedule, 1.0 where every token
         is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
         tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
-        ran); scoring; selection; matched; fallback_reason (None if matched); verify_steps, verify_max_error,
+        ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
+        unless ``selection="labels"``); matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
         it was; added_variance: V_sel / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
         """
@@ -83,8 +88,9 @@ class Runtime:
             "ratio": report.ratio if report is not None else None,
             "token_ratio": values["tokens_selected"] / total if total else (0.0 if total == 0 else 1.0),
             **values,
-            "scoring": self.options.scoring,
+            "scoring": self.options.scoring_name,
             "selection": self.options.selection,
+            "labels_overflow": None if self._overflow is None else int(self._overflow),
             "matched": matched,
             "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
             "verify_steps": self._verification.steps,
@@ -176,12 +182,18 @@ class Runtime:
             if figures is not None:
                 self._schedule.measured(figures, ratio)
 
-    def record(self, report: GraphReport, selected: Tensor | None, stats: Tensor | None) -> None:
+    def record(
+        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
+    ) -> None:
         self._note(report)
         if self._observed is None:
-            self.selected, self._stats = selected, stats
+            self.selected, self.weights, self._stats = selected, weights, stats
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
+            if selected is not None and stats is not None and self.options.selection == "labels":
+                # on the device: no transfer
+                missed = (stats[1] - stats[0]).long()
+                self._overflow = missed if self._overflow is None else self._overflow + missed
 
     def verified(self, report: GraphReport, error: float, worst: str) -> None:
         """A step of this graph has been compared."""

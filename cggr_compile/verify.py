@@ -92,7 +92,8 @@ class Verifier:
         dense = self.aside.run(self.dense, args, state)
         other = self.aside.run(self.dense, args, state, _OTHER_SCALE)
         ours = self.aside.run(self.ours, args, state)
-        if not torch.equal(dense.selected, ours.selected):
+        same_weights = torch.allclose(dense.weights, ours.weights, rtol=self.tolerance / 2, atol=0.0)
+        if not torch.equal(dense.selected, ours.selected) or not same_weights:
             return "rounding of the router's scores changed the selection (not so with selection='random')"
         names, figures = [], []
         for i, values in enumerate(zip(ours.outputs, dense.outputs, other.outputs, strict=True)):

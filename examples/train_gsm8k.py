@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print("\nInterrupted: this is what has been measured so far.")
     if records:
         report(records, setup, args.out, console)
-    if len(records) > 1 and args.selection == "random":
+    if len(records) > 1 and args.selection in ("random", "labels"):
         console.print(
             "- Both selective runs select at random here, with different seeds: their difference in loss is noise, "
             "that in time is the router's cost. --selection topk selects by score.",

@@ -174,12 +174,14 @@ class Selection:
     Attributes:
         rows: int64 [B, K], distinct positions; the selected ones first and sorted, then unused slots.
         keep: bool [B, K], False for an unused slot.
+        weights: float32 [B, K], what the loss of each counts; see ``cggr::row_weights``.
         state: the graph input (seed, step), int64 [2].
         stats: float32 [5], see ``cggr::stats``.
     """
 
     rows: Node
     keep: Node
+    weights: Node
     state: Node
     stats: Node
 

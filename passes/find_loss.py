@@ -104,7 +104,8 @@ def _read_site(loss: Node) -> LossSite:
     walk = _Walk()
     head, chain = _climb_to_head(logits, walk)
     hidden, weight, bias, transposed = _read_head(head)
-    sources = [n for n in ancestors([target]) if n.op == "placeholder" and isinstance(fake_value(n), torch.Tensor)]
+    inputs = [n for n in ancestors([target]) if n.op == "placeholder" and isinstance(fake_value(n), torch.Tensor)]
+    sources = [n for n in inputs if not fake_value(n).is_floating_point()]  # a reference loss may come along
     return LossSite(
         loss=loss,
         head=head,

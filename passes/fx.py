@@ -206,10 +206,14 @@ class Emitter:
         size = shape_of(node)[axis]
         return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, axis)
 
+    def integer(self, function: Callable[..., int], *operands: int | Node) -> int | Node:
+        """Arithmetic on sizes: a number where they are static, else a node."""
+        if all(isinstance(operand, int) for operand in operands):
+            return function(*operands)
+        return self.call(function, *operands)
+
     def minus(self, left: int | Node, right: int | Node) -> int | Node:
-        if isinstance(left, int) and isinstance(right, int):
-            return left - right
-        return self.call(operator.sub, left, right)
+        return self.integer(operator.sub, left, right)
 
     def copy(self, node: Node, mapping: dict[Node, Node]) -> Node:
         """A copy of ``node`` with its inputs replaced."""

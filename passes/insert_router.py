@@ -10,11 +10,12 @@ import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value, product_dtype
 from cggr_compile.passes.candidates import router_output
+from cggr_compile.passes.difficulty import STATISTICS, difficulty
 from cggr_compile.passes.fx import Emitter, hoist
 from cggr_compile.passes.tail import copy_tail
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
 
 class InsertRouter:
@@ -54,16 +55,21 @@ class InsertRouter:
                 node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)
                 for node in (emit.method("detach", hidden), weight, bias)
             ]
-            scored = emit.call(
-                torch.ops.cggr.score.default, *operands, ctx.candidates.target, float(loss.scale), float(loss.softcap)
-            )
-            entropy, top1, top2, label_logprob = (emit.item(scored, i) for i in (1, 2, 3, 4))
-            difficulty = emit.call(
-                torch.ops.cggr.difficulty.default, entropy, top1, top2, label_logprob, ctx.options.scoring
-            )
-        ctx.router = RouterScores(difficulty, top1, entropy)
+
+            target = ctx.candidates.target
+
+            def score(factor: float) -> Node:
+                """Statistics of the softmax of ``factor`` times the logits."""
+                scale, softcap = factor * loss.scale, factor * loss.softcap
+                return emit.call(torch.ops.cggr.score.default, *operands, target, scale, softcap)
+
+            scored = score(1.0)
+            statistics = [emit.item(scored, i) for i in range(len(STATISTICS))]
+            found = difficulty(emit, statistics, ctx.options.scoring, lambda: emit.item(score(2.0), 0))
+        _, entropy, top1, _, _ = statistics
+        ctx.router = RouterScores(found, top1, entropy)
         number = [block.output for block in stack.blocks].index(source) + 1
-        return PassResult(True, f"{ctx.options.scoring} difficulty after block {number} of {len(stack.blocks)}")
+        return PassResult(True, f"{ctx.options.scoring_name} difficulty after block {number} of {len(stack.blocks)}")
 
 
 def _compute_dtype(weight: torch.Tensor, precision: str) -> torch.dtype:

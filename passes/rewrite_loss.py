@@ -28,12 +28,12 @@ class RewriteLoss:
 
         h = cggr.gather_rows(x, rows, keep)                                  # [B, K, H]
         t = where(keep, target.gather(1, rows), -100)                        # [B, K]
-        total = cross_entropy(linear(norm(h), lm_head).float().flatten(0, 1), t.flatten(), reduction="sum")
-        loss = total / keep.sum().clamp(min=1)
+        each = cross_entropy(linear(norm(h), lm_head).float().flatten(0, 1), t.flatten(), reduction="none")
+        loss = (each * weights.flatten()).sum() / valid.sum().clamp(min=1)
 
-    ``mean`` becomes the mean over the selected tokens. ``sum``, which the user divides by a count of his own
-    (gradient accumulation), becomes the selected sum times candidates / selected: an estimate of the full sum.
-    Without any candidate the loss is zero, with zero gradients.
+    The weighted sum stands for the sum over all candidates (``cggr::row_weights``). ``mean`` divides it by their
+    number; ``sum``, which the user divides by a count of his own (gradient accumulation), does not. Without any
+    candidate the loss is zero, with zero gradients.
     """
 
     name = "rewrite_loss"
@@ -63,19 +63,19 @@ class RewriteLoss:
                 logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit
             target = emit.call(torch.gather, candidates.target, 1, selection.rows)
             target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
-            value = emit.call(
+            each = emit.call(
                 torch.nn.functional.cross_entropy,
                 emit.method("flatten", logits, 0, 1),
                 emit.method("flatten", target),
                 ignore_index=loss.ignore_index,
-                reduction="sum",
+                reduction="none",
                 label_smoothing=loss.label_smoothing,
             )
-            count = emit.method("clamp", emit.method("sum", selection.keep), min=1)
-            value = emit.call(operator.truediv, value, count)
-            if loss.reduction == "sum":
-                total = emit.method("sum", candidates.valid)
-                value = emit.call(operator.mul, value, total)
+            value = emit.method("sum", emit.call(operator.mul, each, emit.method("flatten", selection.weights)))
+            total = emit.method("sum", candidates.valid)
+            if loss.reduction == "mean":
+                value = emit.call(operator.truediv, value, emit.method("clamp", total, min=1))
+            else:
                 self._guard_user_count(emit, loss.loss, total)
             if fake_value(value).dtype != dtype:
                 value = emit.method("to", value, dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +15,20 @@ from cggr_compile.passes.fx import Emitter
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
+ops = torch.ops.cggr
+UNWEIGHTED = ("topk", "fixed_quota", "sequence_aware")
+
 
 class SelectRows:
     """Adds the selection, with a static number K of slots per sequence and no host synchronisation::
 
-        scores = cggr.uniform(cggr_state, valid)                 # or the router's difficulty
-        rows, keep = cggr.select_rows(scores, valid, 1, 4)       # [B, K]; K = ceil(S / 4)
+        p = cggr.inclusion_probabilities(difficulty, valid, K, None)         # selection="importance"; K = ceil(S / 4)
+        rows, keep = cggr.pack_rows(cggr.systematic_sample(p, cggr_state), K)    # [B, K]
+        weights = cggr.row_weights(rows, keep, valid, p)                     # 1 / p
         stats = cggr.stats(keep, valid, top1, entropy, difficulty)
 
-    ``cggr_state`` is a new graph input (seed, step); ``where(keep, rows, -1)`` and ``stats`` become the last two
-    graph outputs.
+    ``cggr_state`` is a new graph input (seed, step); ``weights``, ``where(keep, rows, -1)`` and ``stats`` become the
+    last three graph outputs.
     """
 
     name = "select_rows"
@@ -32,27 +38,65 @@ class SelectRows:
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         assert ctx.candidates is not None
         options, candidates, router = ctx.options, ctx.candidates, ctx.router
+        valid = candidates.valid
         state = _add_state_input(gm, ctx)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
-            if options.selection == "random":
-                scores = emit.call(torch.ops.cggr.uniform.default, state, candidates.valid)
-            else:
-                assert router is not None  # Options refuses scoring="random" here
-                scores = router.difficulty
-            ratio = options.ratio
-            picked = emit.call(
-                torch.ops.cggr.select_rows.default, scores, candidates.valid, ratio.numerator, ratio.denominator
-            )
-            rows, keep = emit.item(picked, 0), emit.item(picked, 1)
+            slots = _share_of(emit, emit.size(valid, 1), options.most_slots)
+            mask, probabilities = _select(emit, ctx, state, slots)
+            packed = emit.call(ops.pack_rows.default, mask, slots)
+            rows, keep = emit.item(packed, 0), emit.item(packed, 1)
+            weights = emit.call(ops.row_weights.default, rows, keep, valid, probabilities)
             measured = (router.top1, router.entropy, router.difficulty) if router else (None, None, None)
-            stats = emit.call(torch.ops.cggr.stats.default, keep, candidates.valid, *measured)
+            stats = emit.call(ops.stats.default, keep, valid, *measured)
             public = emit.call(torch.where, keep, rows, -1)
         output = gm.graph.output_node()
         results: Any = output.args[0]
-        output.args = ((*results, public, stats),)
-        ctx.selection = Selection(rows, keep, state, stats)
-        return PassResult(True, f"{options.selection}, ceil({ratio} * S) slots per sequence", {"ratio": str(ratio)})
+        output.args = ((*results, weights, public, stats),)
+        ctx.selection = Selection(rows, keep, weights, state, stats)
+        if options.selection in UNWEIGHTED:
+            ctx.notices.append(
+                f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "
+                "weights, ended at a held-out loss of 4.95 to 6.47 where random tokens reached 3.42 and dense training "
+                "2.38 (23M parameters from scratch, a quarter of the tokens, equal steps). selection='importance' "
+                "is weighted"
+            )
+        most = options.most_slots
+        number = f"ceil({most} * S)" if isinstance(most, Fraction) else f"min({most}, S)"
+        return PassResult(True, f"{options.selection}, {number} slots per sequence", {"slots": str(slots)})
+
+
+def _select(emit: Emitter, ctx: GraphContext, state: Node, slots: int | Node) -> tuple[Node, Node | None]:
+    """The selection, bool [B, S], with at most ``slots`` per sequence, and for random ones its probabilities."""
+    assert ctx.candidates is not None
+    options, valid = ctx.options, ctx.candidates.valid
+    scores = ctx.router.difficulty if ctx.router and options.selection not in ("random", "labels") else None
+    if options.selection == "stratified":
+        drawn = emit.call(ops.stratified_sample.default, scores, valid, state, slots, options.num_strata)
+        return emit.item(drawn, 0), emit.item(drawn, 1)
+    wanted = slots
+    if options.whole_batch:
+        wanted = _share_of(emit, emit.size(valid, 1), options.ratio)
+        wanted = emit.integer(torch.sym_min, wanted, slots)
+    if options.selection not in UNWEIGHTED:
+        cap = slots if options.whole_batch else None
+        probabilities = emit.call(ops.inclusion_probabilities.default, scores, valid, wanted, cap)
+        return emit.call(ops.systematic_sample.default, probabilities, state), probabilities
+    if not options.whole_batch:
+        return emit.call(ops.hardest.default, scores, valid, slots), None
+    least: int | Node = 0
+    if options.selection == "sequence_aware":
+        least = emit.integer(torch.sym_min, options.min_tokens_per_sequence, slots)
+        wanted = emit.integer(torch.sym_max, wanted, least)
+    return emit.call(ops.hardest_of_batch.default, scores, valid, wanted, slots, least), None
+
+
+def _share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:
+    """A number of positions, at most ``length``: rounded up where it is a share of it."""
+    if isinstance(share, int):
+        return emit.integer(torch.sym_min, share, length)
+    scaled = emit.integer(operator.mul, length, share.numerator)
+    return emit.integer(operator.floordiv, emit.integer(operator.add, scaled, share.denominator - 1), share.denominator)
 
 
 def _add_state_input(gm: GraphModule, ctx: GraphContext) -> Node:

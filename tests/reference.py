@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 import torch
@@ -23,6 +23,13 @@ IGNORE = -100
 # modules that project the residual stream to keys and values, in all model families of the zoo
 KV_PROJECTIONS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 TOLERANCE = 1e-5
+
+
+class Picks(NamedTuple):
+    """What a compiled run selected: positions [B, K], -1 for unused slots, and what the loss of each counts."""
+
+    rows: Tensor
+    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,25 +82,28 @@ def hardest(scores: Tensor, valid: Tensor, slots: int) -> Tensor:
 def selected_loss(
     logits: Tensor,
     target: Tensor,
-    selected: Tensor,
+    picks: Picks | Tensor,
     *,
     valid: Tensor | None = None,
     num_items: float | Tensor | None = None,
     ignore_index: int = IGNORE,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean over the selected tokens; with ``num_items`` the selected sum, scaled up to estimate the full sum."""
-    batch, slot = torch.where(selected >= 0)
-    where = selected[batch, slot]
+    """Weighted sum over the selected tokens, divided by the number of candidates or by ``num_items``.
+
+    Positions alone, without weights, all weigh candidates / selected: the mean over the selected tokens, then.
+    """
+    valid = candidates(target, ignore_index=ignore_index) if valid is None else valid
+    rows = picks.rows if isinstance(picks, Picks) else picks
+    batch, slot = torch.where(rows >= 0)
+    where = rows[batch, slot]
     wanted = target[batch, where]
     assert not (wanted == ignore_index).any(), "a position without a target was selected"
     if len(wanted) == 0:
         return logits.sum() * 0.0
-    nll = F.cross_entropy(logits[batch, where].float(), wanted, reduction="sum", label_smoothing=label_smoothing)
-    if num_items is None:
-        return nll / len(wanted)
-    valid = candidates(target, ignore_index=ignore_index) if valid is None else valid
-    return nll * (valid.sum() / len(wanted)) / num_items
+    weights = picks.weights[batch, slot] if isinstance(picks, Picks) else valid.sum() / len(wanted)
+    nll = F.cross_entropy(logits[batch, where].float(), wanted, reduction="none", label_smoothing=label_smoothing)
+    return (nll * weights).sum() / (valid.sum() if num_items is None else num_items)
 
 
 class _StopAtAttention(TorchFunctionMode):
@@ -186,25 +196,26 @@ def reference(
     model: Any,
     logits: Callable[[], Tensor],
     target: Tensor,
-    selected: Tensor,
+    picks: Picks | Tensor,
     *,
     gradient: str = "routed",
     kv_gradient: str = "project",
     **loss: Any,
 ) -> Run:
     """The run that a compiled model has to reproduce: ``logits`` evaluates the unmodified model eagerly."""
-    with routing(model, hard_mask(selected, target.shape[1]), gradient, kv_gradient):
-        return backward(model, selected_loss(logits(), target, selected, **loss))
+    rows = picks.rows if isinstance(picks, Picks) else picks
+    with routing(model, hard_mask(rows, target.shape[1]), gradient, kv_gradient):
+        return backward(model, selected_loss(logits(), target, picks, **loss))
 
 
-def hf_reference(model: nn.Module, batch: Mapping[str, Any], selected: Tensor, **kwargs: Any) -> Run:
+def hf_reference(model: nn.Module, batch: Mapping[str, Any], picks: Picks | Tensor, **kwargs: Any) -> Run:
     """``reference`` of a transformers model called as ``model(**batch)``, never through its compiled forward."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch")}
     target = shift(batch["labels"])
     valid = candidates(target, batch.get("attention_mask"))
     num_items = batch.get("num_items_in_batch")
     logits = lambda: eager_call(model, use_cache=False, **inputs).logits  # noqa: E731
-    return reference(model, logits, target, selected, valid=valid, num_items=num_items, **kwargs)
+    return reference(model, logits, target, picks, valid=valid, num_items=num_items, **kwargs)
 
 
 def dense(model: nn.Module, batch: Mapping[str, Any]) -> Run:

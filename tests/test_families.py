@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import FAMILIES, SEQ, VOCAB, compiled, family, make_batch
 from reference import (
     TOLERANCE,
+    Picks,
     Run,
     assert_same,
     assert_zero,
@@ -29,6 +30,7 @@ from reference import (
     worst,
 )
 from torch import Tensor
+from training import picks
 
 import cggr_compile
 
@@ -62,16 +64,16 @@ def test_family_equals_reference(name: str, mode: str) -> None:
     got = run_hf(model, batch)
 
     runtime = cggr_compile.runtime(model)
-    selected = runtime.selected.clone()
+    chosen = picks(model)
     metrics = runtime.metrics()
     assert metrics["matched"] is True, metrics
     assert not torch._dynamo.utils.counters["graph_break"]
-    check_selection(selected, candidates(shift(batch["labels"])), math.ceil(RATIO * SEQ))
+    check_selection(chosen.rows, candidates(shift(batch["labels"])), math.ceil(RATIO * SEQ))
 
-    assert_same(got, hf_reference(model, batch, selected, **MODES[mode]))
+    assert_same(got, hf_reference(model, batch, chosen, **MODES[mode]))
     for other in MODES:  # the check can fail: the two other definitions are far away
         if other != mode:
-            error, where = worst(got, hf_reference(model, batch, selected, **MODES[other]))
+            error, where = worst(got, hf_reference(model, batch, chosen, **MODES[other]))
             assert error > 1e-3, f"{other} and {mode} cannot be told apart ({error:.1e} at {where})"
 
 
@@ -92,7 +94,7 @@ def test_other_family_is_never_wrong(name: str, ratio: float) -> None:
     got = run_hf(model, batch)
     runtime = cggr_compile.runtime(model)
     if ratio < 1.0 and runtime.metrics()["matched"]:
-        assert_same(got, hf_reference(model, batch, runtime.selected.clone()))
+        assert_same(got, hf_reference(model, batch, picks(model)))
     else:
         assert_same(got, dense(model, batch))
 
@@ -106,7 +108,7 @@ def test_other_head_tying(name: str) -> None:
     assert shared is not tied
     compiled(model, min_tokens_ratio=RATIO)
     got = run_hf(model, batch)
-    assert_same(got, hf_reference(model, batch, cggr_compile.runtime(model).selected.clone()))
+    assert_same(got, hf_reference(model, batch, picks(model)))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("llama", "project"), ("gemma2", "exact")])
@@ -115,7 +117,7 @@ def test_inductor_equals_reference(name: str, mode: str) -> None:
     compiled(model, min_tokens_ratio=RATIO, compiler="inductor", **MODES[mode])
     got = run_hf(model, batch)
     assert cggr_compile.runtime(model).metrics()["matched"] is True
-    assert_same(got, hf_reference(model, batch, cggr_compile.runtime(model).selected.clone(), **MODES[mode]))
+    assert_same(got, hf_reference(model, batch, picks(model), **MODES[mode]))
     batch["labels"] = torch.full_like(batch["labels"], -100)
     assert_zero(run_hf(model, batch))
 
@@ -153,12 +155,12 @@ class Program:
             return self.model(self.model.params, ids)
         return self.model._call_impl(ids)
 
-    def reference(self, ids: Tensor, labels: Tensor, selected: Tensor, **mode: str) -> Run:
+    def reference(self, ids: Tensor, labels: Tensor, chosen: Picks, **mode: str) -> Run:
         return reference(
             self.model,
             lambda: self.logits(ids),
             self.aligned(labels),
-            selected,
+            chosen,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             **mode,
@@ -263,13 +265,13 @@ def test_own_model_equals_reference(name: str, mode: str) -> None:
     got = backward(program.model, loss_of(step(ids, labels)))
 
     runtime = cggr_compile.runtime(named_leaves(program.model))
-    selected = runtime.selected.clone()
+    chosen = picks(named_leaves(program.model))
     assert runtime.metrics()["matched"] is True, runtime.metrics()
     valid = candidates(program.aligned(labels), ignore_index=program.ignore_index)
-    check_selection(selected, valid, math.ceil(RATIO * SEQ))
-    assert_same(got, program.reference(ids, labels, selected, **MODES[mode]))
+    check_selection(chosen.rows, valid, math.ceil(RATIO * SEQ))
+    assert_same(got, program.reference(ids, labels, chosen, **MODES[mode]))
     inert = "exact" if mode != "exact" else "stop"
-    assert worst(got, program.reference(ids, labels, selected, **MODES[inert]))[0] > 1e-3
+    assert worst(got, program.reference(ids, labels, chosen, **MODES[inert]))[0] > 1e-3
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -288,7 +290,7 @@ def test_class_axis_second_is_never_wrong() -> None:
     got = backward(program.model, step(ids, labels))
     runtime = cggr_compile.runtime(named_leaves(program.model))
     if runtime.metrics()["matched"]:
-        assert_same(got, program.reference(ids, labels, runtime.selected.clone()))
+        assert_same(got, program.reference(ids, labels, picks(named_leaves(program.model))))
     else:
         assert runtime.metrics()["fallback_reason"]
         assert_same(got, program.dense(ids, labels))
@@ -304,7 +306,7 @@ def test_hf_model_with_the_users_own_loss() -> None:
     got = backward(model, run(batch["input_ids"], batch["labels"]))
     runtime = cggr_compile.runtime(model)
     assert runtime.metrics()["matched"] is True, runtime.metrics()
-    assert_same(got, hf_reference(model, batch, runtime.selected.clone()))
+    assert_same(got, hf_reference(model, batch, picks(model)))
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -322,9 +324,9 @@ def test_any_shape(size: int, seq: int, ratio: float, ignored: int) -> None:
     targets = targets.masked_fill(drop, -1)
     step = compiled(program.target, min_tokens_ratio=ratio)
     got = backward(program.model, step(ids, targets)[1])
-    selected = cggr_compile.runtime(named_leaves(program.model)).selected.clone()
-    check_selection(selected, candidates(targets, ignore_index=-1), math.ceil(round(ratio * seq, 6)))
-    assert_same(got, program.reference(ids, targets, selected))
+    chosen = picks(named_leaves(program.model))
+    check_selection(chosen.rows, candidates(targets, ignore_index=-1), math.ceil(round(ratio * seq, 6)))
+    assert_same(got, program.reference(ids, targets, chosen))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from fractions import Fraction
 
 import pytest
@@ -16,6 +17,7 @@ BAD = [
     ({"min_tokens_ratio": "0.25"}, r"min_tokens_ratio must be 'auto' or a number in \(0, 1\], got '0.25'"),
     ({"min_tokens_ratio": True}, "min_tokens_ratio"),
     ({"scoring": "entropie"}, r"scoring .*did you mean 'entropy'"),
+    ({"scoring": 3}, "scoring must be one of"),
     ({"selection": "top_k"}, r"selection .*did you mean 'topk'"),
     ({"selection": None}, "selection"),
     ({"gradient": "route"}, "gradient .*did you mean 'routed'"),
@@ -57,6 +59,20 @@ BAD = [
     ({"min_token_ratio": 0.5}, "unknown option 'min_token_ratio', did you mean 'min_tokens_ratio'"),
     ({"zzz": 0.5}, "unknown option 'zzz'; options: min_tokens_ratio"),
     ({"selection": "topk", "scoring": "random"}, "scoring"),
+    ({"selection": "stratified", "scoring": "random"}, "scoring"),
+    ({"scope": "all"}, "scope"),
+    ({"scope": "batch", "selection": "labels"}, "scope='batch' is for selection in .*'importance'"),
+    ({"scope": "batch", "selection": "stratified"}, "scope"),
+    ({"num_strata": 0}, "num_strata must be an integer >= 1, got 0"),
+    ({"num_strata": 2.0}, "num_strata"),
+    ({"min_tokens_per_sequence": 0}, "min_tokens_per_sequence must be an integer >= 1"),
+    ({"min_tokens_per_sequence": True}, "min_tokens_per_sequence"),
+    ({"max_selected": 0, "selection": "labels"}, "max_selected must be a share"),
+    ({"max_selected": 0.0, "selection": "labels"}, "max_selected"),
+    ({"max_selected": 1.5, "selection": "labels"}, "max_selected"),
+    ({"max_selected": True, "selection": "labels"}, "max_selected"),
+    ({"max_selected": float("nan"), "selection": "labels"}, "max_selected"),
+    ({"max_selected": 0.5}, "max_selected is for selection='labels' or scope='batch'"),
     (["ratio"], "options must be a dict"),
 ]
 
@@ -86,10 +102,37 @@ def test_ratio_is_a_usable_fraction(ratio):
     assert 0 < fraction <= 1 and abs(fraction - Fraction(ratio)) <= Fraction(1, 10_000)
 
 
+def double_entropy(lse, entropy, top1, top2, label_logprob):
+    return 2 * entropy
+
+
+def test_a_function_as_scoring():
+    options = Options(scoring=double_entropy)
+    assert options.needs_router and options.scoring_name == f"{__name__}.double_entropy"
+    assert json.loads(json.dumps(options.as_dict()))["scoring"] == options.scoring_name
+    assert options.digest() == Options(scoring=double_entropy).digest() != Options().digest()
+
+    def interpreted(factor):
+        scope = {}
+        exec(f"def score(lse, entropy, top1, top2, label_logprob): return {factor} * entropy", scope)
+        return Options(scoring=scope["score"]).digest()
+
+    assert interpreted(2) == interpreted(2) != interpreted(3)
+
+
+def test_slots_of_a_sequence():
+    assert Options().most_slots == Fraction(1, 4)
+    assert Options(scope="batch").most_slots == Fraction(3, 8)
+    assert Options(selection="sequence_aware", min_tokens_ratio=0.9).most_slots == 1
+    assert Options(scope="batch", max_selected=0.5).most_slots == Fraction(1, 2)
+    assert Options(selection="labels", max_selected=7).most_slots == 7
+
+
 def test_digest_covers_what_changes_the_graph():
     base = Options().digest()
     assert Options(min_tokens_ratio=0.5).digest() != base
     assert Options(kv_gradient="stop").digest() != base
+    assert Options(scope="batch").digest() != base and Options(num_strata=5).digest() != base
     assert Options(dump_dir="x", fallback="silent", verify=3).digest() == base
     schedule = Options(warmup_steps=9, ladder=(0.5,), dynamic_threshold=True, threshold_sensitivity=0.1)
     schedule = dataclasses.replace(schedule, variance_bound=2.0, measure_every=3)

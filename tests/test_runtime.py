@@ -49,7 +49,7 @@ def test_metrics_keys_and_values():
     values = rt.metrics()
     assert list(values) == [
         *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
-        *("avg_difficulty", "scoring", "selection", "matched", "fallback_reason"),
+        *("avg_difficulty", "scoring", "selection", "labels_overflow", "matched", "fallback_reason"),
         *("verify_steps", "verify_max_error", "verify_worst", "added_variance"),
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
@@ -69,9 +69,10 @@ def test_no_router_no_averages():
     assert values["avg_entropy"] is None and values["tokens_selected"] == 8
 
 
-def test_reading_metrics_is_the_only_transfer(monkeypatch):
+@pytest.mark.parametrize("selection", ["topk", "importance", "stratified", "labels", "sequence_aware"])
+def test_reading_metrics_is_the_only_transfer(selection, monkeypatch):
     """A step converts no tensor to a Python number (on an accelerator each one would wait for the device)."""
-    model, rt = make(selection="topk", scoring="loss")
+    model, rt = make(selection=selection, scoring="loss")
     batch = models.make_batch()
     model(**batch).loss.backward()
     monkeypatch.setattr("cggr_compile.backend._checks_labels_every_step", lambda device: False)

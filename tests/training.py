@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from models import SEQ, VOCAB, family, make_batch
-from reference import Run, assert_same, backward, hf_reference, reference, shift
+from reference import Picks, Run, assert_same, backward, hf_reference, reference, shift
 from torch import Tensor, nn
 
 import cggr_compile
@@ -31,6 +31,12 @@ def selected(model: Any) -> Tensor:
     return cggr_compile.runtime(model).selected.clone()
 
 
+def picks(model: Any) -> Picks:
+    """Of the last training forward, for the reference."""
+    runtime = cggr_compile.runtime(model)
+    return Picks(runtime.selected.clone(), runtime.weights.clone())
+
+
 def metrics(model: Any) -> dict[str, Any]:
     return cggr_compile.runtime(model).metrics()
 
@@ -38,7 +44,7 @@ def metrics(model: Any) -> dict[str, Any]:
 def check_against_reference(model: nn.Module, batch: Batch, **mode: str) -> Run:
     got = backward(model, model(**batch).loss)
     assert metrics(model)["matched"] is True, metrics(model)
-    assert_same(got, hf_reference(model, batch, selected(model), **mode))
+    assert_same(got, hf_reference(model, batch, picks(model), **mode))
     return got
 
 
@@ -47,7 +53,7 @@ def assert_selected_or_dense(
 ) -> None:
     """``got`` is what the metrics claim: the selected loss as we define it, or the user's own."""
     if metrics(model)["matched"]:
-        assert_same(got, reference(model, logits, shift(batch["labels"]), selected(model)))
+        assert_same(got, reference(model, logits, shift(batch["labels"]), picks(model)))
     else:
         assert_same(got, backward(model, loss()))
 

@@ -6,30 +6,40 @@ The eager implementation of an operator is its specification. Operators that lat
 
 from cggr_compile.ops import (
     attention_rows,
+    carry,
     difficulty,
+    hardest,
+    inclusion,
     join_columns,
     metrics,
     moe,
     moe_routing,
     rows,
+    sample,
     score,
     score_logits,
-    select,
+    slots,
     stop_rows,
+    uniform,
 )
 from cggr_compile.ops.stop_rows import UnresolvedMarkerError
 
 __all__ = [
     "UnresolvedMarkerError",
     "attention_rows",
+    "carry",
     "difficulty",
+    "hardest",
+    "inclusion",
     "join_columns",
     "metrics",
     "moe",
     "moe_routing",
     "rows",
+    "sample",
     "score",
     "score_logits",
-    "select",
+    "slots",
     "stop_rows",
+    "uniform",
 ]

@@ -7,7 +7,7 @@ import copy
 import models
 import pytest
 import torch
-from reference import hf_reference
+from reference import Picks, hf_reference
 
 import cggr_compile
 
@@ -15,14 +15,15 @@ FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox"]
 
 
 def train_on_cuda(model, batch, **options):
-    """(loss, gradients, selected), all on the CPU, of one step through Inductor CUDA."""
+    """(loss, gradients, picks), all on the CPU, of one step through Inductor CUDA."""
     model = copy.deepcopy(model).cuda()
     models.compiled(model, compiler="inductor", **options)
     loss = model(**{k: v.cuda() for k, v in batch.items()}).loss
     loss.backward()
     rt = cggr_compile.runtime(model)
     assert rt.metrics()["matched"] and rt.reports[0].compiler == "Inductor CUDA"
-    return loss.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters()}, rt.selected.cpu()
+    grads = {n: p.grad.cpu() for n, p in model.named_parameters()}
+    return loss.detach().cpu(), grads, Picks(rt.selected.cpu(), rt.weights.cpu())
 
 
 def error(ours, reference):
@@ -35,27 +36,27 @@ def error(ours, reference):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_reference(family, kv_gradient):
     model, batch = models.family(family), models.make_batch(4, 64)
-    loss, grads, selected = train_on_cuda(model, batch, kv_gradient=kv_gradient)
-    expected = hf_reference(model, batch, selected, kv_gradient=kv_gradient)
+    loss, grads, picks = train_on_cuda(model, batch, kv_gradient=kv_gradient)
+    expected = hf_reference(model, batch, picks, kv_gradient=kv_gradient)
     assert abs(loss - expected.loss) < 1e-4 * expected.loss
     assert error(grads, expected.grads) < 1e-4
-    control = hf_reference(model, batch, selected, gradient="exact")
+    control = hf_reference(model, batch, picks, gradient="exact")
     assert error(grads, control.grads) > 1e-3, "the routed and the exact gradient must differ"
 
 
 def test_bfloat16_is_as_good_as_eager_bfloat16():
     model, batch = models.family("llama"), models.make_batch(4, 64)
     half = copy.deepcopy(model).bfloat16()
-    _, grads, selected = train_on_cuda(half, batch)
-    expected = hf_reference(model, batch, selected)
-    eager = hf_reference(copy.deepcopy(model).bfloat16(), batch, selected)
+    _, grads, picks = train_on_cuda(half, batch)
+    expected = hf_reference(model, batch, picks)
+    eager = hf_reference(copy.deepcopy(model).bfloat16(), batch, picks)
     assert error(grads, expected.grads) < 1.5 * error(eager.grads, expected.grads) + 1e-3
 
 
 def test_same_selection_as_on_the_cpu():
     batch = models.make_batch(4, 64)
-    cuda_model = models.compiled(models.family("llama").cuda())
-    cpu_model = models.compiled(models.family("llama"))
+    cuda_model = models.compiled(models.family("llama").cuda(), selection="random")
+    cpu_model = models.compiled(models.family("llama"), selection="random")
     for _ in range(2):
         cuda_model(**{k: v.cuda() for k, v in batch.items()})
         cpu_model(**batch)
@@ -63,7 +64,9 @@ def test_same_selection_as_on_the_cpu():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "topk", "scoring": "combined"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "topk"}, {"selection": "labels"}, {"selection": "stratified"}, {"scope": "batch"}]
+)
 def test_a_step_does_not_synchronise(options):
     model = models.compiled(models.family("llama").cuda(), compiler="inductor", **options)
     batch = {k: v.cuda() for k, v in models.make_batch(4, 64).items()}
@@ -84,11 +87,11 @@ def test_a_step_does_not_synchronise(options):
 def test_autocast():
     model, batch = models.family("llama"), models.make_batch(4, 64)
     with torch.autocast("cuda", torch.bfloat16):
-        loss, grads, selected = train_on_cuda(model, batch)
-    expected = hf_reference(model, batch, selected)
+        loss, grads, picks = train_on_cuda(model, batch)
+    expected = hf_reference(model, batch, picks)
     assert abs(loss - expected.loss) < 0.02 * expected.loss
     with torch.autocast("cpu", torch.bfloat16):
-        eager = hf_reference(model, batch, selected)
+        eager = hf_reference(model, batch, picks)
     assert error(grads, expected.grads) < 1.5 * error(eager.grads, expected.grads) + 1e-3
 
 
@@ -97,6 +100,6 @@ def test_right_padding_runs_causal():
     batch["attention_mask"] = torch.ones(4, 64, dtype=torch.long)
     batch["attention_mask"][1, 50:] = 0
     batch["labels"][1, 50:] = -100
-    _, grads, selected = train_on_cuda(model, batch, kv_gradient="stop")
-    assert not (selected[1] >= 50).any()
-    assert error(grads, hf_reference(model, batch, selected, kv_gradient="stop").grads) < 1e-4
+    _, grads, picks = train_on_cuda(model, batch, kv_gradient="stop")
+    assert not (picks.rows[1] >= 50).any()
+    assert error(grads, hf_reference(model, batch, picks, kv_gradient="stop").grads) < 1e-4

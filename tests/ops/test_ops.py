@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 import cggr_compile.ops  # noqa: F401  (registers)
@@ -33,8 +31,18 @@ def test_opcheck_all():
         (ops.fence.default, (rows,)),
         (ops.join_columns.default, ([torch.randn(3, 2), torch.randn(3, 4)],)),
         (ops.difficulty.default, (*stats, "combined")),
+        (ops.el2n.default, (stats[0] + 5, stats[1] + 9, -stats[3])),
+        (ops.carry.default, (torch.arange(4), stats[0])),
         (ops.uniform.default, (state, valid)),
-        (ops.select_rows.default, (torch.rand(2, 8), valid, 1, 4)),
+        (ops.inclusion_probabilities.default, (torch.randn(2, 8), valid, 3, None)),
+        (ops.inclusion_probabilities.default, (None, valid, 3, 5)),
+        (ops.systematic_sample.default, (torch.full((2, 8), 0.25), state)),
+        (ops.stratified_sample.default, (torch.rand(2, 8), valid, state, 3, 2)),
+        (ops.hardest.default, (torch.rand(2, 8), valid, 3)),
+        (ops.hardest_of_batch.default, (torch.rand(2, 8), valid, 3, 4, 1)),
+        (ops.pack_rows.default, (valid, 8)),
+        (ops.row_weights.default, (rows, keep, valid, torch.rand(2, 8))),
+        (ops.row_weights.default, (rows, keep, valid, None)),
         (ops.stats.default, (keep, valid, *stats[:3])),
         (ops.stop_rows.default, (hidden.detach(), 1)),
     ]
@@ -73,44 +81,6 @@ def test_difficulty_formulas():
         ops.difficulty(*arguments, "hardness")
 
 
-def test_uniform_is_uniform_reproducible_and_moves():
-    like = torch.empty(64, 512)
-    draws = ops.uniform(torch.tensor([0, 0]), like)
-    assert torch.equal(draws, ops.uniform(torch.tensor([0, 0]), like))
-    assert draws.min() >= 0 and draws.max() < 1
-    histogram = torch.histc(draws, 16, 0, 1) / draws.numel()
-    assert (histogram - 1 / 16).abs().max() < 0.005
-    for other in ([0, 1], [1, 0]):
-        moved = ops.uniform(torch.tensor(other), like)
-        assert torch.corrcoef(torch.stack([draws.flatten(), moved.flatten()]))[0, 1].abs() < 0.02
-    assert torch.corrcoef(draws[:2])[0, 1].abs() < 0.15  # sequences draw independently
-
-
-def test_uniform_leaves_the_global_generator_alone():
-    before = torch.get_rng_state()
-    ops.uniform(torch.tensor([7, 7]), torch.empty(2, 2))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 17), st.integers(1, 8), st.integers(1, 8), st.integers(0, 3), st.randoms())
-def test_select_rows_properties(batch, length, num, den, ties, random):
-    num, den = sorted((num, den))
-    torch.manual_seed(random.randrange(1000))
-    scores = torch.randint(0, ties + 1, (batch, length)).float() if ties else torch.rand(batch, length)
-    valid = torch.rand(batch, length) > random.random()
-    rows, keep = ops.select_rows(scores, valid, num, den)
-    slots = math.ceil(length * num / den)
-    assert rows.shape == keep.shape == (batch, slots)
-    for b in range(batch):
-        assert len(set(rows[b].tolist())) == slots
-        chosen = rows[b][keep[b]].tolist()
-        assert chosen == sorted(chosen) and keep[b].tolist() == sorted(keep[b].tolist(), reverse=True)
-        candidates = valid[b].nonzero().flatten().tolist()
-        best = sorted(candidates, key=lambda i: (-scores[b, i].item(), i))[:slots]
-        assert chosen == sorted(best)
-
-
 @pytest.mark.parametrize("name", STAT_NAMES)
 def test_stats_are_finite_without_candidates(name):
     none = torch.zeros(2, 4, dtype=torch.bool)
@@ -123,6 +93,16 @@ def test_stats_without_router_are_nan():
     keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     out = ops.stats(keep, valid, None, None, None)
     assert out[:2].tolist() == [2.0, 4.0] and out[2:].isnan().all()
+
+
+def test_el2n_formula():
+    logits, labels = torch.randn(3, 5, 11) * 3, torch.randint(0, 11, (3, 5))
+    logp = logits.log_softmax(-1)
+    arguments = logits.logsumexp(-1), (2 * logits).logsumexp(-1), logp.gather(-1, labels[..., None])[..., 0]
+    expected = (logp.exp() - torch.nn.functional.one_hot(labels, 11)).norm(dim=-1)
+    torch.testing.assert_close(ops.el2n(*arguments), expected, atol=1e-4, rtol=1e-4)
+    certain = torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([0.0])
+    assert ops.el2n(*certain).item() == 0.0  # and not the root of a rounding error below 0
 
 
 def test_unresolved_marker_raises():

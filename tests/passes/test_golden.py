@@ -23,7 +23,7 @@ def added(captured, name: str, width: int = 100) -> str:
     before = set(captured.text().splitlines())
     captured.run(name)
     lines = [line.replace("l_fn_decoder_modules_", "") for line in captured.text().splitlines() if line not in before]
-    return "\n".join(line[:width] for line in lines)
+    return "\n".join(line[:width].rstrip() for line in lines)
 
 
 def test_align_targets(decoder_step, expect):
@@ -45,11 +45,12 @@ layer_norm_9 = layer_norm(detach, (32,), ln_f_parameters_weight_, ln_f_parameter
 detach_1 = detach(wte_parameters_weight_)  # [128, 32]
 detach_2 = detach(layer_norm_9)  # [2, 16, 32]
 score_default = score.default(detach_2, detach_1, None, pad, 1.0, 0.0)
-getitem = getitem(score_default, 1)  # [2, 16]
-getitem_14 = getitem(score_default, 2)  # [2, 16]
-getitem_15 = getitem(score_default, 3)  # [2, 16]
-getitem_16 = getitem(score_default, 4)  # [2, 16]
-difficulty_default = difficulty.default(getitem, getitem_14, getitem_15, getitem_16, combined)  # [2""",
+getitem = getitem(score_default, 0)  # [2, 16]
+getitem_14 = getitem(score_default, 1)  # [2, 16]
+getitem_15 = getitem(score_default, 2)  # [2, 16]
+getitem_16 = getitem(score_default, 3)  # [2, 16]
+getitem_17 = getitem(score_default, 4)  # [2, 16]
+difficulty_default = difficulty.default(getitem_14, getitem_15, getitem_16, getitem_17, combined)  #""",
     )
 
 
@@ -57,12 +58,14 @@ def test_select_rows(decoder_step, expect):
     expect(
         added(decoder_step(), "select_rows"),
         """\
-uniform_default = uniform.default(cggr_state, ne)  # [2, 16]
-select_rows_default = select_rows.default(uniform_default, ne, 1, 4)
-getitem_17 = getitem(select_rows_default, 0)  # [2, 4]
-getitem_18 = getitem(select_rows_default, 1)  # [2, 4]
-stats_default = stats.default(getitem_18, ne, getitem_14, getitem, difficulty_default)  # [5]
-where = where(getitem_18, getitem_17, -1)  # [2, 4]""",
+inclusion_probabilities_default = inclusion_probabilities.default(difficulty_default, ne, 4, None)
+systematic_sample_default = systematic_sample.default(inclusion_probabilities_default, cggr_state)
+pack_rows_default = pack_rows.default(systematic_sample_default, 4)
+getitem_18 = getitem(pack_rows_default, 0)  # [2, 4]
+getitem_19 = getitem(pack_rows_default, 1)  # [2, 4]
+row_weights_default = row_weights.default(getitem_18, getitem_19, ne, inclusion_probabilities_defaul
+stats_default = stats.default(getitem_19, ne, getitem_15, getitem_14, difficulty_default)  # [5]
+where = where(getitem_19, getitem_18, -1)  # [2, 4]""",
     )
 
 
@@ -70,17 +73,20 @@ def test_rewrite_loss(decoder_step, expect):
     expect(
         added(decoder_step(), "rewrite_loss"),
         """\
-gather_rows_default = gather_rows.default(x_8, getitem_17, getitem_18)  # [2, 4, 32]
+gather_rows_default = gather_rows.default(x_8, getitem_18, getitem_19)  # [2, 4, 32]
 layer_norm_10 = layer_norm(gather_rows_default, (32,), ln_f_parameters_weight_, ln_f_parameters_bias
 logits_1 = linear(layer_norm_10, wte_parameters_weight_, None)  # [2, 4, 128]
-gather = gather(pad, 1, getitem_17)  # [2, 4]
-where_1 = where(getitem_18, gather, -100)  # [2, 4]
+gather = gather(pad, 1, getitem_18)  # [2, 4]
+where_1 = where(getitem_19, gather, -100)  # [2, 4]
 flatten = reshape(logits_1, 0, 1)  # [8, 128]
 flatten_1 = reshape(where_1)  # [8]
-cross_entropy_1 = cross_entropy(flatten, flatten_1)  # []
-sum_1 = sum(getitem_18)  # []
-clamp = clamp(sum_1)  # []
-truediv = div(cross_entropy_1, clamp)  # []""",
+cross_entropy_1 = cross_entropy(flatten, flatten_1)  # [8]
+flatten_2 = reshape(row_weights_default)  # [8]
+mul = mul(cross_entropy_1, flatten_2)  # [8]
+sum_1 = sum(mul)  # []
+sum_2 = sum(ne)  # []
+clamp = clamp(sum_2)  # []
+truediv = div(sum_1, clamp)  # []""",
     )
 
 

@@ -11,37 +11,40 @@ def run(captured):
     assert captured.run("rewrite_loss").matched
     captured.check_shapes()
     loss = captured.gm.graph.output_node().args[0][0]
-    return execute(captured, loss, captured.ctx.selection.rows, captured.ctx.selection.keep)
+    selection = captured.ctx.selection
+    return execute(captured, loss, selection.rows, selection.keep, selection.weights)
 
 
-def reference(decoder, batch, rows, keep, **kwargs):
+def reference(decoder, batch, rows, keep, weights, **kwargs):
+    """The weighted sum over the selected rows."""
     ids, labels = batch.values()
     target = F.pad(labels[:, 1:], (0, 1), value=-100)
     logits = decoder(ids).gather(1, rows[:, :, None].expand(-1, -1, models.VOCAB))
-    return F.cross_entropy(logits[keep].float(), target.gather(1, rows)[keep], **kwargs)
+    each = F.cross_entropy(logits[keep].float(), target.gather(1, rows)[keep], reduction="none", **kwargs)
+    return (each * weights[keep]).sum()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_mean(smoothing, decoder_step, batch):
+@pytest.mark.parametrize("selection", ["importance", "topk"])
+def test_mean_divides_by_the_candidates(selection, smoothing, decoder_step, batch):
     decoder = models.Decoder()
-    loss, rows, keep = run(decoder_step(decoder=decoder, label_smoothing=smoothing))
-    expected = reference(decoder, batch, rows, keep, label_smoothing=smoothing)
-    torch.testing.assert_close(loss, expected)
+    loss, *picked = run(decoder_step({"selection": selection}, decoder=decoder, label_smoothing=smoothing))
+    count = (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(loss, reference(decoder, batch, *picked, label_smoothing=smoothing) / count)
     assert (loss - F.cross_entropy(decoder(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())).abs() > 1e-3
 
 
-def test_sum_estimates_the_full_sum(decoder_step, batch):
+def test_sum_is_weighted(decoder_step, batch):
     decoder = models.Decoder()
-    loss, rows, keep = run(decoder_step(decoder=decoder, reduction="sum"))
-    candidates = (F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100).sum()
-    torch.testing.assert_close(loss, reference(decoder, batch, rows, keep) * candidates)
+    loss, *picked = run(decoder_step(decoder=decoder, reduction="sum"))
+    torch.testing.assert_close(loss, reference(decoder, batch, *picked))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_candidates(reduction, decoder_step, batch):
     batch["labels"].fill_(-100)
     captured = decoder_step(reduction=reduction)
-    loss, _, keep = run(captured)
+    loss, _, keep, _ = run(captured)
     assert loss.item() == 0.0 and not keep.any()
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import Captured
-from reference import assert_same, backward, candidates, hf_reference, reference
+from reference import assert_same, backward, hf_reference, reference
+from training import picks
 
 import cggr_compile
 from cggr_compile import compat
@@ -36,9 +37,9 @@ class Step:
         batch = models.make_batch(size, length)
         ids, labels = batch["input_ids"], batch["labels"]
         run = backward(self.model, self.compiled(ids, labels))
-        selected = cggr_compile.runtime(self.model).selected
-        assert tuple(selected.shape) == (size, math.ceil(length / 4))
-        assert_same(run, reference(self.model, lambda: self.model(ids), labels, selected))
+        chosen = picks(self.model)
+        assert tuple(chosen.rows.shape) == (size, math.ceil(length / 4))
+        assert_same(run, reference(self.model, lambda: self.model(ids), labels, chosen))
         return graphs()
 
 
@@ -61,7 +62,7 @@ def test_one_graph_for_each_size(checkpoints, tmp_path):
     def train(size, length):
         batch = models.make_batch(size, length)
         run = backward(model, model(**batch).loss)
-        assert_same(run, hf_reference(model, batch, cggr_compile.runtime(model).selected))
+        assert_same(run, hf_reference(model, batch, picks(model)))
         return graphs()
 
     for count, (size, length) in enumerate(SIZES):
@@ -131,8 +132,8 @@ def test_numbers_are_not_pinned():
     for length, count in [(16, 3), (24, 5), (40, 7), (20, 11)]:
         ids, labels = models.make_batch(2, length).values()
         got = backward(model, run(ids, labels, count))
-        rows = cggr_compile.runtime(model).selected
-        assert_same(got, reference(model, lambda: model(ids), labels, rows, valid=candidates(labels), num_items=count))  # noqa: B023
+        want = reference(model, lambda: model(ids), labels, picks(model), num_items=count)  # noqa: B023
+        assert_same(got, want)
     assert "is no size" in records(model)["static_sizes"].reason
     assert graphs() <= 3
 

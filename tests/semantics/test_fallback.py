@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import VOCAB, compiled, make_batch
 from reference import assert_same, backward, reference, shift
 from torch import Tensor, nn
-from training import RATIO, complaints, cross_entropy_and, metrics, selected
+from training import RATIO, complaints, cross_entropy_and, metrics, picks
 
 
 def mlp_step() -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
@@ -97,7 +97,7 @@ def test_tokens_mixed_outside_attention_are_never_wrong() -> None:
     run = compiled(step, min_tokens_ratio=RATIO, fallback="silent")
     got = backward(model, run(batch["input_ids"], batch["labels"]))
     if metrics(model)["matched"]:
-        want = reference(model, lambda: model(batch["input_ids"]), shift(batch["labels"]), selected(model))
+        want = reference(model, lambda: model(batch["input_ids"]), shift(batch["labels"]), picks(model))
     else:
         want = backward(model, step(batch["input_ids"], batch["labels"]))
     assert_same(got, want)

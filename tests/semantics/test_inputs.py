@@ -6,7 +6,7 @@ import models
 import torch
 from models import SEQ, compiled, make_batch
 from reference import assert_same, backward, dense, hf_reference
-from training import RATIO, metrics, selected, small
+from training import RATIO, metrics, picks, small
 
 
 def test_packed_documents() -> None:
@@ -16,7 +16,7 @@ def test_packed_documents() -> None:
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     got = backward(model, model(**batch, use_cache=False).loss)
     if metrics(model)["matched"]:
-        assert_same(got, hf_reference(model, batch, selected(model)))
+        assert_same(got, hf_reference(model, batch, picks(model)))
     else:
         assert_same(got, dense(model, {**batch, "use_cache": False}))
 
@@ -28,6 +28,6 @@ def test_embeddings_as_input() -> None:
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     got = backward(model, model(**inputs).loss)
     if metrics(model)["matched"]:
-        assert_same(got, hf_reference(model, inputs, selected(model)))
+        assert_same(got, hf_reference(model, inputs, picks(model)))
     else:
         assert_same(got, dense(model, inputs))

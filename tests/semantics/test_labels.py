@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, assert_zero, backward, dense, eager_call, reference, shift
-from training import RATIO, SLOTS, check_against_reference, metrics, selected, small
+from training import RATIO, SLOTS, check_against_reference, metrics, picks, selected, small
 
 
 def test_same_tensor_as_input_and_labels() -> None:
@@ -56,7 +56,7 @@ def test_shift_labels() -> None:
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     got = backward(model, model(**batch, shift_labels=ahead, use_cache=False).loss)
     if metrics(model)["matched"]:
-        want = reference(model, lambda: eager_call(model, batch["input_ids"]).logits, ahead, selected(model))
+        want = reference(model, lambda: eager_call(model, batch["input_ids"]).logits, ahead, picks(model))
     else:
         want = dense(model, {**batch, "shift_labels": ahead})
     assert_same(got, want)

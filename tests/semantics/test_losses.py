@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, backward, hard_mask, routing, selected_loss, shift
 from torch import Tensor
-from training import RATIO, assert_selected_or_dense, cross_entropy_and, metrics, selected, small
+from training import RATIO, assert_selected_or_dense, cross_entropy_and, metrics, picks, selected, small
 
 
 def unreduced(logits: Tensor, labels: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def test_loss_plus_something_else_keeps_both() -> None:
     if metrics(model)["matched"]:
         target = shift(batch["labels"])
         with routing(model, hard_mask(selected(model), SEQ), "routed", "project"):
-            want = backward(model, 2.0 * selected_loss(model(batch["input_ids"]), target, selected(model)) + penalty())
+            want = backward(model, 2.0 * selected_loss(model(batch["input_ids"]), target, picks(model)) + penalty())
     else:
         want = backward(model, step(batch["input_ids"], batch["labels"]))
     assert_same(got, want)
@@ -121,7 +121,7 @@ def test_hidden_state_penalty_is_not_dropped() -> None:
         return
     with routing(model, hard_mask(selected(model), SEQ), "routed", "project"):
         output = model(batch["input_ids"], output_hidden_states=True, use_cache=False)
-        loss = selected_loss(output.logits, shift(batch["labels"]), selected(model))
+        loss = selected_loss(output.logits, shift(batch["labels"]), picks(model))
         want = backward(model, loss + 0.1 * output.hidden_states[1].square().mean())
     assert_same(got, want)
 

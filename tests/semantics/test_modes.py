@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, backward, dense, eager_call, hf_reference
-from training import RATIO, check_against_reference, complaints, metrics, selected, small
+from training import RATIO, check_against_reference, complaints, metrics, picks, selected, small
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -89,7 +89,7 @@ def test_torch_compile_wrapper() -> None:
     model, batch = small(), make_batch()
     wrapped = compiled(model, in_place=False, min_tokens_ratio=RATIO)
     got = backward(model, wrapped(**batch).loss)
-    assert_same(got, hf_reference(model, batch, selected(wrapped)))
+    assert_same(got, hf_reference(model, batch, picks(wrapped)))
 
 
 def test_two_models_have_two_runtimes() -> None:

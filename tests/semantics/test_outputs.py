@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, backward, dense, eager_call, hard_mask, hf_reference, routing, selected_loss, shift
 from torch import Tensor
-from training import RATIO, assert_selected_or_dense, metrics, selected, small
+from training import RATIO, assert_selected_or_dense, metrics, picks, selected, small
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
@@ -27,7 +27,7 @@ def test_logits_detach() -> None:
     output = model(**batch)
     assert not output.logits.requires_grad
     torch.testing.assert_close(output.logits, eager_call(model, **batch).logits.detach())
-    assert_same(backward(model, output.loss), hf_reference(model, batch, selected(model)))
+    assert_same(backward(model, output.loss), hf_reference(model, batch, picks(model)))
 
 
 def test_other_outputs_carry_no_gradient() -> None:
@@ -44,7 +44,7 @@ def test_other_outputs_carry_no_gradient() -> None:
         assert not got.keys.requires_grad and not got.values.requires_grad
         torch.testing.assert_close(got.keys, expected.keys.detach())
         torch.testing.assert_close(got.values, expected.values.detach())
-    assert_same(backward(model, output.loss), hf_reference(model, batch, selected(model)))
+    assert_same(backward(model, output.loss), hf_reference(model, batch, picks(model)))
 
 
 def test_graph_break_of_transformers_own_is_never_wrong() -> None:
@@ -55,7 +55,7 @@ def test_graph_break_of_transformers_own_is_never_wrong() -> None:
         output = model(**batch, output_hidden_states=True)
         got = backward(model, output.loss)
         if metrics(model)["matched"]:
-            assert_same(got, hf_reference(model, batch, selected(model)))
+            assert_same(got, hf_reference(model, batch, picks(model)))
         else:
             assert_same(got, dense(model, batch))
 
@@ -96,7 +96,7 @@ def test_second_differentiable_output_keeps_its_gradient() -> None:
     got = backward(model, sum(run(*args)))
     if metrics(model)["matched"]:
         with routing(model, hard_mask(selected(model), SEQ), "routed", "project"):
-            loss = selected_loss(model(args[0]), shift(args[1]), selected(model))
+            loss = selected_loss(model(args[0]), shift(args[1]), picks(model))
             want = backward(model, loss + penalty())
     else:
         want = backward(model, sum(step(*args)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import compiled, family, make_batch
 from reference import backward, hf_reference, overall
-from training import RATIO, metrics, selected, small
+from training import RATIO, metrics, picks, small
 
 
 @pytest.mark.parametrize(("mode", "compiler"), [("exact", "eager"), ("routed", "eager"), ("routed", "inductor")])
@@ -20,7 +20,7 @@ def test_autocast(mode: str, compiler: str) -> None:
     assert loss.dtype == torch.float32
     got = backward(model, loss)
     assert metrics(model)["matched"] is True, metrics(model)
-    chosen = selected(model)
+    chosen = picks(model)
     full_precision = hf_reference(model, batch, chosen, gradient=mode)
     with torch.autocast("cpu", torch.bfloat16):
         eager = hf_reference(model, batch, chosen, gradient=mode)
@@ -38,6 +38,6 @@ def test_bf16_weights() -> None:
     got = backward(model, model(**batch).loss)
     assert metrics(model)["matched"] is True, metrics(model)
     assert {g.dtype for g in got.grads.values()} == {torch.bfloat16}
-    eager = hf_reference(model, batch, selected(model))
-    exact = hf_reference(copy.deepcopy(model).float(), batch, selected(model))
+    eager = hf_reference(model, batch, picks(model))
+    exact = hf_reference(copy.deepcopy(model).float(), batch, picks(model))
     assert overall(got, exact) < 1.5 * overall(eager, exact)

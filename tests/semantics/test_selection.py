@@ -10,13 +10,13 @@ import torch
 from models import SEQ, compiled, family, make_batch
 from reference import backward, candidates, difficulty, eager_call, hardest, hf_reference, shift, worst
 from torch import Tensor
-from training import RATIO, SLOTS, check_against_reference, metrics, padded, selected, small
+from training import RATIO, SLOTS, check_against_reference, metrics, padded, picks, selected, small
 
 import cggr_compile
 
 
 def test_seed_and_steps() -> None:
-    def picks(seed: int, steps: int = 4) -> list[Tensor]:
+    def rows(seed: int, steps: int = 4) -> list[Tensor]:
         torch._dynamo.reset()
         torch.manual_seed(seed + 17 * steps)  # the global generator plays no part
         model, batch = small(), make_batch(4)
@@ -27,7 +27,7 @@ def test_seed_and_steps() -> None:
             out.append(selected(model))
         return out
 
-    first, again, other = picks(1), picks(1, 5), picks(2)
+    first, again, other = rows(1), rows(1, 5), rows(2)
     assert all(torch.equal(a, b) for a, b in zip(first, again[:4], strict=True))
     assert not torch.equal(first[0], other[0])
     assert len({tuple(p.flatten().tolist()) for p in first}) == len(first)
@@ -140,7 +140,7 @@ def test_metrics() -> None:
     assert got["tokens_total"] == int(valid.sum())
     assert got["token_ratio"] == pytest.approx(got["tokens_selected"] / got["tokens_total"])
     assert got["step"] == 1 and got["matched"] is True and not got["fallback_reason"]
-    assert (got["scoring"], got["selection"]) == ("combined", "random")
+    assert (got["scoring"], got["selection"]) == ("combined", "importance")
 
 
 def test_dropout_model_trains_and_selection_leaves_the_global_generator_alone() -> None:
@@ -162,7 +162,10 @@ def test_control_a_wrong_selection_is_noticed() -> None:
     model, batch = small(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     got = backward(model, model(**batch).loss)
-    wrong = selected(model)
-    free = [i for i in range(SEQ - 1) if i not in wrong[1].tolist()]
-    wrong[1, 0] = free[0]
-    assert worst(got, hf_reference(model, batch, wrong.sort(1).values))[0] > 1e-3
+    right = picks(model)
+    free = [i for i in range(SEQ - 1) if i not in right.rows[1].tolist()]
+    rows, weights = right.rows.clone(), right.weights.clone()
+    rows[1, 0] = free[0]
+    weights[1, 0] *= 1.1
+    for wrong in (right._replace(rows=rows), right._replace(weights=weights)):
+        assert worst(got, hf_reference(model, batch, wrong))[0] > 1e-3

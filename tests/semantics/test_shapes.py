@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import backend, compiled, make_batch
 from reference import assert_same, assert_zero, backward, hf_reference
-from training import RATIO, check_against_reference, selected, small
+from training import RATIO, check_against_reference, picks, selected, small
 
 
 def test_shapes_and_compilations() -> None:
@@ -57,7 +57,7 @@ def test_very_short_sequences(seq: int) -> None:
     if seq == 1:
         assert_zero(got)
     else:  # position 0 attends to itself alone: its query and key gradients are nothing but rounding
-        assert_same(got, hf_reference(model, batch, selected(model)), tolerance=1e-4)
+        assert_same(got, hf_reference(model, batch, picks(model)), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("arguments", [{"fullgraph": True}, {"dynamic": True}, {"dynamic": False}], ids=str)

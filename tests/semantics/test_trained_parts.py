@@ -6,7 +6,7 @@ import models
 import pytest
 from models import compiled, make_batch
 from reference import assert_same, backward, hf_reference
-from training import RATIO, check_against_reference, metrics, selected, small
+from training import RATIO, check_against_reference, metrics, picks, small
 
 
 @pytest.mark.parametrize("mode", [{"gradient": "exact"}, {"kv_gradient": "stop"}, {"kv_gradient": "project"}], ids=str)
@@ -20,7 +20,7 @@ def test_lora(mode: dict[str, str]) -> None:
     got = backward(model, model(**batch).loss)
     assert metrics(model)["matched"] is True, metrics(model)
     assert len(got.grads) == 2 * 2 * 4
-    assert_same(got, hf_reference(model, batch, selected(model), **mode))
+    assert_same(got, hf_reference(model, batch, picks(model), **mode))
 
 
 def test_frozen_parameters() -> None:
