@@ -20,7 +20,7 @@ _FLOAT16_SCALE = 4096.0
 
 @dataclass(frozen=True)
 class AsideRun:
-    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument, in order."""
+    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument."""
 
     selected: Tensor
     weights: Tensor
