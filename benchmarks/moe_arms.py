@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cggr_compile
 from cggr_compile.ops.moe import moe
@@ -50,15 +50,22 @@ ARMS = (*ROUTED, "dense")
 BASELINE = "grouped_mm"
 
 
-def build_weights(shape: Shape, device: str, dtype: torch.dtype) -> cggr_compile.PersistentTRMLP:
-    """The layer whose parameters all arms share."""
+class Weights(cggr_compile.PersistentTRMLP):
+    """The layer whose parameters all arms share, and one expert's for the dense arm: as slices of the experts', their
+    gradient would be as large as that of all experts."""
+
+    def __init__(self, shape: Shape, device: str, dtype: torch.dtype) -> None:
+        super().__init__(shape.hidden, shape.inner, shape.experts, shape.top_k, device=device, dtype=dtype)
+        self.dense_gate_up = nn.Parameter(self.gate_up_proj[0].detach().clone())
+        self.dense_down = nn.Parameter(self.down_proj[0].detach().clone())
+
+
+def build_weights(shape: Shape, device: str, dtype: torch.dtype) -> Weights:
     torch.manual_seed(0)
-    return cggr_compile.PersistentTRMLP(
-        shape.hidden, shape.inner, shape.experts, shape.top_k, device=device, dtype=dtype
-    )
+    return Weights(shape, device, dtype)
 
 
-def build_arm(name: str, layer: cggr_compile.PersistentTRMLP) -> Layer:
+def build_arm(name: str, layer: Weights) -> Layer:
     """A function from tokens [N, H] to the layer's output, differentiable in the tokens and the parameters."""
     if name == "module":
         return lambda hidden: layer(hidden)[0]
@@ -66,16 +73,16 @@ def build_arm(name: str, layer: cggr_compile.PersistentTRMLP) -> Layer:
     return lambda hidden: body(layer, hidden)
 
 
-def _weights(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
+def _weights(layer: Weights, hidden: Tensor) -> Tensor:
     """Router probabilities."""
     return F.linear(hidden, layer.router).float().softmax(-1)
 
 
-def _normalized(layer: cggr_compile.PersistentTRMLP, chosen: Tensor) -> Tensor:
+def _normalized(layer: Weights, chosen: Tensor) -> Tensor:
     return chosen / chosen.sum(-1, keepdim=True) if layer.top_k > 1 else chosen
 
 
-def _ours(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
+def _ours(layer: Weights, hidden: Tensor) -> Tensor:
     probabilities = _weights(layer, hidden)
     experts = moe_top_experts(probabilities.detach(), layer.top_k)
     weights = _normalized(layer, probabilities.gather(1, experts))
@@ -88,9 +95,7 @@ def _swiglu(inner: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _sorted(
-    layer: cggr_compile.PersistentTRMLP, hidden: Tensor, products: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _sorted(layer: Weights, hidden: Tensor, products: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Everything around the products over sorted rows [N * top_k, H] with the experts' ends [E]."""
     weights, experts = _weights(layer, hidden).topk(layer.top_k, -1)
     ordered, order = experts.flatten().sort()
@@ -102,7 +107,7 @@ def _sorted(
     return rows[back].view(*experts.shape, -1).sum(1)
 
 
-def _grouped_mm(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
+def _grouped_mm(layer: Weights, hidden: Tensor) -> Tensor:
     def products(rows: Tensor, ends: Tensor) -> Tensor:
         inner = F.grouped_mm(rows, layer.gate_up_proj.mT, offs=ends)
         return F.grouped_mm(_swiglu(inner), layer.down_proj.mT, offs=ends)
@@ -110,7 +115,7 @@ def _grouped_mm(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
     return _sorted(layer, hidden, products)
 
 
-def _loop(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
+def _loop(layer: Weights, hidden: Tensor) -> Tensor:
     def products(rows: Tensor, ends: Tensor) -> Tensor:
         bounds = [0, *ends.tolist()]
         parts = [
@@ -124,12 +129,11 @@ def _loop(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
     return _sorted(layer, hidden, products)
 
 
-def _dense(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
-    """All rows through the first expert."""
-    return _swiglu(hidden @ layer.gate_up_proj[0].T) @ layer.down_proj[0].T
+def _dense(layer: Weights, hidden: Tensor) -> Tensor:
+    return _swiglu(hidden @ layer.dense_gate_up.T) @ layer.dense_down.T
 
 
-def clear_choices(layer: cggr_compile.PersistentTRMLP, hidden: Tensor) -> Tensor:
+def clear_choices(layer: Weights, hidden: Tensor) -> Tensor:
     """[N]: whose k-th expert is better than the next one; the others' choice is anybody's, and is not compared."""
     if layer.top_k == layer.num_experts:
         return torch.ones_like(hidden[:, 0], dtype=torch.bool)

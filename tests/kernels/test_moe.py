@@ -96,6 +96,18 @@ def test_programs_do_not_matter():
 
 
 @interpreted
+def test_the_sweep_calls_every_kernel():
+    import moe_sweep
+    from moe_arms import Shape
+
+    problem = moe_sweep.Problem(Shape(24, 16, 3, 2, 20), "cpu")
+    for kernel in moe_sweep.KERNELS:
+        got = problem.call(kernel, SMALL)()
+        assert got.isfinite().all() and got.any(), kernel
+        torch.testing.assert_close(got, moe_sweep.attempt(problem, kernel, SMALL))
+
+
+@interpreted
 def test_strides():
     case = make_case(20, 16, 8, 3, 2)
     grad = torch.ones(()).expand(case[0].shape)  # the gradient of a sum
@@ -120,7 +132,7 @@ def test_the_comparison_can_fail():
 
 @compiled
 def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=22)
+    pass_under_the_interpreter(__file__, at_least=23)
 
 
 @compiled
