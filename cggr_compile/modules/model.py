@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -102,9 +99,7 @@ class CGGRModel(nn.Module):
         from cggr_compile.backend import cggr
 
         _resume(self)
-        # Dynamo runs a graph for every model of its class whose backend is equal, and a graph has one runtime, that of
-        # the model it was captured from. No two partial objects are equal.
-        compiled = torch.compile(self.model, backend=functools.partial(cggr, options=self.options))
+        compiled = torch.compile(self.model, backend=cggr, options=self.options)
 
         def train(*args: Any, **kwargs: Any) -> Any:
             return compiled(*args, **kwargs)
@@ -169,7 +164,4 @@ def _backend_options(settings: Settings, router_layers: Any, extra: Mapping[str,
         own["dynamic_threshold"] = False
     if twice := sorted(own.keys() & extra.keys()):
         raise OptionError(f"options must leave out {twice}: they are arguments of CGGRModel, or follow from them")
-    if unknown := sorted(vars(settings).keys() - {option.name for option in dataclasses.fields(Options)}):
-        warnings.warn(f"the backend has no options {unknown} yet: CGGRModel leaves them out", stacklevel=3)
-        own = {name: value for name, value in own.items() if name not in unknown}
     return Options.parse({**own, **extra}).as_dict()

@@ -12,8 +12,6 @@ from reference import assert_same, backward, dense, hf_reference, reference
 import cggr_compile
 from cggr_compile import CGGRModel, CGGRScorer, TruncatedRouter, create_truncated_router
 
-pytestmark = pytest.mark.filterwarnings("ignore:the backend has no options")
-
 NAMES = [
     *("step", "token_ratio", "tokens_selected", "tokens_total", "router_tokens_selected"),
     *("avg_confidence", "avg_entropy", "avg_difficulty", "selection", "scoring"),
