@@ -51,7 +51,8 @@ def test_more_logits_than_an_int32_counts_and_no_memory_for_them():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     got = score(hidden, weight, bias, labels, *rest)
-    assert torch.cuda.max_memory_allocated() - before < rows * 1024
+    # a few float32 copies of the hidden rows for the labels' logits; the logits would be 2 * vocab bytes a row
+    assert torch.cuda.max_memory_allocated() - before < rows * vocab / 10
     last = slice(rows - 50, rows)
     wanted = expected(hidden[last], weight, bias, labels[last], *rest)
     check([value[last] for value in got], wanted, 1e-3)
