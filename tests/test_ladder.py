@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from reference import Run, assert_same, backward, collect, dense, hf_reference, overall
-from training import metrics, selected, small
+from training import metrics, picks, small
 
 import cggr_compile
 from cggr_compile import compat
@@ -48,7 +48,7 @@ def check(model, batch, ratio):
     picked = cggr_compile.runtime(model).selected
     if ratio < 1.0:
         assert tuple(picked.shape) == (len(batch["labels"]), ratio * batch["labels"].shape[1])
-        assert_same(got, hf_reference(model, batch, picked))
+        assert_same(got, hf_reference(model, batch, picks(model)))
         assert output.logits.shape[1] == 0
         return
     want = dense(model, batch)
@@ -151,7 +151,7 @@ def test_symbolic_sizes_are_compiled_at_the_capture(compilations):
         batch = models.make_batch(size, seq)
         got = backward(model, model(**batch).loss)
         assert metrics(model)["ratio"] == (0.25 if step else 1.0)
-        assert_same(got, hf_reference(model, batch, selected(model)) if step else dense(model, batch))
+        assert_same(got, hf_reference(model, batch, picks(model)) if step else dense(model, batch))
         assert len(compilations) == 1
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
@@ -163,8 +163,8 @@ def test_compiled_later_under_autocast():
             got = backward(model, model(**batch).loss)
     assert metrics(model)["ratio"] == 0.25
     with torch.autocast("cpu", torch.bfloat16):
-        want = hf_reference(model, batch, selected(model))
-    exact = hf_reference(model, batch, selected(model))
+        want = hf_reference(model, batch, picks(model))
+    exact = hf_reference(model, batch, picks(model))
     assert overall(got, exact) < 1.5 * overall(want, exact) + 1e-3
 
 
@@ -179,7 +179,7 @@ def test_gradient_accumulation_advances_by_hand():
             losses.append(model(**batch).loss)
             losses[-1].backward()
             assert metrics(model)["ratio"] == ratio
-            parts.append((batch, rt.selected))
+            parts.append((batch, None if rt.selected is None else picks(model)))
         got = collect(model, sum(losses))
         rt.step()
         runs = [dense(model, b) if picked is None else hf_reference(model, b, picked) for b, picked in parts]
