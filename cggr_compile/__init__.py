@@ -1,6 +1,7 @@
 """cggr_compile: a ``torch.compile`` backend that back-propagates only where it pays."""
 
 from cggr_compile.explain import explain
+from cggr_compile.flash_attention import enable_flash_attention, load_model_with_flash_attention
 from cggr_compile.modules.loss import CGGRLoss
 from cggr_compile.modules.model import CGGRModel
 from cggr_compile.modules.moe import PersistentTRMLP, create_persistent_tr_mlp
@@ -26,7 +27,9 @@ __all__ = [
     "VerificationError",
     "create_persistent_tr_mlp",
     "create_truncated_router",
+    "enable_flash_attention",
     "explain",
+    "load_model_with_flash_attention",
     "runtime",
     "train_step",
     "with_reference_loss",
