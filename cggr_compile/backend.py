@@ -281,16 +281,14 @@ def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
 
 def _selective(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on selected positions."""
-    gm, ctx, owner, report, dump, patches = (
-        *(form.graph, form.ctx, form.owner),
-        *(form.report, form.dump, form.patches),
-    )
+    gm, ctx, owner = form.graph, form.ctx, form.owner
+    report, patches = form.report, form.patches
     assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
     aside = Aside(gm, device) if form.measured else None
-    compiled = _lower_selective(gm, example, ctx.options, report, dump, patches)
+    compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
     note_cached(report)
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)

@@ -156,8 +156,7 @@ class Options:
                 f"{sorted({*get_args(Scoring)} - {'random'})} or a function, got 'random'"
             )
         for name in ("num_strata", "min_tokens_per_sequence"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise OptionError(f"{name} must be an integer >= 1, got {getattr(self, name)!r}")
+            _check_integer(name, getattr(self, name), 1)
         if self.scope == "batch" and self.selection not in BATCH_SCOPE:
             raise OptionError(
                 f"scope='batch' is for selection in {sorted(BATCH_SCOPE)}; selection={self.selection!r} is per sequence"
@@ -174,16 +173,13 @@ class Options:
             raise OptionError("max_selected is for selection='labels' or scope='batch'; min_tokens_ratio does it here")
 
     def _check_schedule(self) -> None:
-        if not _is_int(self.warmup_steps) or self.warmup_steps < 0:
-            raise OptionError(f"warmup_steps must be an integer >= 0, got {self.warmup_steps!r}")
+        _check_integer("warmup_steps", self.warmup_steps, 0)
         if self.ladder is not None:
             if not isinstance(self.ladder, (list, tuple)) or not self.ladder:
                 raise OptionError(f"ladder must be None or a list of numbers in (0, 1], got {self.ladder!r}")
             for ratio in self.ladder:
                 _check_ratio("ladder", ratio)
-        _check_number("threshold_sensitivity", self.threshold_sensitivity, "a number in [0, 1]")
-        if not 0.0 <= self.threshold_sensitivity <= 1.0:
-            raise OptionError(f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity!r}")
+        _check_share("threshold_sensitivity", self.threshold_sensitivity)
         if self.dynamic_threshold is True and self.scoring == "random":
             raise OptionError(
                 "dynamic_threshold needs the router's confidence: scoring must be one of "
@@ -192,8 +188,7 @@ class Options:
         _check_number("variance_bound", self.variance_bound, "a number > 0")
         if self.variance_bound <= 0:
             raise OptionError(f"variance_bound must be a number > 0, got {self.variance_bound!r}")
-        if not _is_int(self.measure_every) or self.measure_every < 1:
-            raise OptionError(f"measure_every must be an integer >= 1, got {self.measure_every!r}")
+        _check_integer("measure_every", self.measure_every, 1)
         if self.min_tokens_ratio == "auto":
             self._check_auto()
 
@@ -309,6 +304,17 @@ def _check_ratio(name: str, value: Any, expected: str = "a number in (0, 1]") ->
     _check_number(name, value, expected)
     if not 0.0 < value <= 1.0:
         raise OptionError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def _check_share(name: str, value: Any) -> None:
+    _check_number(name, value, "a number in [0, 1]")
+    if not 0.0 <= value <= 1.0:
+        raise OptionError(f"{name} must be in [0, 1], got {value!r}")
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if not _is_int(value) or value < least:
+        raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

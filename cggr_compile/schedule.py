@@ -53,6 +53,11 @@ def round_up(ratio: float, ladder: Sequence[float]) -> float:
     return min((rung for rung in ladder if rung >= ratio - _SLACK), default=max(ladder))
 
 
+def confidence_factor(confidence: Any, sensitivity: float) -> Any:
+    """``1 + sensitivity * (1 - 2 * confidence)``, a number or a tensor; 1 at a mean top-1 probability of 1/2."""
+    return 1.0 + sensitivity * (1.0 - 2.0 * confidence)
+
+
 def target(options: Options, step: int, confidence: float | None = None, level: float | None = None) -> float:
     """What the ratio should be at ``step`` (from 0), before it is rounded up to a rung.
 
@@ -70,7 +75,7 @@ def target(options: Options, step: int, confidence: float | None = None, level: 
     left = 1.0 - step / options.warmup_steps if step < options.warmup_steps else 0.0
     ratio = base + (1.0 - base) * left
     if options.dynamic_threshold and confidence is not None:
-        ratio *= 1.0 + options.threshold_sensitivity * (1.0 - 2.0 * confidence)
+        ratio *= confidence_factor(confidence, options.threshold_sensitivity)
     return min(ratio, 1.0)
 
 

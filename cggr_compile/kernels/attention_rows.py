@@ -325,12 +325,16 @@ class Sizes(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel, its arguments that are no tensors, and the ways to run it: the first is the one to use untuned."""
+    """A kernel, the names of its tensors, its other arguments, and the ways to run it, the best guess first."""
 
     kernel: Any
+    tensors: tuple[str, ...]
     arguments: dict[str, Any]
-    options: list[dict[str, int]]  # block sizes, warps, stages
-    programs: list[int]  # under each of them
+    ways: list[tuple[int, dict[str, int]]]  # programs; block sizes, warps, stages
+
+    def pointers(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Its arguments that are tensors, from all that there are."""
+        return {f"{name}_ptr": tensors[name] for name in self.tensors}
 
 
 def _options(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
@@ -379,17 +383,26 @@ def launches(
     constants = dict(GROUP=sizes.heads // sizes.kv_heads, CAUSAL=causal, MASK=mask, D=sizes.dim, BLOCK_D=block_d)
     for_dq, for_dkv = block_options(dtype, block_d, all_keys)
 
-    def arguments(heads: int, read: tuple[str, ...], **constants: Any) -> dict[str, Any]:
+    def launch(
+        kernel: Any, read: tuple[str, ...], write: tuple[str, ...], heads: int, ways: Any, **more: Any
+    ) -> Launch:
         steps = {f"{n}_{axis}": stride for n in read for axis, stride in zip(AXES[n], strides[n], strict=False)}
-        return dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale), **steps, **constants)
+        sizes_of = dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale))
+        return Launch(kernel, (*read, *write), {**sizes_of, **steps, **constants, **more}, ways)
 
-    dq = arguments(sizes.heads, ("grad", "q", "k", "v", "out", "lse", "rows", "mask"), **constants)
-    dkv = arguments(sizes.kv_heads, ("grad", "q", "k", "v", "rows", "mask"), **constants, ALL_KEYS=all_keys)
-    dq_blocks = [triton.cdiv(sizes.slots, option["BLOCK_M"]) for option in for_dq]
-    dkv_blocks = [triton.cdiv(keys, option["BLOCK_N"]) for option in for_dkv]
+    def ways(rows: int, block: str, heads: int, options: list[dict[str, int]]) -> list[tuple[int, dict[str, int]]]:
+        return [(triton.cdiv(rows, option[block]) * heads * sizes.batch, option) for option in options]
+
     return (
-        Launch(_dq_kernel, dq, for_dq, [blocks * sizes.heads * sizes.batch for blocks in dq_blocks]),
-        Launch(_dkv_kernel, dkv, for_dkv, [blocks * sizes.kv_heads * sizes.batch for blocks in dkv_blocks]),
+        launch(
+            *(_dq_kernel, ("grad", "q", "k", "v", "out", "lse", "rows", "mask"), ("dq", "delta", "finite_lse")),
+            *(sizes.heads, ways(sizes.slots, "BLOCK_M", sizes.heads, for_dq)),
+        ),
+        launch(
+            *(_dkv_kernel, ("grad", "q", "k", "v", "rows", "mask"), ("delta", "finite_lse", "dk", "dv")),
+            *(sizes.kv_heads, ways(keys, "BLOCK_N", sizes.kv_heads, for_dkv)),
+            ALL_KEYS=all_keys,
+        ),
     )
 
 
@@ -439,21 +452,15 @@ def attention_rows_backward_triton(
         kind = "bool" if mask.dtype == torch.bool else "additive"
         read["mask"] = mask.expand(batch, heads, slots, length)
     strides = {name: tensor.stride() for name, tensor in read.items()}
-    pointers = {f"{name}_ptr": tensor for name, tensor in read.items()}
+    tensors = {**read, "dq": dq, "dk": dk, "dv": dv}
     if mask is None:
-        strides["mask"], pointers["mask_ptr"] = (0, 0, 0, 0), rows  # any pointer: it is not read
-    pointers["delta_ptr"], pointers["finite_lse_ptr"] = torch.empty(
+        strides["mask"], tensors["mask"] = (0, 0, 0, 0), rows  # any pointer: it is not read
+    tensors["delta"], tensors["finite_lse"] = torch.empty(
         2, batch, heads, slots, dtype=torch.float32, device=query.device
     )
     sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
-    for_dq, for_dkv = launches(sizes, strides, query.dtype, scale, causal, kind, all_keys)
     with torch.cuda.device_of(query):
-        _run(for_dq, pointers | {"dq_ptr": dq})
-        for only_dq in ("out_ptr", "lse_ptr"):
-            del pointers[only_dq]
-        _run(for_dkv, pointers | {"dk_ptr": dk, "dv_ptr": dv})
+        for launch in launches(sizes, strides, query.dtype, scale, causal, kind, all_keys):
+            programs, options = launch.ways[0]
+            launch.kernel[(programs,)](**launch.pointers(tensors), **launch.arguments, **options)
     return dq, dk, dv
-
-
-def _run(launch: Launch, pointers: Mapping[str, Tensor]) -> None:
-    launch.kernel[(launch.programs[0],)](**pointers, **launch.arguments, **launch.options[0])

@@ -45,9 +45,6 @@ def lower_attention_rows_backward(
     else:  # what broadcasts has no stride
         expanded = zip(compat.static_shape(mask), strides["mask"], strict=True)  # type: ignore[arg-type]
         strides["mask"] = tuple(0 if size == 1 else stride for size, stride in expanded)
-    for_dq, for_dkv = launches(
-        Sizes(batch, heads, kv_heads, slots, length, dim), strides, query.get_dtype(), scale, causal, kind, all_keys
-    )
 
     def empty(*shape: int, dtype: torch.dtype) -> Any:
         return compat.empty_buffer(shape, dtype, query.get_device())
@@ -55,15 +52,10 @@ def lower_attention_rows_backward(
     keys = length if all_keys else slots
     dq = empty(batch, heads, slots, dim, dtype=query.get_dtype())
     dk, dv = (empty(batch, kv_heads, keys, dim, dtype=node.get_dtype()) for node in (key, value))
-    pointers = {f"{name}_ptr": node for name, node in read.items()}
-    for name in ("delta_ptr", "finite_lse_ptr"):
-        pointers[name] = empty(batch, heads, slots, dtype=torch.float32)
-    _launch(for_dq, pointers | {"dq_ptr": dq})
-    for only_dq in ("out_ptr", "lse_ptr"):
-        del pointers[only_dq]
-    _launch(for_dkv, pointers | {"dk_ptr": dk, "dv_ptr": dv})
+    tensors = {**read, "dq": dq, "dk": dk, "dv": dv}
+    for name in ("delta", "finite_lse"):
+        tensors[name] = empty(batch, heads, slots, dtype=torch.float32)
+    sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
+    for launch in launches(sizes, strides, query.get_dtype(), scale, causal, kind, all_keys):
+        compat.launch(launch.kernel, launch.pointers(tensors), launch.arguments, launch.ways)
     return dq, dk, dv
-
-
-def _launch(launch: Any, pointers: dict[str, Any]) -> None:
-    compat.launch(launch.kernel, pointers, launch.arguments, list(zip(launch.programs, launch.options, strict=True)))

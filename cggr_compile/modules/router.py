@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cggr_compile.options import OptionError, _check_choice, _is_int
+from cggr_compile.options import OptionError, _check_choice, _check_integer
 
 Architecture = Literal["auto", "llama", "gpt", "bert", "mamba", "passthrough"]
 
@@ -57,8 +57,7 @@ class TruncatedRouter(nn.Module):
         _check_choice("architecture", architecture, get_args(Architecture))
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a module, got {type(model).__name__}")
-        if not _is_int(num_layers) or num_layers < 1:
-            raise OptionError(f"num_layers must be an integer >= 1, got {num_layers!r}")
+        _check_integer("num_layers", num_layers, 1)
         self.architecture, path, why = _locate(model, architecture)
         if why:
             warnings.warn(f"the router is the full model: {why}", stacklevel=2)

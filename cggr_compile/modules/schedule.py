@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cggr_compile.schedule import confidence_factor
+
 
 def curriculum_ratio(step: Tensor, min_ratio: float, warmup_steps: int) -> Tensor:
     """The share of tokens at ``step``: linear from 1.0 at step 0 to ``min_ratio`` at ``warmup_steps``, then constant.
@@ -29,4 +31,5 @@ def adjust_to_confidence(ratio: Tensor, confidence: Tensor, sensitivity: float) 
     Args:
         ratio, confidence: float32 []. sensitivity: in [0, 1]: 0 never adjusts, 1 keeps twice as many at confidence 0.
     """
-    return (ratio * (1.0 + sensitivity * (1.0 - 2.0 * confidence))).clamp(max=1.0)
+    adjusted: Tensor = ratio * confidence_factor(confidence, sensitivity)
+    return adjusted.clamp(max=1.0)

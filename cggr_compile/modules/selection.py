@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile.ops.inclusion import ONE
+from cggr_compile.ops.ranking import comparable, ranks
+from cggr_compile.ops.uniform import uniform
 
 _ROUNDING = 1e-3  # of ratio * count in float32: ceil(0.1 * 30) is 3
-_RANDOM_BITS = 24  # of cggr::uniform
 
 
 def token_mask(
@@ -53,14 +54,7 @@ def _rank(scores: Tensor, valid: Tensor) -> Tensor:
 
     Among the valid ones a score that is not finite comes last.
     """
-    finite = torch.where(scores.isfinite(), scores, torch.finfo(scores.dtype).min)
-    return _places(finite.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices)
-
-
-def _places(order: Tensor) -> Tensor:
-    """The inverse of a permutation per row."""
-    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, places)
+    return ranks(comparable(scores, valid), descending=True)
 
 
 def _stratified(difficulty: Tensor, valid: Tensor, ratio: Tensor, step: Tensor, num_strata: int) -> Tensor:
@@ -73,8 +67,8 @@ def _stratified(difficulty: Tensor, valid: Tensor, ratio: Tensor, step: Tensor, 
     begins = -(-torch.arange(num_strata + 1, device=rank.device) * count // num_strata)
     quota = _quota(ratio, begins.diff())
     state = torch.stack((torch.zeros_like(step), step))
-    noise = (torch.ops.cggr.uniform(state, valid).reshape(1, -1) * (1 << _RANDOM_BITS)).long()
-    shuffled = _places(((stratum << _RANDOM_BITS) + noise).sort(dim=1, stable=True).indices)
+    noise = (uniform(state, valid).reshape(1, -1) * ONE).long()
+    shuffled = ranks(stratum * ONE + noise)
     inside = stratum.clamp(max=num_strata - 1)
     mask = shuffled - begins[inside] < quota[inside]
     return valid & mask.view(valid.shape)

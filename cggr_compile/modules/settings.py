@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cggr_compile.options import OptionError, _check_choice, _check_number, _is_int
+from cggr_compile.options import OptionError, _check_choice, _check_integer, _check_ratio, _check_share
 
 Scoring = Literal["entropy", "margin", "loss", "combined"]
 Selection = Literal["topk", "stratified", "sequence_aware", "fixed_quota"]
@@ -43,13 +43,7 @@ class Settings:
         _check_choice("selection", self.selection, get_args(Selection))
         if not isinstance(self.dynamic_threshold, bool):
             raise OptionError(f"dynamic_threshold must be True or False, got {self.dynamic_threshold!r}")
-        _check_number("threshold_sensitivity", self.threshold_sensitivity, "a number in [0, 1]")
-        if not 0.0 <= self.threshold_sensitivity <= 1.0:
-            raise OptionError(f"threshold_sensitivity must be in [0, 1], got {self.threshold_sensitivity!r}")
-        _check_number("min_tokens_ratio", self.min_tokens_ratio, "a number in (0, 1]")
-        if not 0.0 < self.min_tokens_ratio <= 1.0:
-            raise OptionError(f"min_tokens_ratio must be in (0, 1], got {self.min_tokens_ratio!r}")
+        _check_share("threshold_sensitivity", self.threshold_sensitivity)
+        _check_ratio("min_tokens_ratio", self.min_tokens_ratio)
         for name, least in (("warmup_steps", 0), ("num_strata", 1), ("min_tokens_per_sequence", 1)):
-            value = getattr(self, name)
-            if not _is_int(value) or value < least:
-                raise OptionError(f"{name} must be an integer >= {least}, got {value!r}")
+            _check_integer(name, getattr(self, name), least)
