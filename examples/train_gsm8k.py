@@ -20,6 +20,7 @@ import torch
 import transformers
 from comparison import RunRecord, StepTimes, report, save
 from gsm8k_data import batch_order, pack, read_texts, train_tokenizer
+from interrupt import Interrupt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -188,6 +189,7 @@ class Run:
         held_out: torch.Tensor,
         progress: Progress,
         checkpoint: Callable[[], None],
+        interrupt: Interrupt,
     ) -> None:
         """Train on ``batches``; call ``checkpoint`` after every evaluation. Selective runs: keep their metrics."""
         record, args, steps = self.record, self.args, len(batches)
@@ -197,6 +199,7 @@ class Run:
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for step in range(steps + 1):
+            interrupt.check()
             if step in evaluate_at:
                 record.held_out.append((step, held_out_loss(self.model, sample, args)))
                 if record.options is not None and step > 0:
@@ -211,11 +214,14 @@ class Run:
         checkpoint()
 
 
-def time_in_turns(trained: list[Run], batches: Sequence[torch.Tensor], progress: Progress) -> None:
+def time_in_turns(
+    trained: list[Run], batches: Sequence[torch.Tensor], progress: Progress, interrupt: Interrupt
+) -> None:
     """Further steps of all the runs, one after the other in every round: the times that are fair to compare."""
     task = progress.add_task("timing", total=len(batches), note="steps in turns")
     for batch in batches:
         for run in trained:
+            interrupt.check()
             run.step(batch, run.record.alternating)
         progress.advance(task)
 
@@ -260,14 +266,21 @@ def main(argv: list[str] | None = None) -> int:
             f"torch {torch.__version__} ({setup['dense_backend']})",
             highlight=False,
         )
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        with (
+            Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
+            Interrupt() as interrupt,
+        ):
             for name, options in runs(args):
                 records.append(RunRecord(name, options))
                 trained.append(Run(records[-1], args))
                 trained[-1].train(
-                    batches[: args.steps], held_out, progress, lambda: save(records, setup, args.out / "results.json")
+                    batches[: args.steps],
+                    held_out,
+                    progress,
+                    lambda: save(records, setup, args.out / "results.json"),
+                    interrupt,
                 )
-            time_in_turns(trained, batches[args.steps :], progress)
+            time_in_turns(trained, batches[args.steps :], progress, interrupt)
     except KeyboardInterrupt:
         setup["interrupted"] = True
         console.print("\nInterrupted: this is what has been measured so far.")

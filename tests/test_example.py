@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_interrupt_leaves_a_partial_report(data, tmp_path):
             assert process.poll() is None and time.monotonic() < deadline, "the run never got going"
             time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 130, output
@@ -117,3 +118,29 @@ def test_a_wrong_option_is_refused_before_any_work(data, tmp_path):
     assert run.returncode == 2
     assert "selection" in run.stderr and "'topk'" in run.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_a_callback_swallows_is_seen_at_the_next_step():
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from interrupt import Interrupt
+    finally:
+        sys.path.pop(0)
+
+    class Dies:
+        pass
+
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        interrupt.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        interrupt.requested = False
+        thing = Dies()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+        del thing  # Python prints the KeyboardInterrupt of the callback and goes on
+        assert reference() is None
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.check()
+    assert signal.getsignal(signal.SIGINT) is before
