@@ -14,6 +14,7 @@ import torch
 import cggr_compile
 from cggr_compile import joint
 from cggr_compile.options import Options
+from cggr_compile.pipeline import joint_passes
 from cggr_compile.report import GraphDump, GraphReport
 
 
@@ -87,3 +88,13 @@ def test_cache_hits_across_processes_and_misses_on_options(tmp_path):
     assert run("stop") == [0, 1]
     assert run("stop") == [1, 0]
     assert run("project") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("matched", "row_sparse", "optimised"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_only_a_rewritten_graph_is_optimised(matched, row_sparse, optimised):
+    """A graph at ratio 1.0 with our operators in it (dynamic_threshold) keeps the user's arithmetic bit for bit."""
+    report = GraphReport(0, True, "Inductor CPU", Options(row_sparse=row_sparse).as_dict(), matched=matched)
+    names = [joint_pass.name for joint_pass in joint_passes(report)]
+    assert names[-1] == "resolve_markers" and (len(names) > 1) is optimised
