@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import uuid
 
 import models
 import pytest
@@ -46,42 +47,46 @@ def test_user_pass_still_runs():
     seen = []
     with torch._inductor.config.patch(joint_custom_pre_pass=lambda graph: seen.append(len(graph.nodes))):
         models.compiled(models.Decoder(), compiler="inductor", fallback="silent")
-        model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="inductor")
+        model = models.family("llama", num_hidden_layers=1)
+        models.compiled(model, compiler="inductor", scoring="random")
         model(**models.make_batch()).loss.backward()
     assert seen
 
 
 @pytest.mark.slow
-def test_a_cached_graph_says_that_its_passes_did_not_run():
-    with torch._inductor.utils.fresh_cache():
-        for matched in (True, None):
-            torch._dynamo.reset()
-            model = models.family("llama", num_hidden_layers=1)
-            models.compiled(model, compiler="inductor", scoring="random")
-            model(**models.make_batch()).loss.backward()
-            explanation = cggr_compile.Explanation(cggr_compile.runtime(model).reports)
-            passes = {p.name: p for p in explanation.passes if p.stage == "joint"}
-            assert [passes[name].matched for name in ("row_sparse", "resolve_markers")] == [matched] * 2
+def test_a_cached_graph_says_that_its_passes_did_not_run(monkeypatch):
+    key = uuid.uuid4().hex  # never seen by the cache, whose compiled C++ header stays in use
+    monkeypatch.setattr(joint, "source_digest", lambda: key)
+    for matched in (True, None):
+        torch._dynamo.reset()
+        model = models.family("llama", num_hidden_layers=1)
+        models.compiled(model, compiler="inductor", scoring="random")
+        model(**models.make_batch()).loss.backward()
+        explanation = cggr_compile.Explanation(cggr_compile.runtime(model).reports)
+        passes = {p.name: p for p in explanation.passes if p.stage == "joint"}
+        assert [passes[name].matched for name in ("row_sparse", "resolve_markers")] == [matched] * 2
     assert "from Inductor's cache" in passes["row_sparse"].reason and not passes["row_sparse"].details
     assert "?" in str(explanation)
 
 
 @pytest.mark.slow
-def test_cache_hits_across_processes_and_misses_on_options(tmp_path):
+def test_cache_hits_across_processes_and_misses_on_options():
     program = textwrap.dedent("""
         import sys, torch, models
         from torch._dynamo.utils import counters
+        from cggr_compile import joint
+        joint.source_digest = lambda: sys.argv[2]
         model = models.family("llama", num_hidden_layers=1)
-        models.compiled(model, compiler="inductor", kv_gradient=sys.argv[1])
+        models.compiled(model, compiler="inductor", scoring="random", kv_gradient=sys.argv[1])
         model(**models.make_batch()).loss.backward()
         print("HITS", counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
     """)
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.path.dirname(__file__)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), *sys.path))}
+    key = uuid.uuid4().hex  # never seen by the cache, whose compiled C++ header stays in use
 
     def run(kv_gradient: str) -> list[int]:
-        done = subprocess.run(
-            [sys.executable, "-c", program, kv_gradient], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", program, kv_gradient, key]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         line = next(line for line in done.stdout.splitlines() if line.startswith("HITS"))
         return [int(n) for n in line.split()[1:]]
 
