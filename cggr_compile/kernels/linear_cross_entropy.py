@@ -192,6 +192,12 @@ def _logit_gradient_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
 
+def gradient_configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, int]:
+    """Tile sizes: those of the scoring kernel; with pointers in place of descriptors these spill registers."""
+    config = configuration(dtype)
+    return config if descriptors else {**config, "BLOCK_N": min(config["BLOCK_N"], 128)}
+
+
 def loss_triton(
     partials: Tensor,
     hidden: Tensor,
@@ -246,19 +252,15 @@ def logit_gradient_triton(
         hidden, weight, bias, labels, logsumexp: as in the operator; the columns of ``weight`` are contiguous.
         on_p, on_t: float32 [N], what a row's probabilities and its targets count.
         into: [N, part.stop - part.start], any float dtype, contiguous columns.
-        overrides: replace entries of ``configuration``, the choice of ``DESCRIPTORS`` and ``SPAN``, the columns that
-            one program walks over.
+        overrides: replace entries of ``gradient_configuration``, the choice of ``DESCRIPTORS``, and ``SPAN``, the
+            columns that one program walks over.
     """
     (rows, width), vocab = hidden.shape, weight.shape[0]
     if rows == 0:
         return
     weight, columns = weight[part], part.stop - part.start
-    config = {
-        **configuration(hidden.dtype),
-        "SPAN": 1024,
-        "DESCRIPTORS": has_descriptors(hidden) and has_descriptors(weight),
-        **overrides,
-    }
+    config = {"DESCRIPTORS": has_descriptors(hidden) and has_descriptors(weight), "SPAN": 1024, **overrides}
+    config = {**gradient_configuration(hidden.dtype, config["DESCRIPTORS"]), **config}
     if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
         hidden, weight = hidden.float(), weight.float()
     x: Any = hidden

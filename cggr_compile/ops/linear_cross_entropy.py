@@ -131,7 +131,7 @@ def _multiply_out(
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    if left.is_cuda and left.dtype != dtype:
+    if left.is_cuda and left.dtype != dtype and runs_our_kernels():  # not on ROCm
         return torch.mm(left, right, out_dtype=dtype)
     return left @ right
 
@@ -151,9 +151,7 @@ def _known(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return known, torch.where(known, labels, 0).long()
 
 
-def _factors(
-    grad_loss: Tensor, grad_logsumexp: Tensor | None, labels: Tensor, vocab: int
-) -> tuple[Tensor, Tensor]:
+def _factors(grad_loss: Tensor, grad_logsumexp: Tensor | None, labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     """What each row's probabilities, and its targets, count in the gradient of its logits."""
     on_t = torch.where(_known(labels, vocab)[0], grad_loss, 0.0)
     return (on_t if grad_logsumexp is None else on_t + grad_logsumexp), on_t
@@ -214,24 +212,13 @@ def _forward_cuda(
 
 
 def _backward_cuda(
-    grad_loss: Tensor,
-    grad_logsumexp: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    logsumexp: Tensor,
-    scale: float,
-    softcap: float,
-    label_smoothing: float,
-    output_mask: Sequence[bool],
+    grad_loss: Tensor, grad_logsumexp: Tensor | None, hidden: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _runs_kernels(hidden):
-        return linear_cross_entropy_backward_reference(
-            grad_loss, grad_logsumexp, hidden, weight, bias, labels, logsumexp, scale, softcap, label_smoothing, output_mask
-        )  # fmt: skip
+        return linear_cross_entropy_backward_reference(grad_loss, grad_logsumexp, hidden, *rest)
     from cggr_compile.kernels.linear_cross_entropy import logit_gradient_triton
 
+    weight, bias, labels, logsumexp, scale, softcap, label_smoothing, output_mask = rest
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     factors = _factors(grad_loss, grad_logsumexp, labels, weight.shape[0])
 
@@ -284,8 +271,8 @@ linear_cross_entropy = define_opaque(
     _fake,
 )
 linear_cross_entropy_backward = define_opaque(
-    "linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_logsumexp, Tensor hidden, Tensor weight, Tensor? bias,"
-    " Tensor labels, Tensor logsumexp, float scale, float softcap, float label_smoothing, bool[3] output_mask)"
+    "linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_logsumexp, Tensor hidden, Tensor weight,"
+    " Tensor? bias, Tensor labels, Tensor logsumexp, float scale, float softcap, float label_smoothing, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
     linear_cross_entropy_backward_reference,
     _fake_backward,

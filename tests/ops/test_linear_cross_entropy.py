@@ -1,4 +1,4 @@
-"""``linear_cross_entropy`` against ``F.cross_entropy`` of the logits. Its helpers serve tests/kernels and tests/gpu too."""
+"""``linear_cross_entropy`` against ``F.cross_entropy`` of the logits. Its helpers serve other tests too."""
 
 from __future__ import annotations
 
@@ -128,9 +128,7 @@ def test_frozen_parts_cost_nothing(monkeypatch):
     loss, _ = linear_cross_entropy(hidden, *case[1:])
     masks = []
     original = implementation.linear_cross_entropy_backward
-    monkeypatch.setattr(
-        implementation, "linear_cross_entropy_backward", lambda *a: masks.append(a[-1]) or original(*a)
-    )
+    monkeypatch.setattr(implementation, "linear_cross_entropy_backward", lambda *a: masks.append(a[-1]) or original(*a))
     loss.sum().backward()
     assert masks == [[True, False, False]]
 
@@ -183,6 +181,19 @@ def test_operator():
     for mask in ([True, True, False], [False, True, False]):
         grads = make_grads(case, mask[0])
         opcheck(linear_cross_entropy_backward, (*grads, *case[:4], torch.randn(5), *case[4:], mask))
+
+
+def test_in_generated_code():
+    case = make_case(8, 30, 5, bias=True, softcap=2.0)
+    hidden, weight, bias = (t.requires_grad_() for t in case[:3])
+
+    def step(hidden, weight, bias):
+        loss, logsumexp = linear_cross_entropy(hidden.sin(), weight, bias, *case[3:])
+        return (loss * logsumexp.cos()).sum()
+
+    wanted = torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias))
+    compiled = torch.compile(step, fullgraph=True)(hidden, weight, bias)
+    torch.testing.assert_close(torch.autograd.grad(compiled, (hidden, weight, bias)), wanted)
 
 
 def test_the_comparison_can_fail():
