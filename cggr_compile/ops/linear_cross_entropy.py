@@ -272,8 +272,8 @@ linear_cross_entropy = define_opaque(
 )
 linear_cross_entropy_backward = define_opaque(
     "linear_cross_entropy_backward(Tensor grad_loss, Tensor? grad_logsumexp, Tensor hidden, Tensor weight,"
-    " Tensor? bias, Tensor labels, Tensor logsumexp, float scale, float softcap, float label_smoothing, bool[3] output_mask)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor? bias, Tensor labels, Tensor logsumexp, float scale, float softcap, float label_smoothing,"
+    " bool[3] output_mask) -> (Tensor, Tensor, Tensor)",
     linear_cross_entropy_backward_reference,
     _fake_backward,
 )
