@@ -43,15 +43,17 @@ def run(case, grads, span=32, columns=None, **overrides):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("rows", "vocab", "width", "span"),
-    [(1, 1, 16, 16), (33, 64, 16, 32), (16, 50, 24, 32), (40, 130, 33, 64), (3, 17, 5, 16)],
+    ("rows", "vocab", "width", "span", "descriptors"),
+    [
+        *((1, 1, 16, 16, False), (33, 64, 16, 32, False), (16, 50, 24, 32, False), (20, 70, 33, 64, False)),
+        *((3, 17, 8, 16, True), (33, 50, 20, 32, True)),
+    ],
 )
 @pytest.mark.parametrize("modes", MODES)
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_sizes(rows, vocab, width, span, modes, descriptors):
+def test_sizes(rows, vocab, width, span, descriptors, modes):
     case = make_case(rows, vocab, width, **modes)
-    grads = make_grads(case, descriptors)
-    check(run(case, grads, span, DESCRIPTORS=descriptors and width % 4 == 0), expected(case, grads), 1e-4)
+    grads = make_grads(case, with_logsumexp=descriptors)
+    check(run(case, grads, span, DESCRIPTORS=descriptors), expected(case, grads), 1e-4)
 
 
 @interpreted
@@ -91,7 +93,7 @@ def test_large_logits():
 
 
 @interpreted
-@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("modes", MODES[::2])
 def test_as_the_operator_calls_them(modes, monkeypatch):
     monkeypatch.setattr(implementation, "_runs_kernels", lambda hidden: True)
     hidden, weight, *rest = make_case(20, 1100, 32, **modes)
@@ -122,21 +124,22 @@ def test_the_comparison_can_fail():
 
 @compiled
 def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=42)
+    pass_under_the_interpreter(__file__, at_least=28)
 
 
 @compiled
-@pytest.mark.parametrize(("arch", "shared_memory"), [(80, 166912), (90, 232448), (100, 232448)])
 @pytest.mark.parametrize(
-    ("vocab", "width", "descriptors", "modes"),
+    ("arch", "vocab", "width", "modes"),
     [
-        (49152, 576, True, dict(dtype=torch.bfloat16)),
-        (50257, 100, False, dict(dtype=torch.float16, bias=True, softcap=30.0, smoothing=0.1)),
-        (49152, 576, False, dict(dtype=torch.float32)),
+        (80, 49152, 576, dict(dtype=torch.bfloat16)),
+        (90, 49152, 576, dict(dtype=torch.bfloat16)),
+        (100, 49152, 576, dict(dtype=torch.bfloat16)),
+        (90, 50257, 100, dict(dtype=torch.float16, bias=True, softcap=30.0, smoothing=0.1)),
+        (90, 49152, 576, dict(dtype=torch.float32)),
     ],
 )
-def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, vocab, width, descriptors, modes):
-    descriptors = descriptors and arch >= 90
+def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, vocab, width, modes):
+    descriptors = arch >= 90 and modes["dtype"] == torch.bfloat16
     hidden, weight, bias, labels, scale, softcap, smoothing = make_case(256, vocab, width, **modes)
     rows = torch.randn(256)
     part = slice(8192, min(vocab, 16384))
@@ -156,5 +159,5 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, voca
     for kernel in found:
         assert kernel.asm["cubin"].startswith(b"\x7fELF")
         assert f".target sm_{arch}" in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= shared_memory
+        assert kernel.metadata.shared <= (166912 if arch == 80 else 232448)
     assert ("mma" in found[0].asm["ptx"]) == (modes["dtype"] != torch.float32)
