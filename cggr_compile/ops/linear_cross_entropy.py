@@ -3,9 +3,9 @@
 The forward keeps one logsumexp per row. With it the backward can make the gradient of the logits span by span of the
 vocabulary, in a bounded workspace, and multiply it out at once: a span's rows of dW are finished by one product, and
 only dX is summed over the spans, in float32. That is four products of rows x features x vocabulary where three would
-do with the logits at hand; gradients computed in the forward (Liger, arXiv 2410.10989) need three as well, but sum dW
-over chunks of rows in low precision, and round the gradient of the logits before the loss scale is known.
-Cut cross-entropy (arXiv 2411.09009) recomputes as this does.
+do with the logits at hand. Gradients computed in the forward (Liger, arXiv 2410.10989) need three as well, but sum dW
+over chunks of rows, and round the gradient of the logits before a loss scale is known. Cut cross-entropy
+(arXiv 2411.09009) recomputes as this does.
 """
 
 from __future__ import annotations
