@@ -1,10 +1,14 @@
 """Times single kernels beside what the same card reaches: its copy bandwidth, its matrix products, dense attention.
 
 First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, then the backward
-of attention from the selected queries beside the dense backwards. Medians; the second-level cache is cleared between
-runs. `of product rate`: arithmetic of the operator, over its time, over the rate of the card's own large product.
+of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows beside
+other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs. `of product rate`:
+arithmetic of the operator (of the loss: three products, whatever an arm recomputes), over its time, over the rate of
+the card's own large product. Peak memory is what a call allocates over what it is given.
 
     python benchmarks/kernels.py                 # CUDA, bfloat16
+    python benchmarks/kernels.py --cuda-graphs   # the kernels alone, without the host's time to launch them
+    python benchmarks/kernels.py --only selected-ce
     python benchmarks/kernels.py --tiny          # CPU, float32: a rehearsal on the reference implementations
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +27,8 @@ from machine import describe
 from results import NONE, machine_line, save, text
 from rich.console import Console
 from rich.table import Table
+from selected_ce import arms
+from timing import MB
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -44,14 +51,43 @@ class Heads(NamedTuple):
 
 SCORES = {"cuda": [(32768, 576, 49152), (8192, 2048, 128256)], "cpu": [(64, 16, 1000)]}  # rows, hidden, vocabulary
 ATTENTIONS = {"cuda": [Heads(16, 2048, 9, 3, 64), Heads(4, 4096, 32, 8, 128)], "cpu": [Heads(2, 64, 4, 2, 16)]}
+LOSSES = {"cuda": [(8192, 576, 49152), (4096, 2048, 128256)], "cpu": [(16, 16, 1000)]}  # selected rows, hidden, V
 
 
-def milliseconds(function: Callable[[], Any], device: str) -> float:
+def milliseconds(function: Callable[[], Any], device: str, graph: bool = False) -> float:
+    """``graph``: on CUDA, of a replay, so that only the kernels count."""
     if device == "cuda":
         from triton.testing import do_bench
 
-        return float(do_bench(function, warmup=50, rep=200, return_mode="median"))
+        return float(do_bench(captured(function) if graph else function, warmup=50, rep=200, return_mode="median"))
     return 1e3 * Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.05).median
+
+
+def captured(function: Callable[[], Any]) -> Callable[[], None]:
+    """The replay of a CUDA graph of one call.
+
+    The current stream must not be the default one, and a backward in ``function`` must have run its forward on it:
+    autograd runs a backward on the stream of its forward.
+    """
+    for _ in range(3):  # what compiles or allocates on first use
+        function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return graph.replay
+
+
+def peak_mb(function: Callable[[], Any], device: str) -> float | None:
+    """What a call allocates at most, over what is there before; None on the CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MB
 
 
 def card(device: str, dtype: torch.dtype) -> dict[str, float]:
@@ -69,20 +105,22 @@ def card(device: str, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def record(name: str, shape: str, time: float, flops: float, baseline: float | None) -> dict[str, Any]:
-    """``baseline``: milliseconds of what the operator is compared with."""
-    rate = flops / time / 1e9
-    return {"name": name, "shape": shape, "ms": time, "tflops": rate, "times": baseline / time if baseline else None}
+def record(
+    name: str, shape: str, time: float, flops: float, baseline: float | None, peak: float | None = None
+) -> dict[str, Any]:
+    """``baseline``: milliseconds of what the operator is compared with. ``peak``: megabytes."""
+    rate, times = flops / time / 1e9, baseline / time if baseline else None
+    return {"name": name, "shape": shape, "ms": time, "tflops": rate, "times": times, "peak_mb": peak}
 
 
-def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: bool) -> list[dict[str, Any]]:
     rows, hidden, vocabulary = size
     states = torch.randn(rows, hidden, device=device, dtype=dtype)
     weight = torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5
     flops = 2.0 * rows * hidden * vocabulary
-    product = milliseconds(lambda: states @ weight.t(), device)
+    product = milliseconds(lambda: states @ weight.t(), device, graph)
     span = SPAN if device == "cuda" else vocabulary
-    ours = milliseconds(lambda: score_partials(states, weight, None, 1.0, 0.0, span), device)
+    ours = milliseconds(lambda: score_partials(states, weight, None, 1.0, 0.0, span), device, graph)
     shape = "×".join(map(str, size))
     return [
         record("product alone (mm)", shape, product, flops, None),
@@ -90,7 +128,7 @@ def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> list[
     ]
 
 
-def attentions(heads: Heads, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def attentions(heads: Heads, device: str, dtype: torch.dtype, graph: bool) -> list[dict[str, Any]]:
     batch, length, queries, keys, width = heads
     make = dict(device=device, dtype=dtype)
     query = torch.randn(batch, queries, length, width, **make).requires_grad_()  # type: ignore[call-overload]
@@ -108,7 +146,7 @@ def attentions(heads: Heads, device: str, dtype: torch.dtype) -> list[dict[str, 
         def dense(out: Tensor = out, inputs: tuple[Tensor, ...] = inputs) -> Any:
             return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
 
-        found.append(record(f"dense backward, {name}", shape, milliseconds(dense, device), 10 * pairs, None))
+        found.append(record(f"dense backward, {name}", shape, milliseconds(dense, device, graph), 10 * pairs, None))
     baseline = found[0]["ms"]
 
     slots = length // RATIO
@@ -122,8 +160,33 @@ def attentions(heads: Heads, device: str, dtype: torch.dtype) -> list[dict[str, 
             # dq: three products of the selected queries and all keys; dk, dv: four with the keys that are wanted
             products = 6 + 8 * (1 if all_keys else 1 / RATIO)
             call = (picked[0], picked[1], key, value, picked[2], logsumexp, rows, None, width**-0.5, True, all_keys)
-            time = milliseconds(lambda call=call: attention_rows_backward(*call), device)  # type: ignore[misc]
+            time = milliseconds(lambda call=call: attention_rows_backward(*call), device, graph)  # type: ignore[misc]
             found.append(record(name, shape, time, products * pairs / RATIO, baseline))
+    return found
+
+
+def losses(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: bool) -> list[dict[str, Any]]:
+    """Loss and both gradients of the selected rows."""
+    rows, hidden, vocabulary = size
+    states = torch.randn(rows, hidden, device=device, dtype=dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5).requires_grad_()
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    found: list[dict[str, Any]] = []
+    for name, arm in arms(device).items():
+
+        def step(loss: Any = arm.loss) -> Any:
+            return torch.autograd.grad(loss(states, weight, labels), (states, weight))
+
+        replayed = graph and not arm.waits
+        launched = ", launched" if graph and arm.waits else ""
+        step()  # compiles
+        peak = peak_mb(step, device)
+        time = milliseconds(step, device, replayed)
+        baseline = found[0]["ms"] if found else None
+        shape = "×".join(map(str, size))
+        found.append(
+            record(f"selected-ce, {name}{launched}", shape, time, 6.0 * rows * hidden * vocabulary, baseline, peak)
+        )
     return found
 
 
@@ -150,37 +213,53 @@ def table(records: Sequence[dict[str, Any]], rate: float) -> Table:
     found = Table()
     for column in ("kernel", "shape"):
         found.add_column(column)
-    for column in ("ms", "TFLOP/s", "of product rate", "× the first"):
+    for column in ("ms", "TFLOP/s", "of product rate", "× the first", "peak MB"):
         found.add_column(column, justify="right")
     for entry in records:
         fraction = entry["tflops"] / rate
         times = text(entry["times"], "{:.2f}") if entry["times"] else NONE
-        found.add_row(
-            entry["name"], entry["shape"], f"{entry['ms']:.3f}", f"{entry['tflops']:.0f}", f"{fraction:.2f}", times
-        )
+        figures = (f"{entry['ms']:.3f}", f"{entry['tflops']:.0f}", f"{fraction:.2f}", times)
+        found.add_row(entry["name"], entry["shape"], *figures, text(entry["peak_mb"], "{:.0f}"))
     return found
+
+
+KERNELS: dict[str, tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]] = {
+    "score": (SCORES, scores),
+    "attention": (ATTENTIONS, attentions),
+    "selected-ce": (LOSSES, losses),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on the CPU, float32")
+    parser.add_argument("--cuda-graphs", action="store_true", help="time replays of CUDA graphs: no launches")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS), help="kernels to time")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/kernels.json"))
     args = parser.parse_args(argv)
     if not args.tiny and not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device: --tiny rehearses on the CPU")
+    if args.tiny and args.cuda_graphs:
+        parser.error("--cuda-graphs needs a CUDA device, --tiny runs on the CPU")
     device, dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
     console = Console(width=max(120, Console().width))
-    document: dict[str, Any] = {"machine": describe(device), "card": card(device, dtype), "results": []}
+    document: dict[str, Any] = {
+        "machine": describe(device),
+        "card": card(device, dtype),
+        "cuda_graphs": args.cuda_graphs,
+        "results": [],
+    }
     console.print(machine_line(document["machine"]), highlight=False)
     own = document["card"]
     console.print(f"copy {own['copy_gb_per_s']:.0f} GB/s, product {own['product_tflops']:.1f} TFLOP/s", highlight=False)
-    for size in SCORES[device]:
-        document["results"] += scores(size, device, dtype)
-        save(document, args.json)
-    for heads in ATTENTIONS[device]:
-        document["results"] += attentions(heads, device, dtype)
-        save(document, args.json)
+    # graphs are captured on a stream of their own; see captured()
+    with torch.cuda.stream(torch.cuda.Stream()) if args.cuda_graphs else nullcontext():
+        for name in args.only:
+            sizes, measure = KERNELS[name]
+            for size in sizes[device]:
+                document["results"] += measure(size, device, dtype, args.cuda_graphs)
+                save(document, args.json)
     console.print(table(document["results"], own["product_tflops"]))
     return 0
 

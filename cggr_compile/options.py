@@ -66,6 +66,9 @@ class Options:
             VerificationError at the forward call. See :class:`cggr_compile.verify.Verifier`.
         logits: what a training forward returns as logits: ``drop`` an empty [B, 0, V] tensor, ``detach`` all of
             them without gradient.
+        cross_entropy: how the loss of the selected rows is computed: from their ``logits`` [K, V], which stay for the
+            backward pass, or ``fused`` with the head, where a span of the vocabulary at a time exists
+            (``cggr::linear_cross_entropy``): less memory for one more product. Not used at ratio 1.0.
         padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
             (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first batch.
         seed: seed of the random selection.
@@ -107,6 +110,7 @@ class Options:
     row_sparse: bool = True
     verify: bool | int = False
     logits: Literal["drop", "detach"] = "drop"
+    cross_entropy: Literal["logits", "fused"] = "logits"
     padding: Literal["auto", "right", "any"] = "auto"
     seed: int = 0
     advance: Literal["auto", "manual"] = "auto"

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value
 from cggr_compile.passes.fx import Emitter, layout_only, op_name
 from cggr_compile.passes.tail import copy_tail
 
@@ -34,6 +34,11 @@ class RewriteLoss:
     The weighted sum stands for the sum over all candidates (``cggr::row_weights``). ``mean`` divides it by their
     number; ``sum``, which the user divides by a count of his own (gradient accumulation), does not. Without any
     candidate the loss is zero, with zero gradients.
+
+    With ``cross_entropy="fused"`` the head and everything behind it are one operator, and the logits of the rows are
+    not kept::
+
+        each, _ = cggr.linear_cross_entropy(norm(h).flatten(0, 1), lm_head, None, t.flatten(), 1.0, 0.0, 0.0)
     """
 
     name = "rewrite_loss"
@@ -49,28 +54,24 @@ class RewriteLoss:
                 torch.ops.cggr.gather_rows.default, stack.blocks[-1].output, selection.rows, selection.keep
             )
         mapping = copy_tail(emit, stack, loss, hidden, in_place=True)
-        for node in loss.chain:
-            source = next((n for n in node.all_input_nodes if n in mapping), loss.hidden)
-            if node is not loss.head and (layout_only(node) or op_name(node) in _LAYOUT):
-                mapping[node] = mapping[source]
-                continue
-            with emit.before(node, self.name):
-                mapping[node] = emit.copy(node, mapping)
-        logits = mapping[loss.chain[-1]]
         dtype = fake_value(loss.loss).dtype
+        logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
         with emit.before(loss.loss, self.name):
-            if dtype in (torch.float16, torch.bfloat16):
-                logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit
             target = emit.call(torch.gather, candidates.target, 1, selection.rows)
             target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
-            each = emit.call(
-                torch.nn.functional.cross_entropy,
-                emit.method("flatten", logits, 0, 1),
-                emit.method("flatten", target),
-                ignore_index=loss.ignore_index,
-                reduction="none",
-                label_smoothing=loss.label_smoothing,
-            )
+            if logits is None:
+                each = _fused(emit, loss, mapping[loss.hidden], emit.method("flatten", target))
+            else:
+                if dtype in (torch.float16, torch.bfloat16):
+                    logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit
+                each = emit.call(
+                    torch.nn.functional.cross_entropy,
+                    emit.method("flatten", logits, 0, 1),
+                    emit.method("flatten", target),
+                    ignore_index=loss.ignore_index,
+                    reduction="none",
+                    label_smoothing=loss.label_smoothing,
+                )
             value = emit.method("sum", emit.call(operator.mul, each, emit.method("flatten", selection.weights)))
             total = emit.method("sum", candidates.valid)
             if loss.reduction == "mean":
@@ -81,7 +82,20 @@ class RewriteLoss:
                 value = emit.method("to", value, dtype)
         loss.loss.replace_all_uses_with(value)
         gm.graph.erase_node(loss.loss)
-        return PassResult(True, f"{loss.reduction} over the selected rows", {"rows": str(selection.rows)})
+        how = "from their logits" if logits is not None else "fused with the head: no logits"
+        details = {"rows": str(selection.rows), "cross_entropy": ctx.options.cross_entropy}
+        return PassResult(True, f"{loss.reduction} over the selected rows, {how}", details)
+
+    def _copy_chain(self, emit: Emitter, loss: LossSite, mapping: dict[Node, Node]) -> Node:
+        """The logits of the selected rows, [B, K, V]."""
+        for node in loss.chain:
+            source = next((n for n in node.all_input_nodes if n in mapping), loss.hidden)
+            if node is not loss.head and (layout_only(node) or op_name(node) in _LAYOUT):
+                mapping[node] = mapping[source]
+                continue
+            with emit.before(node, self.name):
+                mapping[node] = emit.copy(node, mapping)
+        return mapping[loss.chain[-1]]
 
     def _guard_user_count(self, emit: Emitter, loss: Node, total: Node) -> None:
         """The user's own count may be zero where no token has a label: 0 / 0 becomes 0 / 1."""
@@ -93,4 +107,24 @@ class RewriteLoss:
                     user.replace_input_with(divisor, emit.call(torch.where, some, divisor, 1))
 
 
+def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:
+    """The loss of every row of ``hidden`` [B, K, H] without logits; ``target``: int64 [B * K]."""
+    weight = emit.method("t", loss.weight) if loss.transposed else loss.weight
+    labelled = emit.call(operator.ne, target, loss.ignore_index)
+    known = emit.call(operator.and_, emit.call(operator.ge, target, 0), emit.call(operator.lt, target, loss.vocab))
+    right = emit.call(operator.or_, known, emit.call(torch.logical_not, labelled))
+    # the operator takes any other number for "no label"; cross_entropy asserts on the device
+    message = f"labels must be in [0, {loss.vocab}) or {loss.ignore_index} (ignored)"
+    emit.call(torch.ops.aten._assert_async.msg, emit.method("all", right), message)
+    dtype = fake_value(loss.head).dtype  # autocast's, where the head runs under it
+    operands = [
+        node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)
+        for node in (emit.method("flatten", hidden, 0, 1), weight, loss.bias)
+    ]
+    labels = emit.call(torch.where, labelled, target, NO_LABEL)
+    numbers = loss.scale, loss.softcap, loss.label_smoothing
+    return emit.item(emit.call(torch.ops.cggr.linear_cross_entropy.default, *operands, labels, *numbers), 0)
+
+
+NO_LABEL = -100
 _LAYOUT = {"getitem", "transpose", "swapaxes", "permute", "mT"}

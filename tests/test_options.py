@@ -23,6 +23,7 @@ BAD = [
     ({"gradient": "route"}, "gradient .*did you mean 'routed'"),
     ({"kv_gradient": "values"}, "kv_gradient"),
     ({"logits": True}, "logits"),
+    ({"cross_entropy": "fuse"}, "cross_entropy must be one of .*did you mean 'fused'"),
     ({"padding": "left"}, "padding"),
     ({"fallback": "raise"}, "fallback"),
     ({"compiler": "triton"}, "compiler"),

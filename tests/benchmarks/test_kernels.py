@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import kernels as benchmark
+import pytest
+import selected_ce
 import torch
 import torch.nn.functional as F
 
@@ -18,10 +20,31 @@ def test_rehearsal(tmp_path, capsys):
         "dense backward, flash",
         "rows, gradients of selected keys",
         "rows, gradients of all keys",
+        "selected-ce, logits",
+        "selected-ce, chunked",
+        "selected-ce, cggr",
+        *(["selected-ce, torch"] if hasattr(F, "linear_cross_entropy") else []),
     ]
     assert all(entry["ms"] > 0 and entry["tflops"] > 0 for entry in document["results"])
     assert document["card"]["copy_gb_per_s"] > 0
     assert "score_partials" in capsys.readouterr().out
+
+
+def test_ways_to_compute_the_loss_agree():
+    rows, weight = torch.randn(16, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(0, 50, (16,))
+    found = []
+    for arm in selected_ce.arms("cpu").values():
+        loss = arm.loss(rows, weight, labels)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (rows, weight))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+def test_graphs_need_a_device(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--tiny", "--cuda-graphs"])
+    assert "--cuda-graphs needs a CUDA device" in capsys.readouterr().err
 
 
 def test_logsumexp_is_that_of_the_attention():

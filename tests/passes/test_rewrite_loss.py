@@ -60,6 +60,17 @@ def test_half_precision_sum_does_not_overflow():
     assert loss.dtype == torch.float16 and loss.isfinite()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_fused_is_the_same_number_without_logits(smoothing, decoder_step, batch):
+    decoder = models.Decoder(bias=True)
+    captured = decoder_step({"cross_entropy": "fused"}, decoder=decoder, label_smoothing=smoothing)
+    loss, *picked = run(captured)
+    count = (batch["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(loss, reference(decoder, batch, *picked, label_smoothing=smoothing) / count)
+    operators = captured.operators()
+    assert operators["linear_cross_entropy.default"] == 1 and not operators["cross_entropy"]
+
+
 @pytest.mark.parametrize("decoder", [models.Decoder(bias=True), models.Decoder(tied=False)])
 def test_dense_head_is_gone(decoder, decoder_step):
     captured = decoder_step(decoder=decoder)
