@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile import compat, lowerings
+from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.aside import Aside
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.joint import joint_pre_pass, partition_with_passes
@@ -23,7 +23,7 @@ from cggr_compile.options import OptionError, Options
 from cggr_compile.owner import Owner
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
-from cggr_compile.pipeline import copy_module, note_cached, rewrite
+from cggr_compile.pipeline import copy_module, rewrite
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
 from cggr_compile.schedule import round_up, rungs
@@ -288,8 +288,8 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
     aside = Aside(gm, device) if form.measured else None
-    compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
-    note_cached(report)
+    with pass_records.kept(gm, example, ctx.options, report):
+        compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)

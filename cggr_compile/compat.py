@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -383,3 +384,10 @@ def trace_structured(name: str, text: str) -> None:
     from torch._logging import trace_structured as emit
 
     emit("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
+
+
+def inductor_cache_dir() -> Path:
+    """Where Inductor keeps compiled graphs (the variable TORCHINDUCTOR_CACHE_DIR, or a folder of the user's)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())

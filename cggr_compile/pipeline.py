@@ -129,13 +129,6 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
             dump.stage(f"joint_{joint_pass.name}", owner, record)
 
 
-def note_cached(report: GraphReport) -> None:
-    """Records optimising passes that did not run: Inductor's cache had the compiled graph, passes applied."""
-    if not any(record.stage == "joint" for record in report.passes):
-        why = "from Inductor's cache: it ran when this graph was first compiled, and what it found is not kept"
-        report.passes += [PassRecord(joint_pass.name, "joint", None, why) for joint_pass in joint_passes(report)]
-
-
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
     before, begin = operator_counts(graph), time.perf_counter()
     try:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class PassRecord:
     """One pass over one graph. ``added``/``removed`` count operators by name; ``seconds`` is host time.
 
-    ``matched`` is None where the pass did not run, because the compiled graph came out of Inductor's cache.
+    ``matched`` is None where nothing is known: the compiled graph came out of a cache (see ``pass_records.py``).
     """
 
     name: str

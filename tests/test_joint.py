@@ -12,7 +12,6 @@ import models
 import pytest
 import torch
 
-import cggr_compile
 from cggr_compile import joint
 from cggr_compile.options import Options
 from cggr_compile.pipeline import joint_passes
@@ -54,22 +53,6 @@ def test_user_pass_still_runs():
 
 
 @pytest.mark.slow
-def test_a_cached_graph_says_that_its_passes_did_not_run(monkeypatch):
-    key = uuid.uuid4().hex  # never seen by the cache, whose compiled C++ header stays in use
-    monkeypatch.setattr(joint, "source_digest", lambda: key)
-    for matched in (True, None):
-        torch._dynamo.reset()
-        model = models.family("llama", num_hidden_layers=1)
-        models.compiled(model, compiler="inductor", scoring="random")
-        model(**models.make_batch()).loss.backward()
-        explanation = cggr_compile.Explanation(cggr_compile.runtime(model).reports)
-        passes = {p.name: p for p in explanation.passes if p.stage == "joint"}
-        assert [passes[name].matched for name in ("row_sparse", "resolve_markers")] == [matched] * 2
-    assert "from Inductor's cache" in passes["row_sparse"].reason and not passes["row_sparse"].details
-    assert "?" in str(explanation)
-
-
-@pytest.mark.slow
 def test_cache_hits_across_processes_and_misses_on_options():
     program = textwrap.dedent("""
         import sys, torch, models
@@ -81,7 +64,7 @@ def test_cache_hits_across_processes_and_misses_on_options():
         model(**models.make_batch()).loss.backward()
         print("HITS", counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"])
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), *sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (os.path.dirname(__file__), *sys.path)))}
     key = uuid.uuid4().hex  # never seen by the cache, whose compiled C++ header stays in use
 
     def run(kv_gradient: str) -> list[int]:
