@@ -1,0 +1,424 @@
+"""Held-out loss over all tokens, against measured seconds of training: does selecting tokens pay?
+
+Every arm (see quality_arms.py) trains the same model on the same text through its real compiled step until it has used
+the same number of measured seconds, and is compared with dense training, with dense training on half the batch, and
+with dense training for half the time. Only training steps count as seconds (see quality_run.py). With several learning
+rates every arm first tries each in a short run, and then uses its own best one for all the seeds.
+
+Regimes: `scratch`, random weights, on the Python sources and documentation that the machine has; `finetune`, from a
+base that is trained on that text first (densely; kept in --cache), on GSM8K; `sft`, the same with labels on answers
+only.
+
+A run takes what time it takes: --time-limit stops before a run that would go beyond it, the results so far are in
+--out, and the same command goes on from there. Written are quality.json, quality.txt (table) and quality.png (plot).
+
+    python benchmarks/quality.py --device cuda --cuda-graphs --batches 65536 --time-limit 540
+    python benchmarks/quality.py --regimes finetune --arms dense,random --arm 'mine={"min_tokens_ratio": 0.5}' ...
+    python benchmarks/quality.py --tiny                                           # CPU, less than a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from machine import describe
+from quality_arms import ARMS, DEFAULTS, as_dict, parse_arm
+from quality_report import plot as draw
+from quality_report import swept, tables
+from quality_run import SIZES, Trainer, build_model
+from quality_text import Blocks, Corpus, few, gsm8k, load_corpus
+from results import save
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from cggr_compile import Options
+from cggr_compile.options import OptionError
+from cggr_compile.schedule import rungs
+
+BATCHES = {"scratch": [4096, 16384, 65536, 262144], "finetune": [8192], "sft": [8192]}
+SECONDS = {"scratch": 40.0, "finetune": 6.0, "sft": 6.0}
+RATES = {"scratch": [1e-3, 2e-3, 4e-3], "finetune": [1e-4, 3e-4, 1e-3], "sft": [1e-4, 3e-4, 1e-3]}
+COMPILE_S = {"cuda": 30.0, "cpu": 10.0}  # of one ratio, until it is known
+FAILURES = (RuntimeError, OptionError)  # out of memory, compilation, a graph that was not rewritten
+TINY = dict(
+    device="cpu",
+    compiler="eager",
+    regimes=["scratch"],
+    batches=[1024],
+    arms=["dense", "random"],
+    model="nano",
+    length=64,
+    lrs=[3e-3],
+    seeds=1,
+    seconds=2.0,
+    megabytes=1.0,
+    held_out=8192,
+    evaluations=4,
+    base_seconds=2.0,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``sweep``: a short one, to choose the learning rate."""
+
+    regime: str
+    batch: int
+    arm: str
+    lr: float
+    seed: int
+    sweep: bool
+
+    def done(self, results: list[dict[str, Any]]) -> bool:
+        return any(all(r[key] == value for key, value in vars(self).items()) for r in results)
+
+
+def items(kind: Callable[[str], Any], allowed: tuple[str, ...] = ()) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        chosen = [kind(part) for part in text.split(",")]
+        if allowed and (unknown := sorted(set(chosen) - set(allowed))):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(allowed)}")
+        return chosen
+
+    return parse
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cuda-graphs", action="store_true", help="for every arm; small models are launch-bound")
+    parser.add_argument("--compiler", choices=("auto", "eager"), default="auto", help="eager: no generated code")
+    parser.add_argument("--regimes", type=items(str, tuple(DEFAULTS)), default=["scratch"], help=", ".join(DEFAULTS))
+    parser.add_argument("--batches", type=items(int), help=f"tokens a step; default: {BATCHES}")
+    parser.add_argument("--arms", type=items(str, tuple(ARMS)), help=f"of: {', '.join(ARMS)}; default: {DEFAULTS}")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="one more: backend options, batch, budget, warmup",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--lrs", type=items(float), help=f"learning rates to choose from; default: {RATES}")
+    parser.add_argument("--seconds", type=float, help=f"measured seconds of each run; default: {SECONDS}")
+    parser.add_argument("--sweep-share", type=float, default=0.25, help="of the seconds, for trying a learning rate")
+    parser.add_argument("--model", choices=SIZES, default="23m")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--megabytes", type=float, default=160.0, help="of text, at most")
+    parser.add_argument("--held-out", type=int, default=262144, help="tokens of every evaluation")
+    parser.add_argument("--evaluations", type=int, default=8, help="in a run, at equal times")
+    parser.add_argument("--base-seconds", type=float, default=60.0, help="training of the base, of 65536-token steps")
+    parser.add_argument("--base-lr", type=float, default=2e-3)
+    parser.add_argument("--cache", type=Path, default=Path("runs/quality-cache"), help="folder for text and base")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder for the results")
+    parser.add_argument(
+        "--time-limit", type=float, default=float("inf"), help="seconds of this command; 0: only report"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what failed before")
+    parser.add_argument("--tiny", action="store_true", help=f"changes the defaults to {TINY}")
+    if "--tiny" in (sys.argv[1:] if argv is None else argv):
+        parser.set_defaults(**TINY)
+    args = parser.parse_args(argv)
+    try:
+        args.extra = dict(parse_arm(text) for text in args.arm)
+    except ValueError as error:
+        parser.error(f"--arm: {error}")
+    if taken := sorted(set(args.extra) & set(ARMS)):
+        parser.error(f"--arm: {', '.join(taken)}: the table has an arm of that name")
+    for name in ("seeds", "evaluations", "length"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if not 0 < args.sweep_share <= 1 or (args.seconds is not None and args.seconds <= 0):
+        parser.error("--sweep-share must be in (0, 1] and --seconds above 0")
+    if args.device == "cuda" and args.time_limit > 0 and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no CUDA device")
+    if args.cuda_graphs and args.device != "cuda":
+        parser.error("--cuda-graphs needs --device cuda")
+    for regime in args.regimes:
+        for batch in args.batches or BATCHES[regime]:
+            if batch % (2 * args.length):
+                parser.error(f"--batches: {batch} is not an even number of sequences of {args.length}")
+    return args
+
+
+class Study:
+    """All the runs that were asked for; their results, appended to the file as they come."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console = args, console
+        self.begin = time.perf_counter()
+        self.arms = {**ARMS, **args.extra}
+        self.path = args.out / "quality.json"
+        self.document: dict[str, Any] = {"machine": describe(args.device), "setup": {}, "arms": {}, "results": []}
+        if self.path.exists():
+            self.document = json.loads(self.path.read_text())
+            if args.retry:
+                self.document["results"] = [r for r in self.results if r["status"] == "ok"]
+        self.corpus: Corpus | None = None
+        self._texts: dict[str, tuple[Blocks, Blocks]] = {}
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.document["results"]
+        return found
+
+    def left(self) -> float:
+        return float(self.args.time_limit - (time.perf_counter() - self.begin))
+
+    def groups(self) -> Iterator[tuple[str, int, str]]:
+        """What shares a compiled step, in the order it runs."""
+        for regime in self.args.regimes:
+            for batch in self.args.batches or BATCHES[regime]:
+                for arm in (*(self.args.arms or DEFAULTS[regime]), *self.args.extra):
+                    yield regime, batch, arm
+
+    def jobs(self, regime: str, batch: int, arm: str) -> list[Job]:
+        """What is left to do of a group: first the sweep, then, with its best rate, the seeds."""
+        rates = self.args.lrs or RATES[regime]
+        sweep = [Job(regime, batch, arm, lr, 0, True) for lr in rates] if len(rates) > 1 else []
+        if waiting := [job for job in sweep if not job.done(self.results)]:
+            return waiting
+        tried = {lr: loss for lr, loss in swept(self.results, regime, batch, arm).items() if lr in rates}
+        best = min(tried, key=lambda lr: tried[lr]) if sweep and tried else rates[0]
+        found = [Job(regime, batch, arm, best, seed, False) for seed in range(self.args.seeds)]
+        return [job for job in found if not job.done(self.results)]
+
+    def failed(self, regime: str, batch: int, arm: str) -> bool:
+        group = {"regime": regime, "batch": batch, "arm": arm}
+        return any(r["status"] != "ok" and all(r[k] == v for k, v in group.items()) for r in self.results)
+
+    def budget(self, job: Job) -> float:
+        seconds = self.args.seconds or SECONDS[job.regime]
+        return float(seconds * self.arms[job.arm].budget * (self.args.sweep_share if job.sweep else 1.0))
+
+    def predicted(self, regime: str, batch: int, arm: str) -> float:
+        """Seconds until a group is done: compiling, its runs, a tenth for evaluations."""
+        jobs = self.jobs(regime, batch, arm)
+        if not jobs or self.failed(regime, batch, arm):
+            return 0.0
+        runs = sum(map(self.budget, jobs))
+        if jobs[0].sweep:
+            runs += self.args.seeds * self.budget(Job(regime, batch, arm, 0.0, 0, False))
+        return self.compile_s(regime, batch, arm) + 1.1 * runs
+
+    def compile_s(self, regime: str, batch: int, arm: str) -> float:
+        known = [r["compile_s"] for r in self.results if r["arm"] == arm and r["status"] == "ok"]
+        if known:
+            return float(max(known))
+        options = self.arms[arm].resolved(most_labels=1, dense_steps=100)
+        return COMPILE_S[self.args.device] * (1 if options is None else len(rungs(Options.parse(options))))
+
+    def plan(self) -> None:
+        """What is going to run, and how long that is expected to take."""
+        total = 0.0
+        for regime, batch, arm in self.groups():
+            seconds = self.predicted(regime, batch, arm)
+            total += seconds
+            jobs = self.jobs(regime, batch, arm)
+            more = f", then {self.args.seeds} seeds" if jobs and jobs[0].sweep else ""
+            what = f"{len(jobs)} runs{more}, about {seconds:.0f} s" if seconds else "done"
+            self.console.print(f"{regime} {batch} {arm}: {what}", highlight=False)
+        limit = (
+            "" if self.args.time_limit == float("inf") else f"; this command stops after {self.args.time_limit:.0f} s"
+        )
+        self.console.print(f"About {total / 60:.1f} minutes in all{limit}", highlight=False)
+
+    def prepare(self) -> None:
+        """Text and tokenizer; refuses to add to results of another set-up.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        args = self.args
+        roots = few() if args.tiny else None
+        self.corpus = load_corpus(args.cache, vocab=SIZES[args.model].vocab, megabytes=args.megabytes, roots=roots)
+        machine = describe(args.device)
+        setup: dict[str, Any] = {name: machine[name] for name in ("device", "torch")}
+        setup |= {name: vars(args)[name] for name in ("model", "length", "cuda_graphs", "compiler", "held_out")}
+        setup |= {"seconds": args.seconds or SECONDS, "base": [args.base_seconds, args.base_lr]}
+        setup |= {"text": self.corpus.facts, "sweep_share": args.sweep_share}
+        known = self.document["setup"] or setup
+        if differ := [name for name in setup if known.get(name) != setup[name]]:
+            told = ", ".join(f"{name}: {known.get(name)} there, {setup[name]} here" for name in differ)
+            raise ValueError(f"{self.path} holds results of another set-up ({told}): choose another --out")
+        names = {arm for _, _, arm in self.groups()}
+        for name in sorted(names):
+            entry = as_dict(self.arms[name])
+            if self.document["arms"].setdefault(name, entry) != entry:
+                raise ValueError(f"{self.path} holds results of another arm named {name}: choose another name or --out")
+        self.document["setup"] = setup
+        self.console.print(f"Text: {self.corpus.facts}", highlight=False)
+
+    def texts(self, regime: str) -> tuple[Blocks, Blocks]:
+        """Training and held-out blocks, on the device."""
+        assert self.corpus is not None
+        if regime not in self._texts:
+            if regime == "scratch":
+                train, held_out = (self.corpus.blocks(part, self.args.length) for part in ("train", "held_out"))
+            else:
+                train, held_out = gsm8k(self.corpus.tokenizer, self.args.length, answers_only=regime == "sft")
+            held_out = held_out.head(self.args.held_out)
+            self._texts[regime] = train.to(self.args.device), held_out.to(self.args.device)
+        return self._texts[regime]
+
+    def trainer(self, regime: str, batch: int, options: dict[str, Any] | None) -> Trainer:
+        train, held_out = self.texts(regime)
+        return Trainer(
+            options,
+            SIZES[self.args.model],
+            train,
+            held_out,
+            sequences=batch // self.args.length,
+            cuda_graphs=self.args.cuda_graphs,
+            compiler=self.args.compiler,
+        )
+
+    def start(self, regime: str, seed: int) -> dict[str, Tensor]:
+        """Float32 weights to train from: random ones of the seed, or the base."""
+        if regime != "scratch":
+            return self.base()
+        model = build_model(SIZES[self.args.model], self.args.length, device="cpu", seed=seed)
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    def base(self) -> dict[str, Tensor]:
+        args = self.args
+        assert self.corpus is not None
+        name = (
+            f"base-{args.model}-{args.length}-{args.base_seconds:g}-{args.base_lr:g}-{self.corpus.facts['digest']}.pt"
+        )
+        path = args.cache / name
+        if not path.exists():
+            batch = min(65536, len(self.texts("scratch")[0].ids) // 4 * args.length)
+            trainer = self.trainer("scratch", batch, None)
+            found = trainer.train(
+                self.start("scratch", 0), lr=args.base_lr, budget=args.base_seconds, evaluations=4, seed=0
+            )
+            self.console.print(f"base: held-out loss {found['final']:.3f} after {found['steps']} steps")
+            names = [name for name, _ in trainer.model.named_parameters()]
+            weights = {n: m.detach().float().cpu() for n, m in zip(names, trainer.optimizer.masters, strict=True)}
+            torch.save(weights, path)
+        kept: dict[str, Tensor] = torch.load(path, weights_only=True)
+        return kept
+
+    def run(self) -> None:
+        """Every group that fits into the time limit, in order."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console) as progress:
+            if any(regime != "scratch" for regime in self.args.regimes):
+                self.base()
+            for regime, batch, arm in self.groups():
+                if self.failed(regime, batch, arm):
+                    continue
+                if (self.arms[arm].warmup or self.arms[arm].steps) and self.dense_steps(regime, batch) is None:
+                    raise ValueError(f"{arm} is measured in steps of dense: the arm dense has to run before it")
+                jobs = self.jobs(regime, batch, arm)
+                if jobs and self.left() < self.compile_s(regime, batch, arm) + 1.1 * self.budget(jobs[0]):
+                    self.console.print(f"Time limit: stopped before {regime} {batch} {arm}", highlight=False)
+                    return
+                if jobs:
+                    self.group(regime, batch, arm, progress)
+
+    def group(self, regime: str, batch: int, arm: str, progress: Progress) -> None:
+        """The runs of one arm, as many as the time allows; a failure is on record and the other arms go on."""
+        task = progress.add_task(f"{regime} {batch} {arm}", total=1.0, note="compiling")
+        job = self.jobs(regime, batch, arm)[0]
+        trainer = None
+        try:
+            trainer = self.trainer(regime, round(batch * self.arms[arm].batch), self.options(regime, batch, arm))
+            while jobs := self.jobs(regime, batch, arm):
+                job = jobs[0]
+                if self.left() < 1.1 * self.budget(job):
+                    break
+                progress.reset(task, note=f"lr {job.lr:g}" + (", sweep" if job.sweep else f", seed {job.seed}"))
+                found = trainer.train(
+                    self.start(regime, job.seed),
+                    lr=job.lr,
+                    budget=self.budget(job),
+                    evaluations=self.args.evaluations,
+                    seed=job.seed,
+                    limit=self.limit(job),
+                    progress=lambda share, loss: progress.update(task, completed=share, note=f"held-out {loss:.3f}"),
+                )
+                self.record(job, {"status": "ok", "compile_s": trainer.compile_s, **found})
+        except FAILURES as error:
+            self.record(job, {"status": "failed", "error": f"{type(error).__name__}: {error}"})
+        finally:
+            progress.remove_task(task)
+            del trainer
+            gc.collect()
+            if self.args.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def options(self, regime: str, batch: int, arm: str) -> dict[str, Any] | None:
+        most = self.texts(regime)[0].most_labels
+        chosen: Arm = self.arms[arm]
+        return chosen.resolved(most_labels=most, dense_steps=self.dense_steps(regime, batch))
+
+    def dense_steps(self, regime: str, batch: int) -> int | None:
+        """What the arm `dense` made in its full time; None if it has not run."""
+        group = {"regime": regime, "batch": batch, "arm": "dense", "sweep": False, "status": "ok"}
+        steps = [r["steps"] for r in self.results if all(r[key] == value for key, value in group.items())]
+        return round(mean(steps)) if steps else None
+
+    def limit(self, job: Job) -> int | None:
+        """The number of steps of a run that does not last for a time."""
+        share = self.arms[job.arm].steps * (self.args.sweep_share if job.sweep else 1.0)
+        return max(1, round(share * (self.dense_steps(job.regime, job.batch) or 0))) if share else None
+
+    def record(self, job: Job, found: dict[str, Any]) -> None:
+        self.results.append({**vars(job), **found})
+        save(self.document, self.path)
+        told = found.get("error") or (
+            f"held-out loss {found['final']:.4f} after {found['seconds']:.2f} s, {found['steps']} steps"
+        )
+        what = "sweep" if job.sweep else f"seed {job.seed}"
+        self.console.print(f"{job.regime} {job.batch} {job.arm} lr {job.lr:g} {what}: {told}"[:300], highlight=False)
+
+    def report(self) -> None:
+        if not self.results:
+            return
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        with (self.args.out / "quality.txt").open("w") as file:
+            for console in (self.console, Console(file=file, width=180)):
+                console.print(f"{self.document['setup']}", highlight=False)
+                for table in tables(self.results):
+                    console.print(table)
+        draw(self.results, self.args.out / "quality.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    console = Console(width=max(180, Console().width))
+    study = Study(args, console)
+    if args.time_limit > 0:
+        study.plan()
+        try:
+            study.prepare()
+            study.run()
+        except ValueError as error:
+            console.print(f"error: {error}", highlight=False)
+            return 2
+        except KeyboardInterrupt:
+            console.print("Interrupted: this is what has been measured so far.")
+    study.report()
+    return int(any(r["status"] != "ok" for r in study.results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
