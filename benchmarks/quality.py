@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from machine import describe
-from quality_arms import ARMS, DEFAULTS, as_dict, parse_arm
+from quality_arms import ARMS, DEFAULTS, Arm, as_dict, parse_arm
 from quality_report import plot as draw
 from quality_report import swept, tables
 from quality_run import SIZES, Trainer, build_model
@@ -158,7 +158,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         self.args, self.console = args, console
         self.begin = time.perf_counter()
-        self.arms = {**ARMS, **args.extra}
+        self.arms: dict[str, Arm] = {**ARMS, **args.extra}
         self.path = args.out / "quality.json"
         self.document: dict[str, Any] = {"machine": describe(args.device), "setup": {}, "arms": {}, "results": []}
         if self.path.exists():
@@ -267,7 +267,10 @@ class Study:
             if regime == "scratch":
                 train, held_out = (self.corpus.blocks(part, self.args.length) for part in ("train", "held_out"))
             else:
-                train, held_out = gsm8k(self.corpus.tokenizer, self.args.length, answers_only=regime == "sft")
+                train, held_out = (
+                    gsm8k(part, self.corpus.tokenizer, self.args.length, answers_only=regime == "sft")
+                    for part in ("train", "test")
+                )
             held_out = held_out.head(self.args.held_out)
             self._texts[regime] = train.to(self.args.device), held_out.to(self.args.device)
         return self._texts[regime]
@@ -367,8 +370,7 @@ class Study:
 
     def options(self, regime: str, batch: int, arm: str) -> dict[str, Any] | None:
         most = self.texts(regime)[0].most_labels
-        chosen: Arm = self.arms[arm]
-        return chosen.resolved(most_labels=most, dense_steps=self.dense_steps(regime, batch))
+        return self.arms[arm].resolved(most_labels=most, dense_steps=self.dense_steps(regime, batch))
 
     def dense_steps(self, regime: str, batch: int) -> int | None:
         """What the arm `dense` made in its full time; None if it has not run."""

@@ -202,19 +202,15 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
     return np.concatenate(parts)
 
 
-def gsm8k(tokenizer: Tokenizer, length: int, *, answers_only: bool) -> tuple[Blocks, Blocks]:
-    """Training and test problems, packed; with ``answers_only`` a question has no labels."""
-    return _pack("train", tokenizer, length, answers_only), _pack("test", tokenizer, length, answers_only)
-
-
-def _pack(part: str, tokenizer: Tokenizer, length: int, answers_only: bool) -> Blocks:
+def gsm8k(part: str, tokenizer: Tokenizer, length: int, *, answers_only: bool) -> Blocks:
+    """The problems of ``train`` or ``test``, packed; with ``answers_only`` a question has no labels."""
     ids: list[int] = []
     labels: list[int] = []
-    for question, answer in _gsm8k(part):
-        for text, counts in ((question, not answers_only), (answer, True)):
-            tokens = tokenizer.encode(text).ids
-            ids += tokens
-            labels += tokens if counts else [IGNORE] * len(tokens)
+    texts = [text for problem in _gsm8k(part) for text in problem]
+    for number, encoding in enumerate(tokenizer.encode_batch(texts)):
+        question = number % 2 == 0
+        ids += encoding.ids
+        labels += [IGNORE] * len(encoding.ids) if question and answers_only else encoding.ids
     return Blocks(_cut(np.array(ids), length), _cut(np.array(labels), length))
 
 

@@ -48,8 +48,7 @@ def test_tokens_and_labels() -> None:
     tokenizer = quality_text.train_tokenizer(texts, 400)
     tokens = quality_text.encode(texts * 6, tokenizer)  # more than one batch
     assert tokens.dtype == np.uint16 and tokenizer.decode(tokens[:100].tolist(), skip_special_tokens=False) in texts[0]
-    _, whole = quality_text.gsm8k(tokenizer, 128, answers_only=False)
-    _, answers = quality_text.gsm8k(tokenizer, 128, answers_only=True)
+    whole, answers = (quality_text.gsm8k("test", tokenizer, 128, answers_only=only) for only in (False, True))
     assert (whole.labels == whole.ids).all() and (answers.ids == whole.ids).all()
     known = answers.labels != IGNORE
     assert (answers.labels[known] == answers.ids[known]).all() and 0.2 < known.float().mean() < 0.8
