@@ -7,7 +7,7 @@ rates every arm first tries each in a short run, and then uses its own best one 
 
 Regimes: `scratch`, random weights, on the Python sources and documentation that the machine has; `finetune`, from a
 base that is trained on that text first (densely; kept in --cache), on GSM8K; `sft`, the same with labels on answers
-only.
+only, behind prompts of solved problems (--shots).
 
 A run takes what time it takes: --time-limit stops before a run that would go beyond it, the results so far are in
 --out, and the same command goes on from there. Written are quality.json, quality.txt (table) and quality.png (plot).
@@ -115,6 +115,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep-share", type=float, default=0.25, help="of the seconds, for trying a learning rate")
     parser.add_argument("--model", choices=SIZES, default="23m")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--shots", type=int, default=2, help="sft: solved problems in front of every question")
     parser.add_argument("--megabytes", type=float, default=160.0, help="of text, at most")
     parser.add_argument("--held-out", type=int, default=262144, help="tokens of every evaluation")
     parser.add_argument("--evaluations", type=int, default=8, help="in a run, at equal times")
@@ -136,9 +137,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--arm: {error}")
     if taken := sorted(set(args.extra) & set(ARMS)):
         parser.error(f"--arm: {', '.join(taken)}: the table has an arm of that name")
-    for name in ("seeds", "evaluations", "length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    for name, least in (("seeds", 1), ("evaluations", 1), ("length", 1), ("shots", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
     if not 0 < args.sweep_share <= 1 or (args.seconds is not None and args.seconds <= 0):
         parser.error("--sweep-share must be in (0, 1] and --seconds above 0")
     if args.device == "cuda" and args.time_limit > 0 and not torch.cuda.is_available():
@@ -216,7 +217,7 @@ class Study:
         known = [r["compile_s"] for r in self.results if r["arm"] == arm and r["status"] == "ok"]
         if known:
             return float(max(known))
-        options = self.arms[arm].resolved(most_labels=1, dense_steps=100)
+        options = self.arms[arm].resolved(usual_labels=1, dense_steps=100)
         return COMPILE_S[self.args.device] * (1 if options is None else len(rungs(Options.parse(options))))
 
     def plan(self) -> None:
@@ -247,7 +248,7 @@ class Study:
         setup: dict[str, Any] = {name: machine[name] for name in ("device", "torch")}
         setup |= {name: vars(args)[name] for name in ("model", "length", "cuda_graphs", "compiler", "held_out")}
         setup |= {"seconds": args.seconds or SECONDS, "base": [args.base_seconds, args.base_lr]}
-        setup |= {"text": self.corpus.facts, "sweep_share": args.sweep_share}
+        setup |= {"shots": args.shots, "text": self.corpus.facts, "sweep_share": args.sweep_share}
         known = self.document["setup"] or setup
         if differ := [name for name in setup if known.get(name) != setup[name]]:
             told = ", ".join(f"{name}: {known.get(name)} there, {setup[name]} here" for name in differ)
@@ -267,9 +268,14 @@ class Study:
             if regime == "scratch":
                 train, held_out = (self.corpus.blocks(part, self.args.length) for part in ("train", "held_out"))
             else:
+                how = {"answers_only": True, "shots": self.args.shots} if regime == "sft" else {}
                 train, held_out = (
-                    gsm8k(part, self.corpus.tokenizer, self.args.length, answers_only=regime == "sft")
-                    for part in ("train", "test")
+                    gsm8k(part, self.corpus.tokenizer, self.args.length, **how) for part in ("train", "test")
+                )
+                self.console.print(
+                    f"{regime}: {train.tokens} training tokens, {train.share:.0%} of them with a label, "
+                    f"at most {train.usual_labels / self.args.length:.0%} in 95 of 100 sequences",
+                    highlight=False,
                 )
             held_out = held_out.head(self.args.held_out)
             self._texts[regime] = train.to(self.args.device), held_out.to(self.args.device)
@@ -336,6 +342,9 @@ class Study:
                     return
                 if jobs:
                     self.group(regime, batch, arm, progress)
+                if self.jobs(regime, batch, arm) and not self.failed(regime, batch, arm):
+                    self.console.print(f"Time limit: stopped within {regime} {batch} {arm}", highlight=False)
+                    return
 
     def group(self, regime: str, batch: int, arm: str, progress: Progress) -> None:
         """The runs of one arm, as many as the time allows; a failure is on record and the other arms go on."""
@@ -369,8 +378,8 @@ class Study:
                 torch.cuda.empty_cache()
 
     def options(self, regime: str, batch: int, arm: str) -> dict[str, Any] | None:
-        most = self.texts(regime)[0].most_labels
-        return self.arms[arm].resolved(most_labels=most, dense_steps=self.dense_steps(regime, batch))
+        most = self.texts(regime)[0].usual_labels
+        return self.arms[arm].resolved(usual_labels=most, dense_steps=self.dense_steps(regime, batch))
 
     def dense_steps(self, regime: str, batch: int) -> int | None:
         """What the arm `dense` made in its full time; None if it has not run."""

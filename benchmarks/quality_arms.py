@@ -10,7 +10,7 @@ from typing import Any
 
 from cggr_compile import Options
 
-# in the table: as many slots as the sequence with the most labels needs
+# in the table: as many slots as 95 of 100 sequences need for all their labels
 FITTING = "fitting"
 
 
@@ -32,11 +32,11 @@ class Arm:
     steps: float = 0.0
     warmup: float = 0.0
 
-    def resolved(self, *, most_labels: int, dense_steps: int | None) -> dict[str, Any] | None:
+    def resolved(self, *, usual_labels: int, dense_steps: int | None) -> dict[str, Any] | None:
         """The options with what depends on data and time filled in."""
         if self.options is None:
             return None
-        options = {name: most_labels if value == FITTING else value for name, value in self.options.items()}
+        options = {name: usual_labels if value == FITTING else value for name, value in self.options.items()}
         if self.warmup:
             assert dense_steps is not None
             options["warmup_steps"] = max(1, round(self.warmup * dense_steps))
@@ -105,7 +105,7 @@ def parse_arm(text: str) -> tuple[str, Arm]:
     if dense and found:
         raise ValueError(f"arm {name} is dense and cannot have the options {sorted(found)}")
     arm = Arm(None if dense else found, **shares)
-    Options.parse(arm.resolved(most_labels=1, dense_steps=1))
+    Options.parse(arm.resolved(usual_labels=1, dense_steps=1))
     return name, arm
 
 

@@ -50,9 +50,15 @@ class Blocks:
         return self.ids.numel()
 
     @property
-    def most_labels(self) -> int:
-        """Of one sequence; the first position is nobody's prediction."""
-        return int((self.labels[:, 1:] != IGNORE).sum(1).max())
+    def share(self) -> float:
+        """Of the tokens that have a label."""
+        return float((self.labels != IGNORE).float().mean())
+
+    @property
+    def usual_labels(self) -> int:
+        """As many as 95 of 100 sequences have at most; the first position is nobody's prediction."""
+        counts = (self.labels[:, 1:] != IGNORE).sum(1)
+        return int(counts.sort().values[int(0.95 * (len(counts) - 1))])
 
 
 @dataclass(frozen=True)
@@ -202,15 +208,22 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
     return np.concatenate(parts)
 
 
-def gsm8k(part: str, tokenizer: Tokenizer, length: int, *, answers_only: bool) -> Blocks:
-    """The problems of ``train`` or ``test``, packed; with ``answers_only`` a question has no labels."""
+def gsm8k(part: str, tokenizer: Tokenizer, length: int, *, answers_only: bool = False, shots: int = 0) -> Blocks:
+    """The problems of ``train`` or ``test``, packed.
+
+    With ``answers_only`` a question has no labels. Then every problem may have ``shots`` others, solved, as its prompt,
+    also without labels: GSM8K's answers alone are three fifths of its tokens, prompts are usually longer.
+    """
+    texts = [text for problem in _gsm8k(part) for text in problem]
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    problems = list(zip(encoded[::2], encoded[1::2], strict=True))
     ids: list[int] = []
     labels: list[int] = []
-    texts = [text for problem in _gsm8k(part) for text in problem]
-    for number, encoding in enumerate(tokenizer.encode_batch(texts)):
-        question = number % 2 == 0
-        ids += encoding.ids
-        labels += [IGNORE] * len(encoding.ids) if question and answers_only else encoding.ids
+    for number, (question, answer) in enumerate(problems):
+        prompt = [token for other in range(number - shots, number) for half in problems[other] for token in half]
+        prompt += question
+        ids += prompt + answer
+        labels += ([IGNORE] * len(prompt) if answers_only else prompt) + answer
     return Blocks(_cut(np.array(ids), length), _cut(np.array(labels), length))
 
 

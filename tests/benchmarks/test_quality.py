@@ -126,11 +126,11 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: Any) -> Non
 
 def test_the_table_of_arms_is_valid() -> None:
     for name, arm in quality_arms.ARMS.items():
-        options = arm.resolved(most_labels=7, dense_steps=100)
+        options = arm.resolved(usual_labels=7, dense_steps=100)
         quality.Options.parse(options)
         assert (options is None) == name.startswith("dense") or name == "dense-first"
-    assert quality_arms.ARMS["labels"].resolved(most_labels=7, dense_steps=None)["max_selected"] == 7
-    assert quality_arms.ARMS["curriculum"].resolved(most_labels=7, dense_steps=200)["warmup_steps"] == 30
+    assert quality_arms.ARMS["labels"].resolved(usual_labels=7, dense_steps=None)["max_selected"] == 7
+    assert quality_arms.ARMS["curriculum"].resolved(usual_labels=7, dense_steps=200)["warmup_steps"] == 30
     assert all(set(names) <= set(quality_arms.ARMS) for names in quality_arms.DEFAULTS.values())
 
 
