@@ -16,7 +16,10 @@ import quality
 import quality_arms
 import quality_report
 import quality_run
+import quality_study
 from quality_text import Blocks
+
+from cggr_compile import Options
 
 
 def command(folder: Path, *more: str) -> list[str]:
@@ -67,7 +70,7 @@ def test_files_and_report(study: Path) -> None:
 
 
 def test_what_is_there_is_not_run_again(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(quality, "Trainer", None)
+    monkeypatch.setattr(quality_study, "Trainer", None)
     before = (study / "out" / "quality.json").read_text()
     arms = "--arms=dense,random"
     assert quality.main(command(study, arms, "--seconds=1.5")) == 0
@@ -91,7 +94,7 @@ def test_best_rate_of_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             curve = [[0.0, 0, 9.0], [budget, 5, final]]
             return {"seconds": budget, "steps": 5, "tokens": 9, "final": final, "curve": curve, "metrics": None}
 
-    monkeypatch.setattr(quality, "Trainer", Fake)
+    monkeypatch.setattr(quality_study, "Trainer", Fake)
     more = ["--arms=dense,random,dense-half-steps", "--lrs=1.0,0.01,0.02,0.03", "--seeds=2", "--sweep-share=0.5"]
     assert quality.main(command(tmp_path, *more)) == 1, "an arm failed"
     results = json.loads((tmp_path / "out" / "quality.json").read_text())["results"]
@@ -127,7 +130,7 @@ def test_wrong_arguments(arguments: list[str], message: str, capsys: Any) -> Non
 def test_the_table_of_arms_is_valid() -> None:
     for name, arm in quality_arms.ARMS.items():
         options = arm.resolved(usual_labels=7, dense_steps=100)
-        quality.Options.parse(options)
+        Options.parse(options)
         assert (options is None) == name.startswith("dense") or name == "dense-first"
     assert quality_arms.ARMS["labels"].resolved(usual_labels=7, dense_steps=None)["max_selected"] == 7
     assert quality_arms.ARMS["curriculum"].resolved(usual_labels=7, dense_steps=200)["warmup_steps"] == 30
