@@ -1,4 +1,4 @@
-"""``python -m cggr_compile doctor|explain``."""
+"""``python -m cggr_compile doctor|explain|reference-loss``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from cggr_compile.doctor import findings
 from cggr_compile.explain import explain
+from cggr_compile.precompute import reference_loss
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="cggr_compile", description="Inspect the cggr backend.")
+    parser = argparse.ArgumentParser(prog="cggr_compile", description="Inspect the cggr backend, prepare its data.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, device, compiler, and which path will run and why")
     show = commands.add_parser(
@@ -30,11 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--seq", type=int, default=64, help="tokens per sequence (default 64)")
     show.add_argument("--options", type=json.loads, default={}, help='JSON, such as \'{"gradient": "exact"}\'')
     show.add_argument("--save", metavar="DIR", help="also write report.json, report.txt and the graphs there")
+    losses = commands.add_parser(
+        "reference-loss", help='the losses of reference models on a dataset, for scoring="excess", as a .npy file'
+    )
+    losses.add_argument("models", nargs="+", metavar="MODEL", help="folders of transformers models, of one tokenizer")
+    losses.add_argument("--tokens", required=True, metavar="NPY", help="integers [N, S], the sequences to train on")
+    losses.add_argument("--labels", metavar="NPY", help="the same shape, -100 where there is no label; else the tokens")
+    losses.add_argument("--out", required=True, metavar="NPY", help="float32 [N, S], the result")
+    losses.add_argument("--combine", choices=("mean", "min"), default="mean", help="several models (default: mean)")
+    losses.add_argument("--batch", type=int, default=8, help="sequences at a time (default 8)")
+    losses.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     chosen = parser.parse_args(arguments)
     if chosen.command == "doctor":
         return _doctor()
     try:
-        return _explain(chosen)
+        return _explain(chosen) if chosen.command == "explain" else _reference_loss(chosen)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -59,6 +71,24 @@ def _explain(chosen: argparse.Namespace) -> int:
     if chosen.save:
         print(f"written: {explanation.save(chosen.save)}")
     return 0 if explanation.matched else 1
+
+
+def _reference_loss(chosen: argparse.Namespace) -> int:
+    work = reference_loss(
+        chosen.models,
+        chosen.tokens,
+        chosen.out,
+        labels=chosen.labels,
+        combine=chosen.combine,
+        batch_size=chosen.batch,
+        device=chosen.device,
+    )
+    with Progress() as progress:
+        task = progress.add_task("reference loss", total=1.0)
+        for done in work:
+            progress.update(task, completed=done)
+    print(f"written: {chosen.out}")
+    return 0
 
 
 def _build(source: str) -> tuple[torch.nn.Module, int]:

@@ -59,6 +59,11 @@ class Options:
             attention; ``exact`` is the true gradient of the selected loss.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
             weights still learn from every position), ``stop`` at the keys and values.
+        kv_weight: what the gradient that ``routed`` lets through there, at a selected position, is multiplied with:
+            ``1``, or ``1/sqrt(p)``, p the position's probability of being selected. A way from one position's loss to
+            another position is cut wherever it meets an unselected one; 1/p at every one it meets would make up for
+            that on average, with too much variance, and 1/sqrt(p) is halfway. (The part that comes from the position's
+            own query needs no such factor, but is not told apart.) Needs a selection that samples.
         row_sparse: compute only the selected rows of the backward pass. Exact either way; False shows what the pass
             itself contributes.
         verify: training steps of every compiled graph to check on the user's own batches: the backward with and
@@ -107,6 +112,7 @@ class Options:
     router_precision: Literal["auto", "model", "bf16"] = "auto"
     gradient: Literal["routed", "exact"] = "routed"
     kv_gradient: Literal["project", "stop"] = "project"
+    kv_weight: Literal["1", "1/sqrt(p)"] = "1"
     row_sparse: bool = True
     verify: bool | int = False
     logits: Literal["drop", "detach"] = "drop"
@@ -158,6 +164,11 @@ class Options:
             raise OptionError(
                 f"selection={self.selection!r} needs a score: scoring must be one of "
                 f"{sorted({*get_args(Scoring)} - {'random'})} or a function, got 'random'"
+            )
+        if self.kv_weight != "1" and (self.selection not in _SAMPLED or self.gradient == "exact"):
+            raise OptionError(
+                f"kv_weight={self.kv_weight!r} needs gradient='routed' and a selection that samples, one of "
+                f"{sorted(_SAMPLED)}; got gradient={self.gradient!r}, selection={self.selection!r}"
             )
         for name in ("num_strata", "min_tokens_per_sequence"):
             _check_integer(name, getattr(self, name), 1)

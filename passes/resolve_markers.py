@@ -28,6 +28,8 @@ class ResolveMarkers:
 
         selected = zeros[B, S].scatter(1, rows, keep)
         dk = where(selected[:, None, :, None], dk2, 0.0)
+
+    Where ``cggr.weigh_stops(rows, factors)`` stands, dk is multiplied with the factors as well.
     """
 
     name = "resolve_markers"
@@ -46,27 +48,56 @@ class ResolveMarkers:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         hidden, rows, keep = (n for n in gathers[0].args if isinstance(n, torch.fx.Node))
+        factors = stop_factors(graph)
         emit = Emitter(graph, fake_value(gathers[0]).fake_mode, key="val")
         with emit.before(gathers[0], self.name):
             shape = [emit.size(hidden, 0), emit.size(hidden, 1)]
             device = fake_value(hidden).device
             blank = emit.call(aten.full.default, shape, False, dtype=torch.bool, device=device)
             selected = emit.call(aten.scatter.src, blank, 1, rows, keep)
+            factor = None
+            if factors is not None:
+                blank = emit.call(aten.full.default, shape, 0.0, dtype=torch.float32, device=device)
+                factor = emit.call(aten.scatter.src, blank, 1, rows, factors)
         for node in backward:
             with emit.before(node, self.name):
-                stopped = _mask(emit, node, selected)
+                stopped = _mask(emit, node, selected, factor)
             node.replace_all_uses_with(stopped)
+            graph.erase_node(node)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.cggr.weigh_stops.default):
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         return PassResult(True, f"{len(backward)} markers resolved", {"markers": len(backward)})
 
 
-def _mask(emit: Emitter, node: Node, selected: Node) -> Node:
+def stop_factors(graph: Graph) -> Node | None:
+    """What the markers' gradients are multiplied with at the selected rows, float32 [B, K]; None for 1."""
+    found = graph.find_nodes(op="call_function", target=torch.ops.cggr.weigh_stops.default)
+    return found[0].all_input_nodes[1] if found else None
+
+
+def weighed(emit: Emitter, grad: Node, factors: Node) -> Node:
+    """``grad * factors`` in the gradient's dtype; multiplied in the wider of the two."""
+    dtype = fake_value(grad).dtype
+    product = emit.call(aten.mul.Tensor, grad, factors)
+    if fake_value(product).dtype != dtype:
+        product = emit.call(torch.ops.prims.convert_element_type.default, product, dtype)
+    return product
+
+
+def _mask(emit: Emitter, node: Node, selected: Node, factor: Node | None) -> Node:
     grad: Any = node.args[0]
     axis: Any = node.args[1]
     value = fake_value(grad)
-    for _ in range(axis - 1):
-        selected = emit.call(aten.unsqueeze.default, selected, 1)
-    for _ in range(value.dim() - 1 - axis):
-        selected = emit.call(aten.unsqueeze.default, selected, -1)
     zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
-    return emit.call(aten.where.self, selected, grad, zero)
+    stopped = emit.call(aten.where.self, _on_axis(emit, selected, axis, value.dim()), grad, zero)
+    return stopped if factor is None else weighed(emit, stopped, _on_axis(emit, factor, axis, value.dim()))
+
+
+def _on_axis(emit: Emitter, tensor: Node, axis: int, rank: int) -> Node:
+    """[B, S] as [B, 1, S, 1] and the like."""
+    for _ in range(axis - 1):
+        tensor = emit.call(aten.unsqueeze.default, tensor, 1)
+    for _ in range(rank - 1 - axis):
+        tensor = emit.call(aten.unsqueeze.default, tensor, -1)
+    return tensor

@@ -34,7 +34,9 @@ class RouteGradient:
 
     A fused projection takes its whole input from ``y``: the query gradient of an unselected position is zero
     anyway. The marker names no rows, because early blocks run before the selection exists; a pass over the
-    joint graph (``resolve_markers``) gives it them.
+    joint graph (``resolve_markers``) gives it them, and with ``kv_weight="1/sqrt(p)"`` the factors, from::
+
+        h = cggr.gather_rows(x, cggr.weigh_stops(rows, weights.sqrt()), keep)
     """
 
     name = "route_gradient"
@@ -51,7 +53,20 @@ class RouteGradient:
                 self._stop_keys_and_values(emit, block)
             else:
                 self._stop_projection_input(emit, block, ctx)
-        return PassResult(True, f"kv_gradient={ctx.options.kv_gradient!r} at {len(ctx.stack.blocks)} attentions")
+        how = f"kv_gradient={ctx.options.kv_gradient!r}"
+        if ctx.options.kv_weight != "1":
+            self._weigh(emit, ctx)
+            how += f", kv_weight={ctx.options.kv_weight!r}"
+        return PassResult(True, f"{how} at {len(ctx.stack.blocks)} attentions")
+
+    def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
+        assert ctx.selection is not None
+        rows = ctx.selection.rows
+        (gather,) = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
+        with emit.before(gather, self.name):
+            factors = emit.method("sqrt", ctx.selection.weights)  # a token's weight is 1/p
+            weighed = emit.call(torch.ops.cggr.weigh_stops.default, rows, factors)
+        gather.replace_input_with(rows, weighed)
 
     def _stop_keys_and_values(self, emit: Emitter, block: Block) -> None:
         attention = block.attention

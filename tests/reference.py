@@ -134,15 +134,23 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str) -> Iterator[None]:
-    """Stops gradient on unselected rows of whatever ``model`` attends to, while the context is open."""
+def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str, factors: Tensor | None = None) -> Iterator[None]:
+    """Stops gradient on unselected rows of whatever ``model`` attends to, while the context is open.
+
+    ``factors`` [B, S]: what the gradient of the others is multiplied with there.
+    """
+
+    def weighed(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x if factors is None else x.detach() + (x - x.detach()) * factors.to(x.dtype).view(shape)
+
+    batch, size = hard.shape
     with contextlib.ExitStack() as stack:
         if gradient == "exact":
             pass
         elif kv_gradient == "stop":
 
             def stop(x: Tensor) -> Tensor:  # [B, heads, S, D]
-                return torch.where(hard[:, None, :, None], x, x.detach())
+                return torch.where(hard[:, None, :, None], weighed(x, (batch, 1, size, 1)), x.detach())
 
             stack.enter_context(_StopAtAttention(stop))
             stack.enter_context(_replaced(models, "keys_values", lambda k, v: (stop(k), stop(v))))
@@ -160,7 +168,7 @@ def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str) -> Iterat
         else:
 
             def gate(x: Tensor) -> Tensor:  # [B, S, H]
-                return torch.where(hard[:, :, None], x, x.detach())
+                return torch.where(hard[:, :, None], weighed(x, (batch, size, 1)), x.detach())
 
             stack.enter_context(_replaced(models, "kv_input", gate))
             found = 0
@@ -200,11 +208,19 @@ def reference(
     *,
     gradient: str = "routed",
     kv_gradient: str = "project",
+    kv_weight: str = "1",
     **loss: Any,
 ) -> Run:
     """The run that a compiled model has to reproduce: ``logits`` evaluates the unmodified model eagerly."""
     rows = picks.rows if isinstance(picks, Picks) else picks
-    with routing(model, hard_mask(rows, target.shape[1]), gradient, kv_gradient):
+    factors = None
+    if kv_weight == "1/sqrt(p)":
+        assert isinstance(picks, Picks)
+        factors = torch.zeros(*target.shape).index_put_(
+            (torch.arange(len(rows))[:, None].expand_as(rows)[rows >= 0], rows[rows >= 0]),
+            picks.weights[rows >= 0].sqrt(),
+        )
+    with routing(model, hard_mask(rows, target.shape[1]), gradient, kv_gradient, factors):
         return backward(model, selected_loss(logits(), target, picks, **loss))
 
 

@@ -1,4 +1,4 @@
-"""``cggr::stop_rows``: the stop-gradient marker of gradient routing.
+"""``cggr::stop_rows``: the stop-gradient marker of gradient routing, and ``cggr::weigh_stops``, its factors.
 
 The marker sits in layers that run before the selection exists, so it cannot take the selected rows. A pass
 over the joint graph resolves it; an unresolved marker must never train silently, so its backward raises.
@@ -26,6 +26,14 @@ def stop_rows_reference(x: Tensor, dim: int) -> Tensor:
     return x.clone()
 
 
+def weigh_stops_reference(rows: Tensor, factors: Tensor) -> Tensor:
+    """The selected rows, int64 [B, K]. Brings to the joint graph what the markers' gradients are multiplied with there.
+
+    ``factors``: float32 [B, K].
+    """
+    return rows.clone()
+
+
 def stop_rows_backward_reference(grad: Tensor, dim: int) -> NoReturn:
     raise UnresolvedMarkerError(
         "a cggr::stop_rows marker reached the backward pass unresolved: compile the graph with backend='cggr' "
@@ -38,6 +46,9 @@ def _fake(x: Tensor, dim: int) -> Tensor:
 
 
 stop_rows = define_opaque("stop_rows(Tensor x, int dim) -> Tensor", stop_rows_reference, _fake)
+weigh_stops = define_opaque(
+    "weigh_stops(Tensor rows, Tensor factors) -> Tensor", weigh_stops_reference, lambda rows, _: torch.empty_like(rows)
+)
 stop_rows_backward = define_opaque(
     "stop_rows_backward(Tensor grad, int dim) -> Tensor", stop_rows_backward_reference, _fake
 )

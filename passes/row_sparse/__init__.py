@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.resolve_markers import stop_factors, weighed
 from cggr_compile.passes.row_sparse.attention import attention
 from cggr_compile.passes.row_sparse.experts import experts
 from cggr_compile.passes.row_sparse.placement import place_early
@@ -114,10 +115,11 @@ def _visit(rv: RowValues, node: Node) -> None:
 
 
 def _stop(rv: RowValues, node: Node) -> Rows:
-    """A marker: the gradient on the selected rows, nothing elsewhere."""
+    """A marker: the gradient on the selected rows, weighed, nothing elsewhere."""
     grad: Any = node.args[0]
     axis: Any = node.args[1]
     layout = rv.layout(*("B" if i == 0 else "S" if i == axis else None for i in range(len(shape_of(node)))))
-    if grad in rv.sparse and rv.sparse[grad].layout == layout:
-        return rv.sparse[grad]
-    return Rows(rv.kept(rv.version(grad, layout), layout), layout)
+    known = grad in rv.sparse and rv.sparse[grad].layout == layout
+    values = rv.sparse[grad].values if known else rv.kept(rv.version(grad, layout), layout)
+    factors = stop_factors(rv.graph)
+    return Rows(values if factors is None else weighed(rv.emit, values, rv.on_slots(factors, layout, values)), layout)

@@ -96,18 +96,21 @@ class RowValues:
 
     def kept(self, values: Node, layout: Layout) -> Node:
         """``values`` with unused slots set to zero."""
+        mask = self.on_slots(self.keep, layout, values)
+        value = fake_value(values)
+        zero = self.emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
+        return self.emit.call(aten.where.self, mask, values, zero)
+
+    def on_slots(self, each: Node, layout: Layout, values: Node) -> Node:
+        """``each`` [B, K], one number per slot, in a shape that broadcasts to ``values``."""
         shape = [1] * len(layout)
-        keep = self.keep
         if "BS" in layout:
             shape[layout.index("BS")] = self.batch * self.slots
         else:
             first, axis = (i for i, tag in enumerate(layout) if tag)
             shape[first], shape[axis] = shape_of(values)[first], self.slots
-            keep = self.folded(keep, shape[first])
-        mask = self.emit.call(aten.view.default, keep, shape)
-        value = fake_value(values)
-        zero = self.emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
-        return self.emit.call(aten.where.self, mask, values, zero)
+            each = self.folded(each, shape[first])
+        return self.emit.call(aten.view.default, each, shape)
 
     def dense(self, node: Node) -> Node:
         """The full tensor of a sparse value."""

@@ -45,6 +45,7 @@ def test_opcheck_all():
         (ops.row_weights.default, (rows, keep, valid, None)),
         (ops.stats.default, (keep, valid, *stats[:3])),
         (ops.stop_rows.default, (hidden.detach(), 1)),
+        (ops.weigh_stops.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
     for op, arguments in calls:
         outcome = opcheck(op, arguments)
