@@ -46,7 +46,7 @@ bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selec
 	$(BIN)/python benchmarks/step.py $(ARGS)
 
 test: lint  ## lint, then the whole test suite
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
