@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cggr_compile
-from cggr_compile import joint
+from cggr_compile import compat, joint
 from cggr_compile.options import Options
 from cggr_compile.report import GraphDump, GraphReport
 
@@ -87,3 +87,18 @@ def test_cache_hits_across_processes_and_misses_on_options(tmp_path):
     assert run("stop") == [0, 1]
     assert run("stop") == [1, 0]
     assert run("project") == [0, 1]
+
+
+@pytest.mark.parametrize(("family", "known"), [("mixtral", True), ("llama", False)])
+def test_a_dense_graph_with_our_operators_is_keyed_by_our_sources(monkeypatch, family, known):
+    """Lowered experts are in the graph at ratio 1.0 too."""
+    keys = []
+
+    def compile_fx(gm, inputs, patches):
+        keys.append("joint_custom_pre_pass" in patches and patches["joint_custom_pre_pass"].uuid())
+        return gm.forward
+
+    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    model = models.compiled(models.family(family, num_hidden_layers=1), compiler="inductor", min_tokens_ratio=1.0)
+    model(**models.make_batch())
+    assert keys == [(joint.source_digest(),) if known else False]
