@@ -14,6 +14,10 @@ from cggr_compile.passes.fx import ancestors, argument, layout_only, op_name
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
+ROUTER_LOGITS = (
+    "with output_router_logits=True, transformers breaks the graph, unless the model was called so once before it was "
+    "compiled, and gets an attention_mask"
+)
 CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 
 
@@ -77,12 +81,9 @@ def _no_loss_reason(gm: GraphModule) -> str:
             "; the model and its loss must be in one graph (was labels= given? does a graph break separate them? "
             "TORCH_LOGS=graph_breaks tells; for transformers' GPT-2 set model.loss_type = 'ForCausalLM')"
         )
-    if names & {"moe", "moe.default"}:
-        reason += (
-            "; output_router_logits=True of transformers breaks the graph, unless the model was called with it once "
-            "before it was compiled, and gets an attention_mask"
-        )
-    if {"topk", "one_hot"} <= names:
+    if "moe.default" in names:
+        reason += f"; {ROUTER_LOGITS}"
+    elif "topk" in names:
         reason += "; a loop over experts breaks it: model.set_experts_implementation('grouped_mm')"
     return reason
 

@@ -44,7 +44,9 @@ class Functionalize:
     analysis = False
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        replaced = [f"{node} (filled by parts)" for node in list(gm.graph.nodes) if _join(gm.graph, node, ctx.fake_mode)]
+        replaced = [
+            f"{node} (filled by parts)" for node in list(gm.graph.nodes) if _join(gm.graph, node, ctx.fake_mode)
+        ]
         for node in list(gm.graph.nodes):
             if mutated_operand(node) is not None and _replace(gm.graph, node, ctx.fake_mode):
                 replaced.append(f"{node} ({op_name(node)})")
@@ -128,7 +130,7 @@ def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
     for user in readers:
         user.replace_input_with(base, joined)
     for *_, write in views:
-        view = write.args[0]
+        view: Any = write.args[0]
         graph.erase_node(write)
         graph.erase_node(view)
     graph.erase_node(base)

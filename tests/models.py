@@ -56,7 +56,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", dict(num_experts=5, num_experts_per_tok=2, eos_token_id=2, **_LLAMA)),
     "deepseek_v3": (
         "DeepseekV3Config",
-        _LLAMA | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_key_value_heads=HEADS)
+        _LLAMA
+        | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_key_value_heads=HEADS)
         | _DEEPSEEK,
     ),
     "llama-eager": ("LlamaConfig", dict(attn_implementation="eager", **_LLAMA)),
