@@ -81,7 +81,7 @@ def _no_loss_reason(gm: GraphModule) -> str:
             "; the model and its loss must be in one graph (was labels= given? does a graph break separate them? "
             "TORCH_LOGS=graph_breaks tells; for transformers' GPT-2 set model.loss_type = 'ForCausalLM')"
         )
-    if "moe.default" in names:
+    if names & {"moe.default", "moe_clamped.default"}:
         reason += f"; {ROUTER_LOGITS}"
     elif "topk" in names:
         reason += "; a loop over experts breaks it: model.set_experts_implementation('grouped_mm')"

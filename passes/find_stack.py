@@ -261,4 +261,4 @@ def _check_router_outputs(gm: GraphModule, blocks: list[Block]) -> None:
             raise NoLayerStackError(f"a loss of the routers is computed outside of this graph: {ROUTER_LOGITS}")
 
 
-_EXPERTS = ("moe.default", "moe_mlp.default")
+_EXPERTS = ("moe.default", "moe_clamped.default", "moe_mlp.default")

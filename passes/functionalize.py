@@ -130,9 +130,9 @@ def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
     for user in readers:
         user.replace_input_with(base, joined)
     for *_, write in views:
-        view: Any = write.args[0]
+        part_of: Any = write.args[0]
         graph.erase_node(write)
-        graph.erase_node(view)
+        graph.erase_node(part_of)
     graph.erase_node(base)
     return True
 
