@@ -55,10 +55,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24, **_LLAMA)),
     "olmoe": ("OlmoeConfig", dict(num_experts=5, num_experts_per_tok=2, eos_token_id=2, **_LLAMA)),
     "deepseek_v3": (
-        "DeepseekV3Config",
-        _LLAMA
-        | dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24, num_key_value_heads=HEADS)
-        | _DEEPSEEK,
+        "DeepseekV3Config",  # a dense layer, then one with experts
+        dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24)
+        | {**_LLAMA, **_DEEPSEEK, "num_hidden_layers": 2, "num_key_value_heads": HEADS},
     ),
     "gpt_oss": (
         "GptOssConfig",

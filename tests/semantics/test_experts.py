@@ -16,12 +16,6 @@ from training import RATIO, complaints, metrics, picks, small
 import cggr_compile
 from cggr_compile import PersistentTRMLP
 
-ROUTERS = {
-    "mixtral": dict(),
-    "qwen3_moe": dict(output_router_logits=True),  # its own default for the aux loss is small
-    "olmoe": dict(),
-}
-
 
 def with_router_logits(name: str, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
     model = small(name, router_aux_loss_coef=2.0, **overrides)
