@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.aside import Aside
 from cggr_compile.dense_layers import dense_layers
-from cggr_compile.joint import joint_pre_pass, partition_with_passes
+from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
 from cggr_compile.owner import Owner
@@ -245,6 +245,8 @@ def _is_training(gm: GraphModule, inputs: list[Any]) -> bool:
 def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:
     if engine == "eager":
         return gm.forward
+    if holds_our_operators(gm):  # a layer of ours, or lowered experts: the cache key must know our sources
+        patches = {**patches, "joint_custom_pre_pass": source_key()}
     return compat.compile_fx(gm, inputs, patches)
 
 
@@ -252,10 +254,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on every position, or does not train."""
     ctx, owner, report, patches = form.ctx, form.owner, form.report, form.patches
     observed, rung = ctx.observed is not None, ctx.rung
-    if observed and report.compiler != "eager":  # our operators in it: the cache key must know our sources
-        compiled = _lower_selective(form.graph, inputs, ctx.options, report, form.dump, patches)
-    else:
-        compiled = _lower(form.graph, inputs, report.compiler, patches)
+    compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
         return Rung(compiled)  # not noted as the last graph that ran
     replayed = _replayed(report, patches)

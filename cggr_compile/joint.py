@@ -36,13 +36,22 @@ def source_digest() -> str:
 
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
     """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
-    others = compat.user_joint_passes()
     # the printed graph, which keys the rest, does not show which of its nodes are recomputed (inline_checkpoints)
     facts = json.dumps([record.details for record in report.passes], sort_keys=True, default=str)
+    return _pre_pass(lambda graph: run_joint_passes(graph, report, dump), (options.digest(), facts))
+
+
+def source_key() -> Any:
+    """A ``joint_custom_pre_pass`` that changes nothing: it puts our sources into the key of Inductor's cache."""
+    return _pre_pass(lambda graph: None, ())
+
+
+def _pre_pass(ours: Callable[[Graph], None], key: tuple[str, ...]) -> Any:
+    others = compat.user_joint_passes()
 
     class JointPrePass(compat.custom_graph_pass()):  # type: ignore[misc]
         def __call__(self, graph: Graph) -> None:
-            run_joint_passes(graph, report, dump)
+            ours(graph)
             for other in others:
                 other(graph)
 
@@ -50,9 +59,19 @@ def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> An
             keys = [getattr(other, "uuid", lambda: None)() for other in others]
             if any(key is None for key in keys):
                 return None  # an unkeyed pass of the user: no caching
-            return (source_digest(), options.digest(), facts, *keys)
+            return (source_digest(), *key, *keys)
 
     return JointPrePass()
+
+
+def holds_our_operators(gm: GraphModule) -> bool:
+    """Whether a graph, or one inside it (the body of a checkpoint), calls a ``cggr::`` operator."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    return any(
+        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "cggr"
+        for graph in graphs
+        for node in graph.nodes
+    )
 
 
 def partition_with_passes(report: GraphReport, dump: GraphDump) -> Callable[..., Any]:

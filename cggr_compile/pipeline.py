@@ -113,9 +113,8 @@ def semantic_passes(ctx: GraphContext) -> tuple[GraphPass, ...]:
 
 
 def joint_passes(report: GraphReport) -> list[JointPass]:
-    """The optimising passes that the options ask for; one that trains on every position stays as it is."""
-    optimise = report.matched and report.options["row_sparse"]
-    return [p for p in JOINT_PASSES if optimise or isinstance(p, ResolveMarkers)]
+    """The optimising passes that the options ask for."""
+    return [p for p in JOINT_PASSES if report.options["row_sparse"] or isinstance(p, ResolveMarkers)]
 
 
 def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:

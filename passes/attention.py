@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from torch.fx import Node
 
 from cggr_compile.passes.base import Attention, same_size, shape_of
 from cggr_compile.passes.fx import argument, op_name
-
-if TYPE_CHECKING:
-    from torch.fx import Node
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
@@ -57,7 +56,8 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
     axis = argument(node, 1, "dim")
     if axis is None or axis % max(1, len(shape_of(node))) != len(shape_of(node)) - 1:
         return None
-    scores = node.all_input_nodes[0]
+    scores = _without_sinks(node.all_input_nodes[0])
+    sinks = scores is not node.all_input_nodes[0]
     mask: Node | None = None
     while op_name(scores) != "matmul":
         sources = [n for n in scores.all_input_nodes if n in stream]
@@ -75,9 +75,25 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
         user = users[0]
         if op_name(user) == "matmul":
             break
-        if op_name(user) not in _AFTER_SOFTMAX:
+        dropped = sinks and op_name(user) == "getitem" and user.args[1] == (..., slice(None, -1))
+        if op_name(user) not in _AFTER_SOFTMAX and not dropped:
             return None
         weights = user
     if argument(user, 0, "input") is not weights:
         return None
     return scores, user, mask
+
+
+def _without_sinks(scores: Node) -> Node:
+    """x of ``z - z.max(-1, keepdim=True).values`` with ``z = cat([x, sinks], -1)``, as in gpt-oss; else ``scores``."""
+    if op_name(scores) != "sub" or not all(isinstance(n, Node) for n in scores.args):
+        return scores
+    joined, largest = scores.args
+    found = largest.args[0] if op_name(largest) == "getitem" else None  # type: ignore[arg-type, union-attr]
+    if not isinstance(found, Node) or op_name(found) != "max" or found.args[0] is not joined:
+        return scores
+    parts = argument(joined, 0, "tensors")  # type: ignore[arg-type]
+    last = argument(joined, 1, "dim") in (-1, len(shape_of(joined)) - 1)  # type: ignore[arg-type]
+    if op_name(joined) != "cat" or not last or len(parts) != 2 or shape_of(parts[1])[-1] != 1:  # type: ignore[arg-type]
+        return scores
+    return parts[0]  # type: ignore[no-any-return]

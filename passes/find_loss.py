@@ -14,6 +14,10 @@ from cggr_compile.passes.fx import ancestors, argument, layout_only, op_name
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
+ROUTER_LOGITS = (
+    "with output_router_logits=True, transformers breaks the graph, unless the model was called so once before it was "
+    "compiled, and gets an attention_mask"
+)
 CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 
 
@@ -71,11 +75,16 @@ class FindLoss:
 
 def _no_loss_reason(gm: GraphModule) -> str:
     reason = "no cross-entropy in this graph"
-    if any(op_name(node) == "scaled_dot_product_attention" for node in gm.graph.nodes):
+    names = {op_name(node) for node in gm.graph.nodes}
+    if "scaled_dot_product_attention" in names:
         reason += (
             "; the model and its loss must be in one graph (was labels= given? does a graph break separate them? "
             "TORCH_LOGS=graph_breaks tells; for transformers' GPT-2 set model.loss_type = 'ForCausalLM')"
         )
+    if names & {"moe.default", "moe_clamped.default"}:
+        reason += f"; {ROUTER_LOGITS}"
+    elif "topk" in names:
+        reason += "; a loop over experts breaks it: model.set_experts_implementation('grouped_mm')"
     return reason
 
 

@@ -7,13 +7,14 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
 from cggr_compile.passes.fx import Emitter, inplace_position, mutated_operand, op_name
 
 if TYPE_CHECKING:
-    from torch.fx import Graph, GraphModule, Node
+    from torch.fx import Graph, GraphModule
 
 
 class Functionalize:
@@ -29,6 +30,11 @@ class Functionalize:
         x1 = x + attention(x)
         y = norm(x1)
 
+    An empty tensor that is filled part by part along one axis (the keys of DeepSeek-V3) becomes a ``cat``::
+
+        k = empty(...); k[..., :8].copy_(a); k[..., 8:].copy_(b)   # before
+        k = cat([a, b], -1)                                        # after
+
     Left alone, because they are effects or their aliases matter: writes to graph inputs (buffers), through views,
     and into parts (``x[mask] = 0``). ``find_stack`` refuses graphs in which such a write touches the stream.
     """
@@ -38,7 +44,9 @@ class Functionalize:
     analysis = False
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        replaced = []
+        replaced = [
+            f"{node} (filled by parts)" for node in list(gm.graph.nodes) if _join(gm.graph, node, ctx.fake_mode)
+        ]
         for node in list(gm.graph.nodes):
             if mutated_operand(node) is not None and _replace(gm.graph, node, ctx.fake_mode):
                 replaced.append(f"{node} ({op_name(node)})")
@@ -74,6 +82,80 @@ def _replace(graph: Graph, node: Node, fake_mode: Any) -> bool:
     node.replace_all_uses_with(new)
     graph.erase_node(node)
     return True
+
+
+_EMPTY = ("empty", "new_empty", "empty_like")
+
+
+def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
+    """Replace an empty tensor, and the copies that fill its parts side by side, by the parts' concatenation."""
+    if op_name(base) not in _EMPTY or not isinstance(fake_value(base), torch.Tensor):
+        return False
+    views: list[tuple[int, int, int, Node]] = []  # axis, begin, end, the copy into that part
+    users = sorted(base.users)
+    for view in users:
+        part = _slice(view)
+        if part is None or len(view.users) != 1:
+            break
+        (write,) = view.users
+        if op_name(write) != "copy" or mutated_operand(write) is not view or len(write.args) != 2 or write.users:
+            break
+        views.append((*part, write))
+    if not views:
+        return False
+    readers = users[len(views) :]
+    writes = {write for *_, write in views}
+    last = max(writes)
+    between = (n for n in graph.nodes if min(writes) < n < last and n not in writes)
+    if any(mutated_operand(n) is not None for n in between):
+        return False  # what was copied may change before the end
+    views.sort(key=lambda view: view[1])
+    axis, shape = views[0][0], fake_value(base).shape
+    edges = [0, *(end for _, _, end, _ in views)]
+    side_by_side = all(at == axis and begin == edge for (at, begin, _, _), edge in zip(views, edges, strict=False))
+    if not side_by_side or edges[-1] != shape[axis] or any(user < last for user in readers):
+        return False
+    sources: list[Any] = [write.args[1] for *_, write in views]
+    if any(
+        not isinstance(source, Node) or fake_value(source).shape != fake_value(write.args[0]).shape
+        for source, (*_, write) in zip(sources, views, strict=True)
+    ):
+        return False  # a number, or a part that is spread out
+    emit = Emitter(graph, fake_mode)
+    with emit.before(last, Functionalize.name):
+        dtype = fake_value(base).dtype  # which copying casts to
+        parts = [s if fake_value(s).dtype == dtype else emit.method("to", s, dtype) for s in sources]
+        joined = emit.call(torch.cat, parts, axis)
+    joined.meta = {**base.meta, emit.key: joined.meta[emit.key]}
+    for user in readers:
+        user.replace_input_with(base, joined)
+    for *_, write in views:
+        part_of: Any = write.args[0]
+        graph.erase_node(write)
+        graph.erase_node(part_of)
+    graph.erase_node(base)
+    return True
+
+
+def _slice(view: Node) -> tuple[int, int, int] | None:
+    """(axis, begin, end) of ``base[..., begin:end]`` with numbers and one sliced axis; else None."""
+    if view.target is not operator.getitem or not isinstance(view.args[0], Node):
+        return None
+    index: Any = view.args[1] if isinstance(view.args[1], tuple) else (view.args[1],)
+    shape = fake_value(view.args[0]).shape
+    if index.count(Ellipsis) > 1 or not all(i is Ellipsis or isinstance(i, slice) for i in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (len(shape) - len(index) + 1), *index[at + 1 :])
+    cut = [axis for axis, part in enumerate(index) if part != slice(None)]
+    if len(cut) != 1 or not isinstance(shape[cut[0]], int):
+        return None
+    part = index[cut[0]]
+    if part.step not in (None, 1) or not all(end is None or isinstance(end, int) for end in (part.start, part.stop)):
+        return None
+    begin, end, _ = part.indices(shape[cut[0]])
+    return cut[0], begin, end
 
 
 def _out_of_place(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]] | None:

@@ -26,15 +26,19 @@ class NotExpertsError(Exception):
 
 @dataclass(frozen=True)
 class Experts:
-    """The arguments of ``cggr::moe``, and what it replaces: everything from ``sort`` to ``total`` [N, H]."""
+    """The arguments of ``cggr::moe``, and what it replaces: everything from ``sort`` to ``total`` [N, H].
+
+    ``matrices``: gate_up and down, with whether they are stored transposed. ``clamped``: biases of both products,
+    alpha and limit of ``cggr::moe_clamped``.
+    """
 
     hidden: Node
-    gate_up: Node
-    down: Node
+    matrices: tuple[tuple[Node, bool], tuple[Node, bool]]
     weights: Node
     experts: Node
     sort: Node
     total: Node
+    clamped: tuple[Node, Node, float, float] | None
 
 
 class LowerExperts:
@@ -51,8 +55,9 @@ class LowerExperts:
         y = cggr.moe(hidden, gate_up, down, weights, experts)
 
     Exact but for rounding: routing weights multiply in float32. A token's output depends on that token alone, which
-    the sorted form hides: only afterwards does ``find_stack`` see a residual stream. Left alone, with the reason:
-    biases, transposed weights, other activations, and CUDA devices or dtypes for which the operator has no kernel.
+    the sorted form hides: only afterwards does ``find_stack`` see a residual stream. Experts with biases and the
+    clamped activation of gpt-oss become ``cggr.moe_clamped`` on the CPU. Left alone, with the reason: other
+    activations, biases without that activation, and CUDA devices or dtypes for which the operator has no kernel.
     """
 
     name = "lower_experts"
@@ -87,10 +92,11 @@ def _match(products: list[Any]) -> Experts:
     if len(products) != 2:
         raise NotExpertsError(f"{len(products)} grouped products over the same rows, expected two")
     first, second = products
-    gate_up, down = _matrix(first), _matrix(second)
-    (experts, double, width), masks = shape_of(gate_up), list[Any]()
-    if shape_of(down) != (experts, width, double // 2) or double % 2:
-        raise NotExpertsError(f"weights {shape_of(gate_up)} and {shape_of(down)} are not those of gated experts")
+    matrices = _matrix(first), _matrix(second)
+    (experts, width, double), (*others, out) = (shape_of(argument(p, 1, "weight")) for p in products)
+    masks = list[Any]()
+    if (*others, out) != (experts, double // 2, width) or double % 2:
+        raise NotExpertsError(f"weights {[shape_of(m) for m, _ in matrices]} are not those of gated experts")
 
     # where the rows come from: the sort
     hidden, token = _indexed(_unmasked(argument(first, 0, "input"), masks))
@@ -102,14 +108,28 @@ def _match(products: list[Any]) -> Experts:
         raise NotExpertsError("rows are not sorted by a choice [tokens, top_k] of experts")
     _check_offsets(argument(first, 2, "offs"), sort, experts)
 
-    # between the products: SwiGLU
-    factors = _plain(argument(second, 0, "input"))
-    gate, up = _swiglu(factors)
-    if gate is not up or _unmasked(argument(gate, 0, "input"), masks) is not first:
-        raise NotExpertsError("gate and up are not the halves of the first product, without a bias")
+    # between the products: the activation
+    activated = _plain(argument(second, 0, "input"))
+    users = [_biased(product, sort, experts) for product in products]
+    (first_out, first_bias), (second_out, second_bias) = users
+    clamped: tuple[Any, Any, float, float] | None = None
+    if first_bias is not None and second_bias is not None:
+        inner, alpha, limit = _clamped_swiglu(activated)
+        clamped = (first_bias, second_bias, alpha, limit)
+    elif first_bias is None and second_bias is None:
+        if any(transposed for _, transposed in matrices):
+            raise NotExpertsError("weights are not stored as [experts, out, in]")
+        gate, up = _swiglu(activated)
+        if gate is not up:
+            raise NotExpertsError("gate and up are not the halves of one product")
+        inner = argument(gate, 0, "input")
+    else:
+        raise NotExpertsError("one product has a bias, the other has not")
+    if _unmasked(inner, masks) is not first_out:
+        raise NotExpertsError("the activation is not that of the first product")
 
     # after the second: routing weights, then every row goes back to its token
-    done, weighted = second, _only_user(second)
+    done, weighted = second_out, _only_user(second_out)
     while _is(weighted, "masked_fill"):
         _unmasked(weighted, masks)
         done, weighted = weighted, _only_user(weighted)
@@ -130,8 +150,8 @@ def _match(products: list[Any]) -> Experts:
         raise NotExpertsError("rows are not summed up token by token")
     for mask in masks:
         _check_mask(mask, sort, experts)
-    _check_device(hidden, gate_up, down)
-    return Experts(hidden, gate_up, down, weights, choice, sort, total)
+    _check_device(hidden, clamped, *(matrix for matrix, _ in matrices))
+    return Experts(hidden, matrices, weights, choice, sort, total, clamped)
 
 
 def _is(node: Any, *names: str) -> bool:
@@ -170,12 +190,25 @@ def _check_mask(mask: Any, sort: Any, experts: int) -> None:
         raise NotExpertsError(f"{mask} masks more than rows without an expert")
 
 
-def _matrix(product: Any) -> Any:
-    """W [E, N, K] of a product with its transpose."""
-    transposed = argument(product, 1, "weight")
-    if not _is(transposed, "transpose") or {argument(transposed, i, f"dim{i - 1}") % 3 for i in (1, 2)} != {1, 2}:
-        raise NotExpertsError("weights are not stored as [experts, out, in]")
-    return transposed.args[0]
+def _matrix(product: Any) -> tuple[Any, bool]:
+    """W [E, N, K] of a product with its transpose and False, or W [E, K, N] and True."""
+    weight = argument(product, 1, "weight")
+    if _is(weight, "transpose") and {argument(weight, i, f"dim{i - 1}") % 3 for i in (1, 2)} == {1, 2}:
+        return weight.args[0], False
+    return weight, True
+
+
+def _biased(product: Any, sort: Any, experts: int) -> tuple[Any, Any]:
+    """``product + bias[min(ids, E - 1)]`` and bias [E, N], or the product and None."""
+    added = next(iter(product.users)) if len(product.users) == 1 else None
+    if not isinstance(added, Node) or not _is(added, "add") or added.args[0] is not product:
+        return product, None
+    bias, ids = _indexed(added.args[1])
+    if _is(ids, "clamp") and argument(ids, 1, "min") is None and argument(ids, 2, "max") == experts - 1:
+        ids = ids.args[0]
+    if added.kwargs or shape_of(bias) != (experts, shape_of(product)[1]) or _item(ids, 0, "sort") is not sort:
+        raise NotExpertsError("what is added to a product is not a bias per expert")
+    return added, bias
 
 
 def _indexed(node: Any) -> tuple[Any, Any]:
@@ -207,6 +240,25 @@ def _swiglu(product: Any) -> tuple[Any, Any]:
         if argument(chunk, 1, "chunks") != 2 or argument(chunk, 2, "dim", 0) not in (-1, 1):
             raise NotExpertsError("gate and up are not halves")
     return chunks
+
+
+def _clamped_swiglu(product: Any) -> tuple[Any, float, float]:
+    """(z, alpha, limit) of ``(up + 1) * (gate * sigmoid(gate * alpha))``: gate ``z[..., ::2].clamp(max=limit)``, up
+    ``z[..., 1::2].clamp(-limit, limit)``."""
+    above, glu = _arguments(product, "mul")
+    up, one = _arguments(above, "add")
+    gate, sigmoid = _arguments(glu, "mul")
+    factor, alpha = _arguments(_arguments(sigmoid, "sigmoid")[0], "mul")
+    parts = [_arguments(_arguments(half, "clamp")[0], "getitem") for half in (gate, up)]
+    limit = argument(gate, 2, "max")
+    bounds = argument(gate, 1, "min"), argument(up, 1, "min"), argument(up, 2, "max")
+    columns = [(..., slice(start, None, 2)) for start in (None, 1)]
+    numbers = isinstance(limit, (int, float)) and isinstance(alpha, (int, float))
+    if not numbers or one != 1 or above.kwargs or factor is not gate or bounds != (None, -limit, limit):
+        raise NotExpertsError("the activation is not the clamped SwiGLU of gpt-oss")
+    if [index for _, index in parts] != columns or parts[0][0] is not parts[1][0]:
+        raise NotExpertsError("gate and up do not alternate")
+    return parts[0][0], float(alpha), float(limit)
 
 
 def _check_offsets(offsets: Any, sort: Any, experts: int) -> None:
@@ -245,8 +297,10 @@ def _only_user(node: Any) -> Any:
     return next(iter(node.users))
 
 
-def _check_device(hidden: Any, *matrices: Any) -> None:
+def _check_device(hidden: Any, clamped: Any, *matrices: Any) -> None:
     value = fake_value(hidden)
+    if clamped is not None and value.device.type != "cpu":
+        raise NotExpertsError("no kernel for experts with biases")
     if any(fake_value(n).dtype != value.dtype for n in matrices):
         raise NotExpertsError("tokens and weights have different dtypes")
     kernels = compat.runs_our_kernels() and value.dtype != torch.float64
@@ -258,9 +312,14 @@ def _replace(gm: GraphModule, ctx: GraphContext, found: Experts) -> None:
     emit = Emitter(gm.graph, ctx.fake_mode)
     dead = descendants([found.sort], stop=[found.total])
     with emit.before(found.total, LowerExperts.name):
-        new = emit.call(
-            torch.ops.cggr.moe.default, found.hidden, found.gate_up, found.down, found.weights, found.experts
-        )
+        gate_up, down = (emit.method("transpose", m, 1, 2) if swap else m for m, swap in found.matrices)
+        if found.clamped is None:
+            new = emit.call(torch.ops.cggr.moe.default, found.hidden, gate_up, down, found.weights, found.experts)
+        else:
+            bias, other, *numbers = found.clamped
+            matrices = (gate_up, bias, down, other)
+            arguments = (found.hidden, *matrices, found.weights, found.experts, *numbers)
+            new = emit.call(torch.ops.cggr.moe_clamped.default, *arguments)
         if fake_value(new).dtype != fake_value(found.total).dtype:
             new = emit.method("to", new, fake_value(found.total).dtype)
     new.meta = {**found.total.meta, **new.meta}

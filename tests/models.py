@@ -24,6 +24,12 @@ _GRANITE = {
     "attention_multiplier": 0.3,
 }
 
+_DEEPSEEK = {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16} | {
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
 # name: (config class of transformers, its arguments)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _LLAMA),
@@ -48,6 +54,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, **_LLAMA)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=3, moe_intermediate_size=24, **_LLAMA)),
     "olmoe": ("OlmoeConfig", dict(num_experts=5, num_experts_per_tok=2, eos_token_id=2, **_LLAMA)),
+    "deepseek_v3": (
+        "DeepseekV3Config",  # a dense layer, then one with experts
+        dict(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=24)
+        | {**_LLAMA, **_DEEPSEEK, "num_hidden_layers": 2, "num_key_value_heads": HEADS},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        # two layers: rounding grows with them (in float64 the gradients of four agree to 4e-7)
+        dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=8, pad_token_id=0)
+        | {**_LLAMA, "num_hidden_layers": 2},
+    ),
     "llama-eager": ("LlamaConfig", dict(attn_implementation="eager", **_LLAMA)),
 }
 # not promised to match, but never to be wrong

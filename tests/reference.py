@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 IGNORE = -100
 # modules that project the residual stream to keys and values, in all model families of the zoo
-KV_PROJECTIONS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
+KV_PROJECTIONS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "kv_a_proj_with_mqa")
 TOLERANCE = 1e-5
 
 

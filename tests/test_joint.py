@@ -12,9 +12,8 @@ import models
 import pytest
 import torch
 
-from cggr_compile import joint
+from cggr_compile import compat, joint
 from cggr_compile.options import Options
-from cggr_compile.pipeline import joint_passes
 from cggr_compile.report import GraphDump, GraphReport
 
 
@@ -78,11 +77,16 @@ def test_cache_hits_across_processes_and_misses_on_options():
     assert run("project") == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("matched", "row_sparse", "optimised"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_only_a_rewritten_graph_is_optimised(matched, row_sparse, optimised):
-    """A graph at ratio 1.0 with our operators in it (dynamic_threshold) keeps the user's arithmetic bit for bit."""
-    report = GraphReport(0, True, "Inductor CPU", Options(row_sparse=row_sparse).as_dict(), matched=matched)
-    names = [joint_pass.name for joint_pass in joint_passes(report)]
-    assert names[-1] == "resolve_markers" and (len(names) > 1) is optimised
+@pytest.mark.parametrize(("family", "known"), [("mixtral", True), ("llama", False)])
+def test_a_dense_graph_with_our_operators_is_keyed_by_our_sources(monkeypatch, family, known):
+    """Lowered experts are in the graph at ratio 1.0 too."""
+    keys = []
+
+    def compile_fx(gm, inputs, patches):
+        keys.append("joint_custom_pre_pass" in patches and patches["joint_custom_pre_pass"].uuid())
+        return gm.forward
+
+    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    model = models.compiled(models.family(family, num_hidden_layers=1), compiler="inductor", min_tokens_ratio=1.0)
+    model(**models.make_batch())
+    assert keys == [(joint.source_digest(),) if known else False]

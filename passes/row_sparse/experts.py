@@ -16,10 +16,18 @@ aten = torch.ops.aten
 ops = torch.ops.cggr
 
 
-def experts(rv: RowValues, node: Node) -> bool:
-    """Replace a ``moe_mlp_backward`` whose output gradient is sparse; False for any other call.
+# how many matrices and biases they take, and how many numbers at the end
+_BACKWARDS: dict[Any, tuple[int, int]] = {
+    ops.moe_mlp_backward.default: (2, 0),
+    ops.moe_clamped_mlp_backward.default: (4, 2),
+}
 
-    The selected tokens are sorted by expert anew, and what gate and up gave is gathered for their pairs::
+
+def experts(rv: RowValues, node: Node) -> bool:
+    """Replace a ``moe_mlp_backward`` whose output gradient is sparse (``moe_clamped_mlp_backward`` likewise).
+
+    False for any other call. The selected tokens are sorted by expert anew, and what gate and up gave is gathered for
+    their pairs::
 
         dx, dW1, dW2, dw = moe_mlp_backward(scatter(g), x, W1, W2, w, inner, *moe_permute(chosen, E))
 
@@ -28,9 +36,11 @@ def experts(rv: RowValues, node: Node) -> bool:
         permuted = moe_permute(chosen[rows], E)
         dx_rows, dW1, dW2, dw_rows = moe_mlp_backward(g, x[rows], W1, W2, w[rows], inner[pairs], *permuted)
     """
-    if node.target is not ops.moe_mlp_backward.default:
+    if node.target not in _BACKWARDS:
         return False
-    grad, hidden, gate_up, down, weights, inner, order, position, _ = (_node(value) for value in node.args)
+    count, numbers = _BACKWARDS[node.target]
+    tensors, last = node.args[: len(node.args) - numbers], node.args[len(node.args) - numbers :]
+    grad, hidden, *matrices, weights, inner, order, position, _ = (_node(value) for value in tensors)
     permute = order.args[0] if order.target is operator.getitem else None
     known = isinstance(permute, Node) and permute.target is ops.moe_permute.default
     if grad not in rv.sparse or rv.sparse[grad].layout != ("BS", None) or not known:
@@ -47,16 +57,16 @@ def experts(rv: RowValues, node: Node) -> bool:
         node.target,
         rv.sparse[grad].values,
         rv.version(hidden, layout),
-        gate_up,
-        down,
+        *matrices,
         rv.version(weights, layout),
         call(aten.index.Tensor, inner, [call(aten.index.Tensor, position, [pair])]),
         *(rv.emit.item(permuted, i) for i in range(3)),
+        *last,
     )
     for getter in node.users:
         index = int(getter.args[1])  # type: ignore[arg-type]
         value = rv.emit.item(found, index)
-        if index in (0, 3):  # of the tokens, of their routing weights
+        if index in (0, 1 + count):  # of the tokens, of their routing weights
             rv.sparse[getter] = Rows(value, layout)
         else:
             getter.replace_all_uses_with(value)

@@ -129,3 +129,51 @@ def test_labels_written_before_and_after(batch):
 
 def test_operators():
     assert op_name(torch.fx.Graph().call_function(operator.iadd)) == "add"
+
+
+def filled(first, second, between=lambda a: None, then=lambda k, a, b: None):
+    def program(x, w):
+        a, b = x @ w, x.sin().double()
+        k = a.new_empty(3, 8)
+        k[first].copy_(a)
+        between(a)
+        k[second].copy_(b)
+        then(k, a, b)
+        return k.relu() * 2
+
+    return program
+
+
+LEFT, RIGHT = (..., slice(None, 4)), (..., slice(4, None))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        filled(LEFT, RIGHT),
+        filled(RIGHT, LEFT),
+        filled((slice(None), slice(0, 4)), RIGHT),
+        filled(LEFT, RIGHT, then=lambda k, a, b: k.mul_(2)),
+    ],
+)
+def test_filled_by_parts(program):
+    x, w = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True)
+    captured, result, left = run(program, x, w)
+    assert result.matched and not left and captured.operators()["cat"] == 1
+    captured.check_shapes()
+    outputs = captured.gm(*[{id(x): x, id(w): w}.get(id(v), v) for v in captured.inputs])
+    torch.testing.assert_close(outputs[0], program(x, w))
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        filled((..., slice(0, 4)), (..., slice(3, 7))),  # overlap
+        filled(LEFT, LEFT),  # the rest stays unset
+        filled(LEFT, RIGHT, then=lambda k, a, b: k[..., 2:3].copy_(a[:, :1])),
+        filled(LEFT, RIGHT, between=lambda a: a.mul_(2)),
+    ],
+)
+def test_otherwise_filled_is_no_concatenation(program):
+    captured, _, left = run(program, torch.randn(3, 4), torch.randn(4, 4))
+    assert "copy" in left and not captured.operators()["cat"]

@@ -52,7 +52,8 @@ class Layer(nn.Module):
 
 
 def experts_of(captured):
-    return [node for node in captured.gm.graph.nodes if node.target is torch.ops.cggr.moe.default]
+    ours = (torch.ops.cggr.moe.default, torch.ops.cggr.moe_clamped.default)
+    return [node for node in captured.gm.graph.nodes if node.target in ours]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,22 +133,53 @@ class Biased(nn.Module):
         return grouped_mm_experts_forward(self, hidden, experts, weights)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [(dict(), "1 of 1"), (dict(has_bias=True), "bias"), (dict(is_transposed=True), "[experts, out, in]")],
-)
-def test_as_transformers_writes_it(arguments, reason):
+class GptOss(Biased):
+    """As gpt-oss has it, and what is only similar."""
+
+    def __init__(self, *, has_bias=True, is_transposed=True, low=None, one=1, step=2, limits=(1.0, 1.0)):
+        super().__init__(has_bias, is_transposed)
+        self.low, self.one, self.step, self.limits = low, one, step, limits
+
+    def _apply_gate(self, product):
+        gate, up = (product[..., ::2], product[..., 1::2]) if self.step == 2 else product.chunk(2, -1)
+        gate, up = gate.clamp(min=self.low, max=self.limits[0]), up.clamp(min=-self.limits[1], max=self.limits[1])
+        return (up + self.one) * (gate * torch.sigmoid(gate * 1.7))
+
+
+def lower(layer):
     hidden, weights = torch.randn(TOKENS, H), torch.rand(TOKENS, TOP_K)
     # E: none, as under expert parallelism; releases with a flag for that expect it with the flag only
     flagged = "_is_expert_parallel" in inspect.getsource(grouped_mm_experts_forward)
     experts = torch.randint(0, EXPERTS if flagged else EXPERTS + 1, (TOKENS, TOP_K))
-    layer = Biased(**arguments)
     captured = Captured(layer, hidden, experts, weights)
     result = captured.run("lower_experts")
-    assert result.matched is not bool(arguments) and reason in result.reason, result.reason
     if result.matched:
         (got,) = execute(captured, *experts_of(captured))
         torch.testing.assert_close(got, layer(hidden, experts, weights), atol=1e-4, rtol=1e-4)
+    return result
+
+
+@pytest.mark.parametrize("layer", [Biased(), GptOss(), GptOss(is_transposed=False)])
+def test_as_transformers_writes_it(layer):
+    result = lower(layer)
+    assert result.matched and "1 of 1" in result.reason, result.reason
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Biased(has_bias=True), "is not add"),
+        (Biased(is_transposed=True), "[experts, out, in]"),
+        (GptOss(has_bias=False, is_transposed=False), "not SwiGLU"),
+        (GptOss(low=-1.0), "clamped SwiGLU"),
+        (GptOss(one=2), "clamped SwiGLU"),
+        (GptOss(limits=(1.0, 2.0)), "clamped SwiGLU"),
+        (GptOss(step=1), "not alternate"),
+    ],
+)
+def test_leaves_alone_what_transformers_writes_otherwise(layer, reason):
+    result = lower(layer)
+    assert not result.matched and reason in result.reason, result.reason
 
 
 def test_is_idempotent():

@@ -24,6 +24,8 @@ def call_with(batch):
     [
         ("mixtral", models.make_batch(), dict(kv_gradient="stop")),
         ("qwen3_moe", models.make_batch(1, 16), dict()),
+        ("deepseek_v3", models.make_batch(1, 16), dict()),
+        ("gpt_oss", models.make_batch(1, 16), dict()),
     ],
 )
 def test_nothing_is_made_dense(family, batch, options):
