@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -51,8 +52,8 @@ def _place(gm: GraphModule, inputs: Sequence[Any], options: Options, report: Gra
         for t in inputs
     ]
     semantic = [(record.name, record.details) for record in report.passes]
-    text = gm.print_readable(print_output=False)
-    facts = json.dumps(
-        [joint.source_digest(), options.digest(), report.compiler, described, semantic, text], default=str
-    )
+    # AOTAutograd traces under the autocast that Dynamo's graph does not show
+    autocast = [(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))) for kind in ("cpu", "cuda")]
+    keys = [joint.source_digest(), options.digest(), report.compiler, described, semantic, autocast]
+    facts = json.dumps([*keys, gm.print_readable(print_output=False)], default=str)
     return compat.inductor_cache_dir() / "cggr" / f"{hashlib.sha256(facts.encode()).hexdigest()}.json"
