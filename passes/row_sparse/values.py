@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -153,9 +154,12 @@ class RowValues:
             return self.sparse[node].values
         key = (node, layout)
         if key not in self._versions:
-            made = None if node in self.sparse else self._recompute(node, layout)
+            again = node not in self.sparse and not kept_by_checkpoint(node)
+            made = self._recompute(node, layout) if again else None
             source = self.dense(node) if node in self.sparse else node
-            self._versions[key] = made if made is not None else self.gather(source, layout)
+            self._versions[key] = rows = made if made is not None else self.gather(source, layout)
+            if recomputed(node):  # in the backward pass, as the checkpoint wants it, and not kept either
+                rows.meta.update({name: node.meta[name] for name in RECOMPUTE})
         return self._versions[key]
 
     def _recompute(self, node: Node, layout: Layout) -> Node | None:
@@ -187,16 +191,40 @@ class RowValues:
             axis = position % len(layout)
             before = layout[:axis] + layout[axis + 1 :]
             return self.emit.call(target, self.version(source, before), axis) if layout[axis] is None else None
-        # in the forward pass the product is there already; in the backward pass only its rows may be needed
+        if target is operator.getitem and source.target is aten.var_mean.correction and recomputed(node):
+            both = self._reduced(source, layout)
+            return None if both is None else self.emit.item(both, int(node.args[1]))  # type: ignore[arg-type]
+        if target is aten.mean.dim and recomputed(node):
+            return self._reduced(node, layout)
+        # in the forward pass the product is there already; where it is not, only its rows may be needed
         product = target in (aten.mm.default, aten.bmm.default) and "b" not in layout
-        if product and node in self.backward and ends_at_markers(node, ROW_WISE):
+        if product and self._only_rows(node):
             other: Any = node.args[1]
             *_, left, right = layout
             if left in ("S", "BS"):
                 return self.emit.call(target, self.version(source, layout), other)
             if right in ("S", "BS"):
                 return self.emit.call(target, source, self.version(other, layout))
+        if target is aten.addmm.default and layout == ("BS", None) and len(shape_of(source)) == 1:
+            _, factor, other = node.args
+            if self._only_rows(node):
+                return self.emit.call(target, source, self.version(factor, layout), other, **node.kwargs)  # type: ignore[arg-type]
         return None
+
+    def _reduced(self, node: Node, layout: Layout) -> Node | None:
+        """A mean, or variance and mean, along other axes than the positions; None along those."""
+        source: Any = node.args[0]
+        axes: Any = node.args[1]
+        keeps = node.kwargs.get("keepdim", node.args[2] if len(node.args) > 2 else False)
+        if not keeps or not axes or any(layout[axis % len(layout)] for axis in axes):
+            return None
+        return self.emit.call(node.target, self.version(source, layout), *node.args[1:], **node.kwargs)
+
+    def _only_rows(self, node: Node) -> bool:
+        """Whether the whole product is wanted for nothing else."""
+        if node in self.backward:
+            return ends_at_markers(node, ROW_WISE)
+        return recomputed(node) and not _mixes_positions(node)
 
     def aligned(self, node: Node, layout: Layout) -> list[Any] | None:
         """Arguments of an elementwise call on rows, or None if an operand does not line up."""
@@ -241,6 +269,32 @@ def ends_at_markers(node: Node, through: Collection[Any]) -> bool:
     )
 
 
+def recomputed(node: Node) -> bool:
+    """Whether an activation checkpoint computes this again in the backward pass."""
+    return "recompute" in node.meta and not kept_by_checkpoint(node)
+
+
+def kept_by_checkpoint(node: Node) -> bool:
+    """Whether this is computed inside a checkpoint and kept for the next one: it is the result of the first."""
+    region = node.meta.get("ac_graph_id")
+    return region is not None and any(user.meta.get("ac_graph_id", region) != region for user in node.users)
+
+
+def _mixes_positions(node: Node) -> bool:
+    """Whether its checkpoint makes something else of ``node`` than a function of each position: attention, mostly."""
+    region, seen, waiting = node.meta["ac_graph_id"], {node}, [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user in seen or user.meta.get("ac_graph_id") != region:
+                continue
+            if user.target not in ROW_WISE and user.target not in FEATURES:
+                return True
+            seen.add(user)
+            waiting.append(user)
+    return False
+
+
+RECOMPUTE = ("recompute", "ac_graph_id")
 POINTWISE = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar),
     *(aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.exp.default),
@@ -253,4 +307,8 @@ POINTWISE = {
 ROW_WISE = {
     *POINTWISE,
     *(aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.unsqueeze.default, aten.expand.default),
+}
+# each position's features together
+FEATURES = {
+    *(aten.mm.default, aten.addmm.default, aten.mean.dim, aten.var_mean.correction, operator.getitem),
 }
