@@ -28,9 +28,10 @@ def test_loss(selection, device):
             loss.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        torch.testing.assert_close(value.cpu(), twin(logits, targets))
+        # float32 exponentials and sums of two devices; a token more or less would be far outside
+        torch.testing.assert_close(value.cpu(), twin(logits, targets), atol=1e-5, rtol=1e-5)
         twin.step()
-        assert loss.get_metrics() == pytest.approx(twin.get_metrics())
+        assert loss.get_metrics() == pytest.approx(twin.get_metrics(), rel=1e-4)
 
 
 def test_scorer():

@@ -103,3 +103,13 @@ def test_right_padding_runs_causal():
     _, grads, picks = train_on_cuda(model, batch, kv_gradient="stop")
     assert not (picks.rows[1] >= 50).any()
     assert error(grads, hf_reference(model, batch, picks, kv_gradient="stop").grads) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpoints_recompute_on_rows(family):
+    model, batch = models.family(family), models.make_batch(4, 64)
+    model.config.use_cache = False  # transformers' own warning about it would break the graph
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _, grads, picks = train_on_cuda(model, batch)
+    model.gradient_checkpointing_disable()
+    assert error(grads, hf_reference(model, batch, picks).grads) < 1e-4
