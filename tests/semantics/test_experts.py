@@ -50,6 +50,7 @@ def test_router_logits(name: str) -> None:
 
 @pytest.mark.parametrize("hooks", [False, True])
 def test_router_logits_that_break_the_graph_are_reported(hooks: bool) -> None:
+    """Not every release of transformers breaks it without an attention mask."""
     model, batch = with_router_logits("mixtral")
     if hooks:
         del batch["attention_mask"]
@@ -58,6 +59,9 @@ def test_router_logits_that_break_the_graph_are_reported(hooks: bool) -> None:
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")
     with complaints() as found:
         got = backward(model, model(**batch).loss)
+    if hooks and metrics(model)["matched"]:
+        assert_same(got, with_aux_loss(model, batch))
+        return
     assert metrics(model)["matched"] is False
     assert any("output_router_logits" in message for message in found), found
     assert_same(got, dense(model, batch))
