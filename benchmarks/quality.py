@@ -21,11 +21,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from arguments import items
 from quality_arms import ARMS, DEFAULTS, parse_arm
 from quality_run import SIZES
 from quality_study import BATCHES, RATES, SECONDS, Study
@@ -49,24 +48,14 @@ TINY = dict(
 )
 
 
-def items(kind: Callable[[str], Any], allowed: tuple[str, ...] = ()) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        chosen = [kind(part) for part in text.split(",")]
-        if allowed and (unknown := sorted(set(chosen) - set(allowed))):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(allowed)}")
-        return chosen
-
-    return parse
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cuda-graphs", action="store_true", help="for every arm; small models are launch-bound")
     parser.add_argument("--compiler", choices=("auto", "eager"), default="auto", help="eager: no generated code")
-    parser.add_argument("--regimes", type=items(str, tuple(DEFAULTS)), default=["scratch"], help=", ".join(DEFAULTS))
+    parser.add_argument("--regimes", type=items(allowed=DEFAULTS), default=["scratch"], help=", ".join(DEFAULTS))
     parser.add_argument("--batches", type=items(int), help=f"tokens a step; default: {BATCHES}")
-    parser.add_argument("--arms", type=items(str, tuple(ARMS)), help=f"of: {', '.join(ARMS)}; default: {DEFAULTS}")
+    parser.add_argument("--arms", type=items(allowed=ARMS), help=f"of: {', '.join(ARMS)}; default: {DEFAULTS}")
     parser.add_argument(
         "--arm",
         action="append",

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from agreement import Disagreement
+from arguments import items
 from arms import ARMS, DEFAULT_ARMS, check_fair
 from machine import describe
 from results import machine_line, markdown, rich_table, save
@@ -32,21 +33,11 @@ from rounds import ShapeRun
 from shapes import DEFAULT_SHAPES, SHAPES
 
 
-def names(allowed: list[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        chosen = text.split(",")
-        if unknown := sorted(set(chosen) - set(allowed)):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(allowed)}")
-        return chosen
-
-    return parse
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", type=names(list(SHAPES)), help=f"comma-separated, of: {', '.join(SHAPES)}")
-    parser.add_argument("--arms", type=names(list(ARMS)), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
+    parser.add_argument("--shapes", type=items(allowed=SHAPES), help=f"comma-separated, of: {', '.join(SHAPES)}")
+    parser.add_argument("--arms", type=items(allowed=ARMS), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
     parser.add_argument("--ratio", type=float, default=0.25, help="min_tokens_ratio of the selective arms")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; 0: compile and warm up only")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/step.json"))
