@@ -36,9 +36,14 @@ def source_digest() -> str:
 
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
     """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
-    # the printed graph, which keys the rest, does not show which of its nodes are recomputed (inline_checkpoints)
+    return _pre_pass(lambda graph: run_joint_passes(graph, report, dump), passes_key(options, report))
+
+
+def passes_key(options: Options, report: GraphReport) -> tuple[str, str]:
+    """Whatever the joint passes depend on, but for the sources and the printed graph; before they run."""
+    # the printed graph does not show which of its nodes are recomputed (inline_checkpoints)
     facts = json.dumps([record.details for record in report.passes], sort_keys=True, default=str)
-    return _pre_pass(lambda graph: run_joint_passes(graph, report, dump), (options.digest(), facts))
+    return options.digest(), facts
 
 
 def source_key() -> Any:

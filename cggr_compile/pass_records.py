@@ -51,9 +51,8 @@ def _place(gm: GraphModule, inputs: Sequence[Any], options: Options, report: Gra
         (*map(str, (t.shape, t.stride(), t.dtype, t.device)), t.requires_grad) if isinstance(t, Tensor) else str(t)
         for t in inputs
     ]
-    semantic = [(record.name, record.details) for record in report.passes]
     # AOTAutograd traces under the autocast that Dynamo's graph does not show
     autocast = [(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))) for kind in ("cpu", "cuda")]
-    keys = [joint.source_digest(), options.digest(), report.compiler, described, semantic, autocast]
+    keys = [joint.source_digest(), *joint.passes_key(options, report), report.compiler, described, autocast]
     facts = json.dumps([*keys, gm.print_readable(print_output=False)], default=str)
     return compat.inductor_cache_dir() / "cggr" / f"{hashlib.sha256(facts.encode()).hexdigest()}.json"
