@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cggr_compile.kernels.score import INTERPRETED, LN2, LOG2E, configuration, has_descriptors
+from cggr_compile.kernels.score import LN2, LOG2E, configuration, has_descriptors, operands
 
 
 @triton.jit
@@ -261,22 +260,14 @@ def logit_gradient_triton(
     weight, columns = weight[part], part.stop - part.start
     config = {"DESCRIPTORS": has_descriptors(hidden) and has_descriptors(weight), "SPAN": 1024, **overrides}
     config = {**gradient_configuration(hidden.dtype, config["DESCRIPTORS"]), **config}
-    if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
-        hidden, weight = hidden.float(), weight.float()
-    x: Any = hidden
-    w: Any = weight
-    if config["DESCRIPTORS"]:
-        x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
-        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    matrices, constants = operands(hidden, weight, config)
     parts = -(-columns // config["SPAN"])
-    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     _logit_gradient_kernel[(-(-rows // config["BLOCK_M"]) * parts,)](
-        *(x, hidden.stride(0), hidden.stride(1), w, weight.stride(0), None if bias is None else bias[part]),
+        *(*matrices, None if bias is None else bias[part]),
         *(labels.contiguous(), logsumexp.contiguous(), on_p.contiguous(), on_t.contiguous(), into, into.stride(0)),
         *(rows, columns, width, parts, part.start, scale, softcap, 1.0 - label_smoothing, label_smoothing / vocab),
         HAS_BIAS=bias is not None,
         SOFTCAP=softcap != 0.0,
-        EVEN_H=width % config["BLOCK_K"] == 0,
-        PRECISION="tf32" if tf32 else "ieee",
+        **constants,
         **config,
     )

@@ -153,6 +153,23 @@ def has_descriptors(tensor: Tensor) -> bool:
     return aligned and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
+def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first arguments of a kernel that multiplies rows by a head's weight, and the constants they decide.
+
+    ``weight``: its columns are contiguous. ``config``: tile sizes and ``DESCRIPTORS``.
+    """
+    if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
+        hidden, weight = hidden.float(), weight.float()
+    x: Any = hidden
+    w: Any = weight
+    if config["DESCRIPTORS"]:
+        x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
+        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    constants = {"EVEN_H": hidden.shape[1] % config["BLOCK_K"] == 0, "PRECISION": "tf32" if tf32 else "ieee"}
+    return (x, hidden.stride(0), hidden.stride(1), w, weight.stride(0)), constants
+
+
 def score_partials_triton(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, span: int, **overrides: Any
 ) -> Tensor:
@@ -170,23 +187,14 @@ def score_partials_triton(
     }
     if span % config["BLOCK_N"]:
         raise ValueError(f"span must be a multiple of {config['BLOCK_N']}, got {span}")
-    if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
-        hidden, weight = hidden.float(), weight.float()
-    x: Any = hidden
-    w: Any = weight
-    if config["DESCRIPTORS"]:
-        x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
-        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    matrices, constants = operands(hidden, weight, config)
     _score_kernel[(-(-rows // config["BLOCK_M"]) * parts,)](
-        *(x, hidden.stride(0), hidden.stride(1), w, weight.stride(0), bias, out, rows, vocab, width, parts),
-        *(scale, softcap),
+        *(*matrices, bias, out, rows, vocab, width, parts, scale, softcap),
         SPAN=span,
         HAS_BIAS=bias is not None,
         SOFTCAP=softcap != 0.0,
-        EVEN_H=width % config["BLOCK_K"] == 0,
         EVEN_V=vocab % config["BLOCK_N"] == 0,
-        PRECISION="tf32" if tf32 else "ieee",
+        **constants,
         **config,
     )
     return out
