@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from cggr_compile import compat
+from cggr_compile.ops.library import runs_kernels
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, same_size, shape_of
 from cggr_compile.passes.fx import Emitter, argument, descendants, op_name
 
@@ -303,8 +303,7 @@ def _check_device(hidden: Any, clamped: Any, *matrices: Any) -> None:
         raise NotExpertsError("no kernel for experts with biases")
     if any(fake_value(n).dtype != value.dtype for n in matrices):
         raise NotExpertsError("tokens and weights have different dtypes")
-    kernels = compat.runs_our_kernels() and value.dtype != torch.float64
-    if value.device.type != "cpu" and not (value.device.type == "cuda" and kernels):
+    if value.device.type != "cpu" and not (value.device.type == "cuda" and runs_kernels(value)):
         raise NotExpertsError(f"no kernel for {value.dtype} on {value.device.type}")
 
 

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
+from cggr_compile.compat import runs_our_kernels
+
 LIBRARY = torch.library.Library("cggr", "DEF")
+
+
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels, which compute in float32 at best, take this tensor of the ``cuda`` device."""
+    return tensor.dtype != torch.float64 and runs_our_kernels()
 
 
 def define_composite(schema: str, implementation: Callable[..., Any]) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.compat import runs_our_kernels
-from cggr_compile.ops.library import LIBRARY, define_opaque
+from cggr_compile.ops.library import LIBRARY, define_opaque, runs_kernels
 
 # logits, or their gradients, that exist at a time
 WORKSPACE = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -187,10 +187,6 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: flo
     return torch.cat(parts)
 
 
-def _runs_kernels(hidden: Tensor) -> bool:
-    return hidden.dtype != torch.float64 and runs_our_kernels()
-
-
 def _forward_cuda(
     hidden: Tensor,
     weight: Tensor,
@@ -200,7 +196,7 @@ def _forward_cuda(
     softcap: float,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    if not _runs_kernels(hidden):
+    if not runs_kernels(hidden):
         return linear_cross_entropy_reference(hidden, weight, bias, labels, scale, softcap, label_smoothing)
     from cggr_compile.kernels.linear_cross_entropy import loss_triton
     from cggr_compile.ops.score import SPAN, score_partials
@@ -214,7 +210,7 @@ def _forward_cuda(
 def _backward_cuda(
     grad_loss: Tensor, grad_logsumexp: Tensor | None, hidden: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _runs_kernels(hidden):
+    if not runs_kernels(hidden):
         return linear_cross_entropy_backward_reference(grad_loss, grad_logsumexp, hidden, *rest)
     from cggr_compile.kernels.linear_cross_entropy import logit_gradient_triton
 

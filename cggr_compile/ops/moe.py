@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_compile.compat import runs_our_kernels
-from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque
+from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque, runs_kernels
 from cggr_compile.ops.moe_routing import moe_permute
 
 
@@ -158,12 +157,8 @@ def _fake_backward(
     return d_hidden, d_gate_up, d_down, d_weights
 
 
-def _runs_kernels(hidden: Tensor) -> bool:
-    return hidden.dtype != torch.float64 and runs_our_kernels()
-
-
 def _moe_mlp_cuda(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    if not _runs_kernels(hidden):
+    if not runs_kernels(hidden):
         return moe_mlp_reference(hidden, *arguments)
     from cggr_compile.kernels.moe import moe_mlp_triton
 
@@ -171,7 +166,7 @@ def _moe_mlp_cuda(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _moe_mlp_backward_cuda(grad: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not _runs_kernels(hidden):
+    if not runs_kernels(hidden):
         return moe_mlp_backward_reference(grad, hidden, *arguments)
     from cggr_compile.kernels.moe import moe_mlp_backward_triton
 

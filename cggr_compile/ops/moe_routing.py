@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.compat import runs_our_kernels
-from cggr_compile.ops.library import LIBRARY, define_opaque
+from cggr_compile.ops.library import LIBRARY, define_opaque, runs_kernels
 
 
 def moe_top_experts_reference(scores: Tensor, top_k: int) -> Tensor:
@@ -60,7 +60,7 @@ def _fake_permute(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
 
 def _top_experts_cuda(scores: Tensor, top_k: int) -> Tensor:
-    if scores.dtype == torch.float64 or not runs_our_kernels():
+    if not runs_kernels(scores):
         return moe_top_experts_reference(scores, top_k)
     from cggr_compile.kernels.moe_routing import top_experts_triton
 

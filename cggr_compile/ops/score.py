@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cggr_compile.compat import runs_our_kernels
-from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque
+from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque, runs_kernels
 
 CHUNK_LOGITS = 1 << 22  # about so many logits exist at a time on the CPU,
 CACHED_LOGITS = 1 << 18  # and so many are looked at together: they fit a core's cache
@@ -119,7 +118,7 @@ def _fake_partials(
 
 
 def _score_partials_cuda(hidden: Tensor, *arguments: object) -> Tensor:
-    if hidden.dtype == torch.float64 or not runs_our_kernels():
+    if not runs_kernels(hidden):
         return score_partials_reference(hidden, *arguments)  # type: ignore[arg-type]
     from cggr_compile.kernels.score import score_partials_triton
 
