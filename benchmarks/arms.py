@@ -8,7 +8,8 @@ fair         the same model and the same loss (transformers' own: float32 logits
 selective    ``backend="cggr"`` with its default options, router included.
 stop         the same with ``kv_gradient="stop"``.
 random       control: random tokens, no router.
-fused        the defaults with ``cross_entropy="fused"``.
+fused        ``stop`` with ``cross_entropy="fused"``.
+fp8          ``fused`` with ``router_precision="fp8"``.
 exact        ``gradient="exact"``: the true gradient of the selected loss.
 dense-cggr   control: ``backend="cggr"`` at ratio 1.0, where it must equal the dense model.
 
@@ -40,7 +41,8 @@ SELECTIVE: dict[str, dict[str, Any]] = {
     "selective": {},
     "stop": {"kv_gradient": "stop"},
     "random": {"scoring": "random"},
-    "fused": {"cross_entropy": "fused"},
+    "fused": {"kv_gradient": "stop", "cross_entropy": "fused"},
+    "fp8": {"kv_gradient": "stop", "cross_entropy": "fused", "router_precision": "fp8"},
     "exact": {"gradient": "exact"},
     "dense-cggr": {"min_tokens_ratio": 1.0},
 }

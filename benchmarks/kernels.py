@@ -1,8 +1,10 @@
 """Times single kernels beside what the same card reaches: its copy bandwidth, its matrix products, dense attention.
 
-First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, then the backward
-of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows beside
-other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs. `of product rate`:
+First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, and all of
+`cggr::score` in bfloat16 and in 8-bit floats with the rank correlation of the difficulties with float32's, then the
+backward of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows
+beside other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs. `of product
+rate`:
 arithmetic of the operator (of the loss: three products, whatever an arm recomputes), over its time, over the rate of
 the card's own large product. Peak memory is what a call allocates over what it is given.
 
@@ -18,6 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +37,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from cggr_compile.ops.attention_rows import attention_rows_backward
-from cggr_compile.ops.score import SPAN, score_partials
+from cggr_compile.ops.difficulty import difficulty
+from cggr_compile.ops.score import SPAN, score, score_partials
 
 RATIO = 4  # one position in so many is selected
 
@@ -122,10 +126,32 @@ def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: b
     span = SPAN if device == "cuda" else vocabulary
     ours = milliseconds(lambda: score_partials(states, weight, None, 1.0, 0.0, span), device, graph)
     shape = "×".join(map(str, size))
-    return [
+    found = [
         record("product alone (mm)", shape, product, flops, None),
         record("score_partials", shape, ours, flops, product),
     ]
+    # distributions from flat to sharp: where all are alike no two precisions rank them alike
+    states *= torch.linspace(0.2, 4.0, rows, device=device, dtype=dtype)[:, None]
+    labels = torch.randint(0, vocabulary, (rows,), device=device)
+    exact = _difficulty(states.float(), weight.float(), labels, False)
+    compiled = torch.compile(_difficulty, backend="inductor" if device == "cuda" else "aot_eager")
+    for name, fp8 in (("score and difficulty", False), ("score and difficulty, fp8", True)):
+        call = partial(compiled, states, weight, labels, fp8)
+        entry = record(name, shape, milliseconds(call, device, graph), flops, product)
+        found.append(entry | {"rank_correlation": rank_correlation(call(), exact)})
+    return found
+
+
+def _difficulty(states: Tensor, weight: Tensor, labels: Tensor, fp8: bool) -> Tensor:
+    _, *statistics = score(states, weight, None, labels, 1.0, 0.0, fp8)
+    found: Tensor = difficulty(*statistics, "combined")
+    return found
+
+
+def rank_correlation(left: Tensor, right: Tensor) -> float:
+    """Spearman's: the correlation of the ranks."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (left, right)])
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def attentions(heads: Heads, device: str, dtype: torch.dtype, graph: bool) -> list[dict[str, Any]]:
@@ -213,13 +239,14 @@ def table(records: Sequence[dict[str, Any]], rate: float) -> Table:
     found = Table()
     for column in ("kernel", "shape"):
         found.add_column(column)
-    for column in ("ms", "TFLOP/s", "of product rate", "× the first", "peak MB"):
+    for column in ("ms", "TFLOP/s", "of product rate", "× the first", "peak MB", "ranks as float32"):
         found.add_column(column, justify="right")
     for entry in records:
         fraction = entry["tflops"] / rate
         times = text(entry["times"], "{:.2f}") if entry["times"] else NONE
         figures = (f"{entry['ms']:.3f}", f"{entry['tflops']:.0f}", f"{fraction:.2f}", times)
-        found.add_row(entry["name"], entry["shape"], *figures, text(entry["peak_mb"], "{:.0f}"))
+        more = (text(entry["peak_mb"], "{:.0f}"), text(entry.get("rank_correlation"), "{:.4f}"))
+        found.add_row(entry["name"], entry["shape"], *figures, *more)
     return found
 
 

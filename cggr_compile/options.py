@@ -52,9 +52,11 @@ class Options:
             number >= 1 (int). With ``selection="labels"`` None stands for ``min_tokens_ratio``; where the scope is the
             batch, for 1.5 times that. Slots cost time, used or not.
         router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
-        router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``; or
-            ``auto``: bf16 on a CPU that multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only
-            scores and metrics see it, never the loss.
+        router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``;
+            ``fp8``, 8-bit floats with a scale per token and per word of the vocabulary (fast on GPUs that multiply
+            them, Ada and Hopper and later; elsewhere only rounded to them); or ``auto``: bf16 on a CPU that
+            multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only scores and metrics see it,
+            never the loss.
         gradient: ``routed`` stops the gradient into the residual stream of unselected positions at every
             attention; ``exact`` is the true gradient of the selected loss.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
@@ -109,7 +111,7 @@ class Options:
     min_tokens_per_sequence: int = 1
     max_selected: float | int | None = None
     router_layers: int | Literal["full"] | None = None
-    router_precision: Literal["auto", "model", "bf16"] = "auto"
+    router_precision: Literal["auto", "model", "bf16", "fp8"] = "auto"
     gradient: Literal["routed", "exact"] = "routed"
     kv_gradient: Literal["project", "stop"] = "project"
     kv_weight: Literal["1", "1/sqrt(p)"] = "1"

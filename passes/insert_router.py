@@ -61,7 +61,8 @@ class InsertRouter:
             def score(factor: float) -> Node:
                 """Statistics of the softmax of ``factor`` times the logits."""
                 scale, softcap = factor * loss.scale, factor * loss.softcap
-                return emit.call(torch.ops.cggr.score.default, *operands, target, scale, softcap)
+                fp8 = ctx.options.router_precision == "fp8"
+                return emit.call(torch.ops.cggr.score.default, *operands, target, scale, softcap, fp8)
 
             scored = score(1.0)
             statistics = [emit.item(scored, i) for i in range(len(STATISTICS))]
@@ -73,7 +74,7 @@ class InsertRouter:
 
 
 def _compute_dtype(weight: torch.Tensor, precision: str) -> torch.dtype:
-    """The dtype the router's head runs in; ``model`` is that of the model's own head, autocast's where it is on."""
+    """The dtype of what the router's head is given; ``model`` is that of the model's own, autocast's where it is on."""
     kind = weight.device.type
     if precision == "bf16" or (precision == "auto" and kind == "cpu" and compat.cpu_multiplies_bf16()):
         return torch.bfloat16

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cggr_compile.ops.score import FP8
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Logit of a column past the end. Not -inf, whose product with its probability, zero, would be NaN.
@@ -52,6 +54,8 @@ def _score_kernel(
     w_ptr,
     w_stride,
     bias_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
     out_ptr,
     N,
     V,
@@ -61,6 +65,7 @@ def _score_kernel(
     softcap,
     SPAN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -115,8 +120,12 @@ def _score_kernel(
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         if step == steps - 1:
             z = acc
+            safe_column = tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)
+            if HAS_SCALES:
+                z *= tl.load(row_scale_ptr + tl.minimum(row, N - 1))[:, None]
+                z *= tl.load(column_scale_ptr + safe_column)[None, :]
             if HAS_BIAS:
-                z += tl.load(bias_ptr + tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)).to(tl.float32)[None, :]
+                z += tl.load(bias_ptr + safe_column).to(tl.float32)[None, :]
             if SOFTCAP:
                 # tanh(y) = 1 - 2 / (exp(2 y) + 1)
                 z = (1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E * scale / softcap)) + 1.0)) * (softcap * LOG2E)
@@ -143,6 +152,8 @@ def configuration(dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes: measured on an H100 for 16-bit dtypes; in float32, which is twice as wide, half the tile."""
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=16, num_warps=4, num_stages=3)
+    if dtype.itemsize == 1:  # the same bytes as in 16 bits; not tuned
+        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP=16, num_warps=8, num_stages=3)
     return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=16, num_warps=8, num_stages=3)
 
 
@@ -158,7 +169,7 @@ def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tu
 
     ``weight``: its columns are contiguous. ``config``: tile sizes and ``DESCRIPTORS``.
     """
-    if INTERPRETED and hidden.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
+    if INTERPRETED and hidden.dtype in (torch.bfloat16, FP8):  # whose products of those are wrong
         hidden, weight = hidden.float(), weight.float()
     x: Any = hidden
     w: Any = weight
@@ -170,11 +181,26 @@ def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tu
     return (x, hidden.stride(0), hidden.stride(1), w, weight.stride(0)), constants
 
 
+def multiplies_fp8(tensor: Tensor) -> bool:
+    """Whether the GPU has products of 8-bit floats: Ada, Hopper or later."""
+    return INTERPRETED or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 9))
+
+
 def score_partials_triton(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, span: int, **overrides: Any
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    span: int,
+    row_scale: Tensor | None = None,
+    column_scale: Tensor | None = None,
+    **overrides: Any,
 ) -> Tensor:
     """As the reference. ``overrides`` replace entries of :func:`configuration` and the choice of ``DESCRIPTORS``."""
     (rows, width), vocab = hidden.shape, weight.shape[0]
+    if hidden.dtype == FP8 and not multiplies_fp8(hidden):  # bfloat16 holds every 8-bit float
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     parts = -(-vocab // span)
     out = torch.empty(4, parts, rows, dtype=torch.float32, device=hidden.device)
@@ -189,9 +215,10 @@ def score_partials_triton(
         raise ValueError(f"span must be a multiple of {config['BLOCK_N']}, got {span}")
     matrices, constants = operands(hidden, weight, config)
     _score_kernel[(-(-rows // config["BLOCK_M"]) * parts,)](
-        *(*matrices, bias, out, rows, vocab, width, parts, scale, softcap),
+        *(*matrices, bias, row_scale, column_scale, out, rows, vocab, width, parts, scale, softcap),
         SPAN=span,
         HAS_BIAS=bias is not None,
+        HAS_SCALES=row_scale is not None,
         SOFTCAP=softcap != 0.0,
         EVEN_V=vocab % config["BLOCK_N"] == 0,
         **constants,

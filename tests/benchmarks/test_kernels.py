@@ -17,6 +17,8 @@ def test_rehearsal(tmp_path, capsys):
     assert [entry["name"] for entry in document["results"]] == [
         "product alone (mm)",
         "score_partials",
+        "score and difficulty",
+        "score and difficulty, fp8",
         "dense backward, flash",
         "rows, gradients of selected keys",
         "rows, gradients of all keys",
@@ -26,6 +28,7 @@ def test_rehearsal(tmp_path, capsys):
         *(["selected-ce, torch"] if hasattr(F, "linear_cross_entropy") else []),
     ]
     assert all(entry["ms"] > 0 and entry["tflops"] > 0 for entry in document["results"])
+    assert [entry["rank_correlation"] > 0.9 for entry in document["results"][2:4]] == [True, True]
     assert document["card"]["copy_gb_per_s"] > 0
     assert "score_partials" in capsys.readouterr().out
 
@@ -39,6 +42,12 @@ def test_ways_to_compute_the_loss_agree():
         found.append((loss.detach(), *torch.autograd.grad(loss, (rows, weight))))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def test_rank_correlation():
+    values = torch.tensor([3.0, 1.0, 2.0, 10.0])
+    assert benchmark.rank_correlation(values, values.exp()) == pytest.approx(1.0)
+    assert benchmark.rank_correlation(values, -values) == pytest.approx(-1.0)
 
 
 def test_graphs_need_a_device(capsys):

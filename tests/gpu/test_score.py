@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.test_score import check, expected, make_case
+from ops.test_score import check, expected, make_case, make_fp8_case, ranks
 
 from cggr_compile.kernels import score as kernels
 from cggr_compile.ops.score import SPAN, score, score_partials, score_partials_reference
@@ -32,6 +32,33 @@ def test_both_ways_of_loading(dtype, descriptors):
     got = kernels.score_partials_triton(*arguments, DESCRIPTORS=descriptors)
     wanted = score_partials_reference(*(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize(("rows", "vocab", "width"), [(300, 5000, 576), (1000, 50257, 2048)])
+def test_8_bits(rows, vocab, width, descriptors):
+    *arguments, row_scale, column_scale = make_fp8_case(rows, vocab, width, dtype=torch.bfloat16, device="cuda")
+    if not kernels.multiplies_fp8(arguments[0]) or (descriptors and not kernels.has_descriptors(arguments[0])):
+        pytest.skip("no products of 8-bit floats, or no tensor descriptors")
+    scales = (row_scale, column_scale)
+    found = kernels.score_partials_triton(*arguments, SPAN, *scales, DESCRIPTORS=descriptors)
+    wanted = score_partials_reference(*arguments, SPAN, *scales)
+    torch.testing.assert_close(found, wanted, atol=5e-3, rtol=5e-3)  # sums of 8-bit products lose a few bits
+
+
+def test_8_bits_without_their_products(monkeypatch):
+    case = make_case(300, 5000, 128, dtype=torch.bfloat16, device="cuda")
+    wanted = score(*case, True)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda tensor: False)
+    for a, b in zip(score(*case, True), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
+
+
+def test_8_bits_keep_the_ranking():
+    case = make_case(4000, 20000, 576, dtype=torch.bfloat16, device="cuda")
+    case = (case[0] * torch.linspace(0.2, 4.0, 4000, device="cuda")[:, None].bfloat16(), *case[1:])
+    found = [ranks(score(*case, fp8)[1]) for fp8 in (True, False)]
+    assert torch.corrcoef(torch.stack(found))[0, 1] > 0.99
 
 
 def test_strides_that_descriptors_cannot_take():

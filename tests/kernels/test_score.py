@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from ops.test_score import check, expected, make_case  # noqa: E402
+from ops.test_score import check, expected, make_case, make_fp8_case  # noqa: E402
 from triton_harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
 
 import cggr_compile.ops.score as implementation  # noqa: E402
@@ -47,6 +47,16 @@ def test_16_bits(dtype):
 
 
 @interpreted
+@pytest.mark.parametrize("modes", [dict(), dict(bias=True, softcap=2.0, scale=0.3)])
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_8_bits(modes, descriptors):
+    *arguments, row_scale, column_scale = make_fp8_case(20, 70, 32, **modes)
+    scales = (row_scale, column_scale)
+    found = kernels.score_partials_triton(*arguments, 32, *scales, **SMALL, DESCRIPTORS=descriptors)
+    torch.testing.assert_close(found, score_partials_reference(*arguments, 32, *scales), atol=1e-4, rtol=1e-4)
+
+
+@interpreted
 def test_ties_within_and_across_spans():
     case = make_case(20, 64, 16)
     for source, target in ((0, 5), (1, 33)):
@@ -81,7 +91,7 @@ def test_the_comparison_can_fail():
 
 @compiled
 def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=29)
+    pass_under_the_interpreter(__file__, at_least=33)
 
 
 @compiled
@@ -107,3 +117,25 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, voca
     assert f".target sm_{arch}" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= shared_memory
     assert ("mma" in kernel.asm["ptx"]) == (modes["dtype"] != torch.float32)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("arch", "width", "descriptors", "product"),
+    [
+        (89, 100, False, "e4m3"),
+        (90, 576, True, ".e4m3.e4m3"),
+        (90, 100, False, ".e4m3.e4m3"),
+        (100, 576, True, "f8f6f4"),
+    ],
+)
+def test_8_bits_compile_without_a_gpu(monkeypatch, tmp_path, arch, width, descriptors, product):
+    *arguments, row_scale, column_scale = make_fp8_case(256, 49152, width, dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda tensor: True)
+
+    def call():
+        kernels.score_partials_triton(*arguments, 2048, row_scale, column_scale, DESCRIPTORS=descriptors)
+
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, kernels, ["_score_kernel"], call)
+    assert product in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= 232448

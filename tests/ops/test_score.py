@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import cggr_compile.ops.score as implementation
-from cggr_compile.ops.score import score, score_partials
+from cggr_compile.ops.score import score, score_partials, to_fp8
 
 NAMES = ("logsumexp", "entropy", "top1", "top2", "label_logprob")
 
@@ -77,6 +77,46 @@ def test_spans_and_chunks_do_not_matter(rows, vocab, span, tied):
     check(got, expected(*case), 1e-4)
 
 
+def make_fp8_case(rows, vocab, width, **modes):
+    """``make_case`` with rows and columns of very different sizes, and arguments of ``score_partials`` but the span."""
+    hidden, weight, bias, _, *rest = make_case(rows, vocab, width, **modes)
+    hidden = hidden * torch.logspace(-4, 1, rows, dtype=hidden.dtype, device=hidden.device)[:, None]
+    weight = weight * torch.linspace(0.1, 2, vocab, dtype=weight.dtype, device=weight.device)[:, None]
+    (left, row_scale), (right, column_scale) = to_fp8(hidden), to_fp8(weight)
+    return left, right, bias, *rest, row_scale, column_scale
+
+
+def ranks(values):
+    return values.flatten().argsort().argsort().double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_keeps_size_and_zeros(dtype):
+    matrix = torch.randn(50, 64, dtype=dtype) * torch.logspace(-20, 20, 50)[:, None].to(dtype)
+    matrix[3] = 0.0
+    found, factor = to_fp8(matrix)
+    assert found.dtype == torch.float8_e4m3fn and factor.dtype == torch.float32
+    error = (found.float() * factor[:, None] - matrix.float()).abs()
+    # 3 bits of mantissa, and below 2**-6 of 448 steps of 2**-9
+    assert (error <= torch.maximum(matrix.float().abs() / 16, factor[:, None] * 2.0**-9)).all()
+
+
+@pytest.mark.parametrize("modes", [dict(), dict(bias=True, softcap=5.0, scale=0.7)])
+def test_fp8_keeps_the_ranking(modes):
+    case = make_case(400, 500, 64, **modes)
+    case = (case[0] * torch.linspace(0.2, 4.0, 400)[:, None], *case[1:])
+    got, wanted = score(*case, True), score(*case)
+    assert not torch.equal(got[1], wanted[1])
+    for name, a, b in zip(NAMES, got, wanted, strict=True):
+        assert torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1] > 0.97, name
+
+
+def test_scales_multiply():
+    case = make_fp8_case(9, 50, 16, bias=True, softcap=3.0)
+    plain = (case[0].double() * case[-2][:, None], case[1].double() * case[-1][:, None], case[2].double(), *case[3:5])
+    torch.testing.assert_close(score_partials(*case[:5], 16, *case[5:]), score_partials(*plain, 16))
+
+
 @pytest.mark.parametrize("copies", [2, 3])
 @pytest.mark.parametrize("vocab", [3, 200])
 def test_ties(vocab, copies):
@@ -108,6 +148,10 @@ def test_operator():
     case = make_case(4, 30, 8, bias=True, softcap=3.0)
     opcheck(score_partials, (*case[:3], *case[4:], 16))
     opcheck(score, case)
+    fits = ("test_faketensor", "test_aot_dispatch_static")  # the others compute with 8-bit floats, which torch cannot
+    opcheck(score, (*case, True), test_utils=fits)
+    eighth = make_fp8_case(4, 30, 8)
+    opcheck(score_partials, (*eighth[:5], 16, *eighth[5:]), test_utils=fits)
 
 
 def test_the_comparison_can_fail():

@@ -49,6 +49,7 @@ def test_random_scoring_runs_no_router(decoder_step):
         ("auto", True, torch.bfloat16),
         ("auto", False, torch.float32),
         ("bf16", False, torch.bfloat16),
+        ("fp8", True, torch.float32),
         ("model", True, torch.float32),
     ],
 )
@@ -61,6 +62,7 @@ def test_precision(monkeypatch, decoder_step, precision, native, expected):
     captured.check_shapes()
     (score,) = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.score.default)
     assert {arg.meta["example_value"].dtype for arg in score.args[:2]} == {expected}
+    assert score.args[-1] == (precision == "fp8")
     found = [execute(each, each.ctx.router.difficulty)[0] for each in (captured, exact)]
     assert found[0].dtype == torch.float32
     ranks = torch.stack([value.flatten().argsort().argsort().float() for value in found])
