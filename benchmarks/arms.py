@@ -9,7 +9,7 @@ selective    ``backend="cggr"`` with its default options, router included.
 stop         the same with ``kv_gradient="stop"``.
 random       control: random tokens, no router.
 fused        ``stop`` with ``cross_entropy="fused"``.
-fp8          ``fused`` with ``router_precision="fp8"``.
+fp8          ``stop`` with ``router_precision="fp8"``.
 exact        ``gradient="exact"``: the true gradient of the selected loss.
 dense-cggr   control: ``backend="cggr"`` at ratio 1.0, where it must equal the dense model.
 
@@ -42,7 +42,7 @@ SELECTIVE: dict[str, dict[str, Any]] = {
     "stop": {"kv_gradient": "stop"},
     "random": {"scoring": "random"},
     "fused": {"kv_gradient": "stop", "cross_entropy": "fused"},
-    "fp8": {"kv_gradient": "stop", "cross_entropy": "fused", "router_precision": "fp8"},
+    "fp8": {"kv_gradient": "stop", "router_precision": "fp8"},
     "exact": {"gradient": "exact"},
     "dense-cggr": {"min_tokens_ratio": 1.0},
 }

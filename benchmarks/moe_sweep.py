@@ -41,7 +41,7 @@ def settings(kernel: str) -> list[Setting]:
     for (m, n, k, warps), stages in itertools.product(tiles, (3, 4)):
         tile = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
         if kernel not in ROWS:
-            found.append(tile)
+            found.append(tile | dict(LIBRARY=False))
             continue
         gathers = (True, False) if kernel in ("swiglu", "swiglu_backward") else (True,)
         for flatten, gather in itertools.product((True, False), gathers):
@@ -78,13 +78,7 @@ class Problem:
         permuted = (self.order, self.offsets, self.shape.top_k)
         if kernel in ("d_gate_up", "d_down"):
             left, right = (self.d_inner, self.tokens) if kernel == "d_gate_up" else (self.grad, self.activation)
-            target = torch.empty_like(self.gate_up if kernel == "d_gate_up" else self.down)
-
-            def outer() -> Tensor:
-                weight_gradient(kernel, left, right, target, *permuted, **setting)
-                return target
-
-            return outer
+            return lambda: weight_gradient(kernel, left, right, *permuted, **setting)
         a, b = {
             "swiglu": (self.tokens, self.gate_up),
             "down": (self.activation, self.down),
@@ -200,7 +194,8 @@ def sweep(args: argparse.Namespace, console: Console) -> None:
             console.print(f"{name} {kernel}", highlight=False)
             for ms, setting in times[:BEST]:
                 line(", ".join(f"{key}={entry}" for key, entry in setting.items()), ms)
-            line(f"in force: {configuration(kernel, torch.bfloat16)}", ours)
+            columns = problem.shape.inner if "swiglu" in kernel else problem.shape.hidden
+            line(f"in force: {configuration(kernel, torch.bfloat16, columns)}", ours)
             if theirs is not None:
                 line("F.grouped_mm", theirs)
             document["results"].append(

@@ -95,9 +95,8 @@ def moe_mlp_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As the reference. ``overrides``: of ``multiply_rows`` and ``weight_gradient``, by kernel."""
     rows, top_k, width = order.shape[0], weights.shape[1], down.shape[2]
-    d_gate_up, d_down = gate_up.new_empty(gate_up.shape), down.new_empty(down.shape)
     if not rows:
-        return torch.zeros_like(hidden), d_gate_up.zero_(), d_down.zero_(), torch.zeros_like(weights)
+        return torch.zeros_like(hidden), torch.zeros_like(gate_up), torch.zeros_like(down), torch.zeros_like(weights)
     weighted, d_inner = inner.new_empty(rows, width), torch.empty_like(inner)
     d_rows = grad.new_empty(rows, grad.shape[1])
     permuted = (order, offsets, top_k)
@@ -116,8 +115,8 @@ def moe_mlp_backward_triton(
             **overrides.get("swiglu_backward", {}),
         )
         multiply_rows("d_hidden", d_inner, gate_up, d_rows, offsets, **shared, **overrides.get("d_hidden", {}))
-        weight_gradient("d_gate_up", d_inner, hidden, d_gate_up, *permuted, **overrides.get("d_gate_up", {}))
-        weight_gradient("d_down", grad, weighted, d_down, *permuted, **overrides.get("d_down", {}))
+        d_gate_up = weight_gradient("d_gate_up", d_inner, hidden, *permuted, **overrides.get("d_gate_up", {}))
+        d_down = weight_gradient("d_down", grad, weighted, *permuted, **overrides.get("d_down", {}))
         d_hidden = combine(d_rows, None, position, offsets, top_k)
     assert parts is not None
     place = position.long()

@@ -17,12 +17,15 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cggr_compile.kernels.score import INTERPRETED
+
+LIBRARY_COLUMNS = 1024
 
 PLAIN, SWIGLU, SWIGLU_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -228,16 +231,21 @@ def _weight_gradient_kernel(
         tl.store(at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-def configuration(kernel: str, dtype: torch.dtype) -> dict[str, Any]:
+def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str, Any]:
     """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
-    ``d_down``.
+    ``d_down``; those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``).
 
-    NOT measured yet: ``python benchmarks/moe.py --device cuda --sweep`` tries others.
+    ``columns`` of the result where TMA loads tiles: with many, every row is read so often that ``swiglu`` gathers the
+    rows beforehand.
     """
     narrow = kernel in ("swiglu", "swiglu_backward")
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64 if narrow else 128, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=128 if narrow else 256, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
+    tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=4)
+    if kernel == "swiglu":
+        often = columns >= 2048
+        return tile | dict(FLATTEN=False, GATHER=not often, num_stages=4 if often else 3)
+    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden") else tile
 
 
 @cache
@@ -319,7 +327,7 @@ def multiply_rows(
     gather, transposed = kernel in ("swiglu", "swiglu_backward"), kernel in ("swiglu", "down")
     a, b = _contiguous_rows(a), _contiguous_rows(b)
     rows, width = out.shape
-    config: dict[str, Any] = {**configuration(kernel, a.dtype), **overrides}
+    config: dict[str, Any] = {**configuration(kernel, a.dtype, width if can_describe(b) else 0), **overrides}
     if gather and not config.pop("GATHER", True):
         assert order is not None
         a, gather = a[order // top_k], False
@@ -355,33 +363,46 @@ def multiply_rows(
 
 
 def weight_gradient(
-    kernel: str,
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    top_k: int,
-    **overrides: Any,
-) -> None:
-    """``out[e] = sum_r left[r]^T right[r]`` over the rows r of every expert e; zero without rows.
+    kernel: str, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, **overrides: Any
+) -> Tensor:
+    """[E, M, N]: ``sum_r left[r]^T right[r]`` over the rows r of every expert e; zero without rows.
 
     Args:
         kernel: ``d_gate_up``: left is [rows, M], right [tokens, N]. ``d_down``: left is [tokens, M], right [rows, N].
             Row r of what is [tokens, ...] is that of the token order[r] // top_k.
-        out: [E, M, N], contiguous.
-        overrides: of :func:`configuration`.
+        overrides: of :func:`configuration`, and of LIBRARY (:func:`library_pays`).
     """
-    left, right = (_for_interpreter(_contiguous_rows(tensor)) for tensor in (left, right))
-    experts, m, n = out.shape
-    config = {**configuration(kernel, out.dtype), **overrides}
+    left, right = _contiguous_rows(left), _contiguous_rows(right)
+    gathers_left = kernel == "d_down"
+    config = {**configuration(kernel, left.dtype), **overrides}
+    if config.pop("LIBRARY", library_pays(left, right, gathers_left)):
+        token = order // top_k
+        left, right = (left[token], right) if gathers_left else (left, right[token])
+        return F.grouped_mm(left.t(), right, offs=offsets[1:])
+    experts, m, n = offsets.shape[0] - 1, left.shape[1], right.shape[1]
+    out = left.new_empty(experts, m, n)
+    left, right = _for_interpreter(left), _for_interpreter(right)
     tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
     _weight_gradient_kernel[(experts * tiles,)](
         *(left, left.stride(0), right, right.stride(0), out, order, offsets, m, n),
         TOP_K=top_k,
-        GATHER_LEFT=kernel == "d_down",
-        GATHER_RIGHT=kernel == "d_gate_up",
+        GATHER_LEFT=gathers_left,
+        GATHER_RIGHT=not gathers_left,
         EVEN=m % config["BLOCK_M"] == 0 and n % config["BLOCK_N"] == 0,
         PRECISION=_precision(left),
         **config,
     )
+    return out
+
+
+def library_pays(left: Tensor, right: Tensor, gathers_left: bool) -> bool:
+    """Whether to gather the rows and leave a weight gradient to ``F.grouped_mm``.
+
+    On an H100 that is 1.7 times as fast as our kernel, which wins the gather back from about 700 columns of the other
+    factor on. Only there: on Blackwell it leaves garbage for an expert without rows (pytorch issue 172439), and for
+    other types and devices it waits for the offsets.
+    """
+    if not left.is_cuda or left.dtype != torch.bfloat16 or torch.cuda.get_device_capability(left.device)[0] != 9:
+        return False
+    aligned = all(t.shape[1] % 8 == 0 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (left, right))
+    return aligned and (right if gathers_left else left).shape[1] >= LIBRARY_COLUMNS

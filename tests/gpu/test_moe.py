@@ -58,15 +58,29 @@ def test_ways_of_loading(monkeypatch, descriptors, gather, flatten):
         pytest.skip("no tensor descriptors before Hopper")
     original = moe_products.configuration
 
-    def configuration(kernel, dtype):
+    def configuration(kernel, dtype, columns=0):
         ways = dict(DESCRIPTORS=descriptors, FLATTEN=flatten)
         ways |= dict(GATHER=gather) if kernel in ("swiglu", "swiglu_backward") else {}
-        return original(kernel, dtype) | (ways if not kernel.startswith("d_") or kernel == "d_hidden" else {})
+        return original(kernel, dtype, columns) | (ways if not kernel.startswith("d_") or kernel == "d_hidden" else {})
 
     monkeypatch.setattr(moe_products, "configuration", configuration)
     case = make_case(3000, 256, 384, 8, 2, routing="null", dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(case[0])
     check(run(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
+def test_weight_gradients_by_the_library(monkeypatch, routing):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("left to the library on Hopper only")
+    called = []
+    original = moe_products.F.grouped_mm
+    monkeypatch.setattr(moe_products.F, "grouped_mm", lambda *a, **k: called.append(1) or original(*a, **k))
+    case = make_case(3000, 520, 2056, 6, 2, routing=routing, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)  # what later allocations find
+    check(run_without_waiting(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
+    assert len(called) == 4, "two weight gradients, of two runs"
 
 
 def test_the_same_bits_every_time():
