@@ -286,7 +286,7 @@ CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's name of the setting
 
 
 def fusion_limit(pairs: int) -> dict[str, int]:
-    """The setting for how many of the readers of a buffer Inductor tries to fuse with each of them: at most ``pairs``."""
+    """The setting for how many readers of a buffer Inductor tries to fuse each of them with: at most ``pairs``."""
     from torch._inductor import config
 
     name = "max_fusion_buffer_group_pairwise_attempts"
