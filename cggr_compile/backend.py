@@ -32,6 +32,10 @@ from cggr_compile.verify import Verifier, unverifiable
 
 log = logging.getLogger(__name__)
 
+# The gathers of all layers read the selected positions. Only those of one layer are worth fusing, a dozen; to try each
+# with each takes Inductor longer, the more layers there are.
+NEIGHBOURS = 16
+
 
 def cggr(
     gm: GraphModule,
@@ -328,7 +332,8 @@ def _lower_selective(
     """Compile a rewritten graph, with the optimising passes."""
     if report.compiler == "eager":
         return compat.aot_eager(gm, example, partition_with_passes(report, dump))
-    return compat.compile_fx(gm, example, {**patches, "joint_custom_pre_pass": joint_pre_pass(options, report, dump)})
+    passes = {"joint_custom_pre_pass": joint_pre_pass(options, report, dump)}
+    return compat.compile_fx(gm, example, {**compat.fusion_limit(NEIGHBOURS), **patches, **passes})
 
 
 def _verifier(

@@ -224,13 +224,46 @@ def launch(kernel: Any, pointers: dict[str, Any], arguments: dict[str, Any], way
 
     ways = ways if config.max_autotune else ways[:1]
     tuned = _tuned(kernel, tuple(tuple(sorted(options.items())) for _, options in ways))
-    lowerings[triton_kernel_wrapper_mutation](
-        kernel_idx=kernel_side_table.add_kernel(tuned),
-        constant_args_idx=kernel_side_table.add_constant_args(arguments),
-        grid=[(programs, 1, 1) for programs, _ in ways],
-        tma_descriptor_metadata={},
-        kwargs=pointers,
-    )
+    with _analysed_once():
+        lowerings[triton_kernel_wrapper_mutation](
+            kernel_idx=kernel_side_table.add_kernel(tuned),
+            constant_args_idx=kernel_side_table.add_constant_args(arguments),
+            grid=[(programs, 1, 1) for programs, _ in ways],
+            tma_descriptor_metadata={},
+            kwargs=pointers,
+        )
+
+
+@contextmanager
+def _analysed_once() -> Iterator[None]:
+    """Look only once for what a kernel writes: for every launch, Inductor translates the kernel to find that out."""
+    from torch._higher_order_ops import triton_kernel_wrap as module
+
+    names = ("identify_accessed_tensors", "identify_mutated_tensors")
+    analyses = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    for name, analyse in analyses.items():
+        setattr(module, name, _remembering(analyse))
+    try:
+        yield
+    finally:
+        for name, analyse in analyses.items():
+            setattr(module, name, analyse)
+
+
+_ANALYSES: dict[Any, Any] = {}
+
+
+def _remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
+    """``analyse``, with its results kept: of tensors only the data types matter."""
+
+    def remembering(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
+        kinds = tuple((name, getattr(value, "dtype", value)) for name, value in arguments.items())
+        key = (analyse, kernel, kinds)
+        if key not in _ANALYSES:
+            _ANALYSES[key] = analyse(kernel, arguments, descriptors)
+        return _ANALYSES[key]
+
+    return remembering
 
 
 @functools.cache
@@ -250,6 +283,14 @@ def inductor_modes() -> dict[str, dict[str, Any]]:
 
 
 CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's name of the setting
+
+
+def fusion_limit(pairs: int) -> dict[str, int]:
+    """The setting for how many readers of a buffer Inductor tries to fuse each of them with: at most ``pairs``."""
+    from torch._inductor import config
+
+    name = "max_fusion_buffer_group_pairwise_attempts"
+    return {name: min(pairs, config.max_fusion_buffer_group_pairwise_attempts)}
 
 
 def uses_cuda_graphs(patches: dict[str, Any]) -> bool:

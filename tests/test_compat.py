@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 
 from cggr_compile import compat
@@ -118,3 +119,32 @@ def test_cpp_compiler(monkeypatch):
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     assert compat.cpp_compiler() is None
+
+
+def test_a_kernel_is_analysed_once(monkeypatch):
+    """For equal arguments; of tensors their data types count."""
+    module = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    names = [n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(module, n)]
+    assert names, "Inductor analyses kernels under another name"
+    calls = []
+
+    def analyse(kernel, arguments, descriptors):
+        calls.append(dict(arguments))
+        return len(calls)
+
+    monkeypatch.setattr(module, names[0], analyse)
+    wide, narrow = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float16)
+    results = []
+    for tensor, size in ((wide, 4), (torch.ones(9, dtype=torch.float64), 4), (narrow, 4), (wide, 5)):
+        with compat._analysed_once():
+            results.append(getattr(module, names[0])("kernel", {"x": tensor, "size": size}, {}))
+    assert results == [1, 1, 2, 3] and getattr(module, names[0]) is analyse
+
+
+def test_fusion_limit():
+    from torch._inductor import config
+
+    (name,) = limit = compat.fusion_limit(16)
+    assert limit[name] == 16 and name in compat.inductor_option_names()
+    with config.patch({name: 4}):  # the user's own
+        assert compat.fusion_limit(16)[name] == 4

@@ -10,9 +10,11 @@ from functools import cache
 
 from cggr_compile import compat
 from cggr_compile.lowerings.attention_rows import lower_attention_rows_backward
+from cggr_compile.lowerings.fence import lower_fence
 from cggr_compile.lowerings.join_columns import lower_join_columns
 from cggr_compile.ops.attention_rows import attention_rows_backward
 from cggr_compile.ops.join_columns import join_columns
+from cggr_compile.ops.rows import fence
 
 
 @cache
@@ -20,3 +22,4 @@ def register() -> None:
     """Makes Inductor use these lowerings. Only operators of our own are concerned."""
     compat.register_inductor_lowering(attention_rows_backward, lower_attention_rows_backward)
     compat.register_inductor_lowering(join_columns, lower_join_columns)
+    compat.register_inductor_lowering(fence, lower_fence)

@@ -47,8 +47,12 @@ scatter_rows = define_opaque(
 )
 
 
-def fence_reference(rows: Tensor) -> Tensor:
-    """A copy of ``rows`` that no kernel is fused with.
+def _fake_fence(rows: Tensor, number: int = 0) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def fence_reference(rows: Tensor, number: int = 0) -> Tensor:
+    """A copy of ``rows`` that no kernel is fused with; two of different ``number`` are not merged.
 
     A compiler that fuses the selection with gathers at those rows, of activations of *all* layers, cannot run it
     before the last layer; every gather then waits for it, and every layer's dense activations stay alive until then.
@@ -56,7 +60,7 @@ def fence_reference(rows: Tensor) -> Tensor:
     return rows.clone()
 
 
-fence = define_opaque("fence(Tensor rows) -> Tensor", fence_reference, torch.empty_like)
+fence = define_opaque("fence(Tensor rows, int number=0) -> Tensor", fence_reference, _fake_fence)
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

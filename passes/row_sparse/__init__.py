@@ -15,6 +15,7 @@ from cggr_compile.passes.row_sparse.attention import attention
 from cggr_compile.passes.row_sparse.experts import experts
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
+from cggr_compile.passes.row_sparse.stages import separate, stages
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class RowSparseBackward:
         with rv.emit.before(seed, self.name):
             rv.rows = rv.emit.call(ops.fence.default, rows)
         rv.backward = descendants([seed])
+        rv.stage = stages(nodes[: nodes.index(seed)], rows)
         places: dict[str, list[str | None]] = {}
         for node in nodes[nodes.index(seed) :]:
             before = rv.densified.total()
@@ -66,6 +68,7 @@ class RowSparseBackward:
             if rv.densified.total() > before:
                 places.setdefault(str(node.target), []).append(_place(node))
         graph.eliminate_dead_code()
+        separate(rv, set(graph.nodes).difference(nodes))
         place_early(graph, set(graph.nodes).difference(nodes))
         total = sum(rv.densified.values())
         reason = f"{len(rv.sparse)} values on rows, {total} made dense again"

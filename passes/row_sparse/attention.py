@@ -25,6 +25,12 @@ FORMS = {
 }
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 FLEX = "flex_attention_backward"
+FORWARDS = {
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def experts(rv: RowValues, node: Node) -> bool:
     permuted = call(ops.moe_permute.default, rv.version(_node(chosen), layout), num_experts)
     among_rows = rv.emit.item(permuted, 0)
     token = call(aten.div.Tensor_mode, among_rows, top_k, rounding_mode="floor")
-    pair = call(aten.add.Tensor, call(aten.mul.Tensor, call(aten.index.Tensor, rv.flat_rows(), [token]), top_k),
+    pair = call(aten.add.Tensor, call(aten.mul.Tensor, call(aten.index.Tensor, rv.flat_rows(inner), [token]), top_k),
                 call(aten.remainder.Scalar, among_rows, top_k))  # fmt: skip
     found = call(
         node.target,

@@ -36,29 +36,41 @@ class RowValues:
         self.batch, self.length, self.slots = batch, length, shape_of(rows)[1]
         self.emit = Emitter(graph, fake_value(rows).fake_mode, key="val")
         self.sparse: dict[Node, Rows] = {}
+        self.stage: dict[Node, int] = {}  # of the forward pass: see stages.py
         self.backward: set[Node] = set()  # nodes that depend on a gradient: their dense value may never be needed
         self.densified: Counter[str] = Counter()  # by operator
         self.dense_attention: Counter[str] = Counter()  # by reason
         self._versions: dict[tuple[Node, Layout], Node] = {}
         self._dense: dict[Node, Node] = {}
-        self._flat: Node | None = None
+        self._fenced: dict[int, Node] = {}
+        self._flat: dict[Node, Node] = {}
         self._folded: dict[tuple[Node, int], Node] = {}
 
     def layout(self, *tags: Tag) -> Layout:
         return canonical(tags, self.batch)
 
-    def flat_rows(self) -> Node:
-        """int64 [B * K]: positions in a flattened [B * S]."""
-        if self._flat is None:
+    def rows_for(self, node: Node) -> Node:
+        """The selected rows, to gather ``node`` with: each stage of the forward pass has its own."""
+        stage = self.stage.get(node, 0)
+        if not stage:
+            return self.rows
+        if stage not in self._fenced:
+            self._fenced[stage] = self.emit.call(torch.ops.cggr.fence.default, self.rows, stage)
+        return self._fenced[stage]
+
+    def flat_rows(self, node: Node) -> Node:
+        """int64 [B * K]: positions in a flattened [B * S], to gather ``node`` with."""
+        rows = self.rows_for(node)
+        if rows not in self._flat:
             call = self.emit.call
-            flat = self.rows
+            flat = rows
             if self.batch > 1:
                 device = fake_value(self.rows).device
                 start = call(aten.mul.Tensor, call(torch.ops.prims.iota.default, self.batch, start=0, step=1,
                              dtype=torch.int64, device=device, requires_grad=False), self.length)  # fmt: skip
-                flat = call(aten.add.Tensor, self.rows, call(aten.unsqueeze.default, start, 1))
-            self._flat = call(aten.view.default, flat, [self.batch * self.slots])
-        return self._flat
+                flat = call(aten.add.Tensor, rows, call(aten.unsqueeze.default, start, 1))
+            self._flat[rows] = call(aten.view.default, flat, [self.batch * self.slots])
+        return self._flat[rows]
 
     def folded(self, selected: Node, size: int) -> Node:
         """``rows`` or ``keep`` [B, K] for a batch axis of ``size`` that has others folded into it: [size, K]."""
@@ -71,28 +83,30 @@ class RowValues:
             self._folded[key] = self.view(wide, [size, self.slots])
         return self._folded[key]
 
-    def index(self, shape: list[int], layout: Layout) -> tuple[int, Node]:
-        """Axis of the positions and the slots' positions expanded to a row version's ``shape``."""
+    def index(self, node: Node, shape: list[int], layout: Layout) -> tuple[int, Node]:
+        """Axis of the positions and the slots' positions expanded to the ``shape`` of the rows of ``node``."""
         first, axis = (i for i, tag in enumerate(layout) if tag in (*SEQUENCES, "S"))
         assert layout[axis] == "S"
         view = [1] * len(shape)
         view[first], view[axis] = shape[first], self.slots
-        rows = self.emit.call(aten.view.default, self.folded(self.rows, shape[first]), view)
+        rows = self.emit.call(aten.view.default, self.folded(self.rows_for(node), shape[first]), view)
         return axis, self.emit.call(aten.expand.default, rows, shape)
 
     def gather(self, node: Node, layout: Layout) -> Node:
         if "BS" in layout:
             indices = [None] * layout.index("BS")
-            return self.emit.call(aten.index.Tensor, node, [*indices, self.flat_rows()])
-        shape = resize(shape_of(node), layout, self.batch, self.slots)
+            return self.emit.call(aten.index.Tensor, node, [*indices, self.flat_rows(node)])
+        shape, source = resize(shape_of(node), layout, self.batch, self.slots), node
         if "b" in layout:
             full = list(shape_of(node))
             full[layout.index("b")] = self.batch
             node = self.emit.call(aten.expand.default, node, full)
         elif order := _memory_order(node, layout):
-            packed = self.gather(self.emit.call(aten.permute.default, node, order), tuple(layout[i] for i in order))
+            permuted = self.emit.call(aten.permute.default, node, order)
+            self.stage[permuted] = self.stage.get(node, 0)
+            packed = self.gather(permuted, tuple(layout[i] for i in order))
             return self.emit.call(aten.permute.default, packed, [order.index(i) for i in range(len(order))])
-        axis, index = self.index(shape, layout)
+        axis, index = self.index(source, shape, layout)
         return self.emit.call(aten.gather.default, node, axis, index)
 
     def kept(self, values: Node, layout: Layout) -> Node:
@@ -123,9 +137,9 @@ class RowValues:
             )
             if "BS" in rows.layout:
                 indices = [None] * rows.layout.index("BS")
-                full = self.emit.call(aten.index_put.default, zeros, [*indices, self.flat_rows()], rows.values)
+                full = self.emit.call(aten.index_put.default, zeros, [*indices, self.flat_rows(node)], rows.values)
             else:
-                axis, index = self.index(list(shape_of(rows.values)), rows.layout)
+                axis, index = self.index(node, list(shape_of(rows.values)), rows.layout)
                 full = self.emit.call(aten.scatter.src, zeros, axis, index, rows.values)
             self._dense[node] = self.strided_like(full, node)
         return self._dense[node]
@@ -158,6 +172,7 @@ class RowValues:
             made = self._recompute(node, layout) if again else None
             source = self.dense(node) if node in self.sparse else node
             self._versions[key] = rows = made if made is not None else self.gather(source, layout)
+            self.stage[rows] = self.stage.get(node, 0)
             if recomputed(node):  # in the backward pass, as the checkpoint wants it, and not kept either
                 rows.meta.update({name: node.meta[name] for name in RECOMPUTE})
         return self._versions[key]

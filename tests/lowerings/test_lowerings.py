@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from cggr_compile import compat, lowerings
 from cggr_compile.ops.attention_rows import attention_rows_backward, attention_rows_backward_reference
 from cggr_compile.ops.join_columns import join_columns
+from cggr_compile.ops.rows import fence
 
 pytestmark = pytest.mark.skipif(compat.cpp_compiler() is None, reason="needs a C++ compiler")
 
@@ -53,3 +54,18 @@ def test_attention_without_a_kernel_is_a_call():
     assert "cggr.attention_rows_backward" in code
     for have, want in zip(got, attention_rows_backward_reference(*arguments), strict=True):
         torch.testing.assert_close(have, want)
+
+
+def test_a_fence_is_no_copy_and_its_memory_stays():
+    def function(a, weight):
+        made = a.sin() + 1
+        behind = fence(made, 3)
+        early = made @ weight + behind @ weight  # the last use of made, but for its memory
+        late = ((early.cos() @ weight).exp() @ weight).tanh()  # in memory that others left
+        return late, behind * 3
+
+    a, weight = torch.randn(6, 6), torch.randn(6, 6)
+    got, (code,) = run_and_get_code(torch.compile(function), a, weight)
+    for have, want in zip(got, function(a, weight), strict=True):
+        torch.testing.assert_close(have, want)
+    assert "aten.alias.default(" in code and "cggr.fence.default(" not in code

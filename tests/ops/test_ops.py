@@ -29,6 +29,7 @@ def test_opcheck_all():
         (ops.gather_rows.default, (hidden, rows, keep)),
         (ops.scatter_rows.default, (torch.randn(2, 3, 4), rows, keep, 8)),
         (ops.fence.default, (rows,)),
+        (ops.fence.default, (hidden.detach(), 2)),
         (ops.join_columns.default, ([torch.randn(3, 2), torch.randn(3, 4)],)),
         (ops.difficulty.default, (*stats, "combined")),
         (ops.el2n.default, (stats[0] + 5, stats[1] + 9, -stats[3])),
