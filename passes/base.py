@@ -62,7 +62,7 @@ class Attention:
         mask: the attn_mask argument, if any.
     """
 
-    kind: Literal["sdpa", "softmax"]
+    kind: Literal["sdpa", "flex", "softmax"]
     node: Node
     key: Node
     value: Node
