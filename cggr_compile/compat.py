@@ -34,6 +34,12 @@ def next_checkpoint_id() -> int:
     return next(uid)
 
 
+def enters_or_leaves_vmap(node: Node) -> bool:
+    """Whether a call opens or closes a level of ``torch.vmap``, on which the calls in between rely without using it."""
+    target: Any = node.target
+    return node.op == "call_function" and getattr(target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def symbols(value: Any) -> set[Any]:
     """The symbols of a size; none for a number."""
     return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
