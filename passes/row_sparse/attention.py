@@ -82,7 +82,7 @@ def _read_flex(rv: RowValues, node: Node, heads: Layout) -> Call | str:
         return why
     given = flex.arguments(node)
     return Call(
-        *(given[name] for name in ("grad", "query", "key", "value", "out")),
+        *(given["grad"], given["query"], given["key"], given["value"], given["out"]),
         logsumexp=flex.logsumexp(rv, node, heads),
         mask=flex.mask(rv, node),
         causal=False,

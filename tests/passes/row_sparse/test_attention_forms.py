@@ -263,7 +263,7 @@ FLEX = {
     "heads": (
         lambda b, h, q, k: (k <= q) & (q - k <= 2 * h),
         {"H": 4},
-        (QUERY >= KEY) & (QUERY - KEY <= 2 * torch.arange(4)[None, :, None, None]),
+        (QUERY >= KEY) & (2 * torch.arange(4)[None, :, None, None] >= QUERY - KEY),
     ),
 }
 
