@@ -34,6 +34,24 @@ def next_checkpoint_id() -> int:
     return next(uid)
 
 
+def enters_or_leaves_vmap(node: Node) -> bool:
+    """Whether a call opens or closes a level of ``torch.vmap``, on which the calls in between rely without using it."""
+    target: Any = node.target
+    return node.op == "call_function" and getattr(target, "__module__", "") == "torch._functorch.predispatch"
+
+
+@contextmanager
+def vmap_levels_kept() -> Iterator[None]:
+    """Leave the levels of ``torch.vmap`` that are still open at the end, as after an exception."""
+    from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
+
+    depth = get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 def symbols(value: Any) -> set[Any]:
     """The symbols of a size; none for a number."""
     return set(value.node.expr.free_symbols) if isinstance(value, torch.SymInt) else set()
@@ -71,14 +89,17 @@ def static_fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    class StaticFakeTensorMode(FakeTensorMode):
-        def from_tensor(self, tensor: Any, **arguments: Any) -> Any:
-            # AOTAutograd asks for symbolic sizes where there is a shape environment
-            arguments.pop("symbolic_context", None)
-            return super().from_tensor(tensor, **{**arguments, "static_shapes": True})
-
     # Inductor's cache asks for a shape environment
-    return StaticFakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(assume_static_by_default=True), static_shapes=True)
+    convert = mode.from_tensor
+
+    def from_tensor(tensor: Any, **arguments: Any) -> Any:
+        # AOTAutograd asks for symbolic sizes where there is a shape environment
+        arguments.pop("symbolic_context", None)
+        return convert(tensor, **{**arguments, "static_shapes": True})
+
+    mode.from_tensor = from_tensor  # type: ignore[method-assign]  # higher-order operators know no subclass of it
+    return mode
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch.fx import Graph, GraphModule, Node
 
+from cggr_compile import compat
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
 from cggr_compile.passes.angles_once import ComputeAnglesOnce
@@ -88,7 +89,7 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
             report.reason = f"{graph_pass.name}: {record.reason}"
             return gm
     # only now: what one pass inserts, a later one may be the first to use
-    work.graph.eliminate_dead_code(is_impure_node=lambda n: n.is_impure() or mutated_operand(n) is not None)
+    work.graph.eliminate_dead_code(is_impure_node=_has_effect)
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:
@@ -100,6 +101,10 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     told = (report.record(FindStack.name), report.record(SelectRows.name))
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
+
+
+def _has_effect(node: Node) -> bool:
+    return node.is_impure() or mutated_operand(node) is not None or compat.enters_or_leaves_vmap(node)
 
 
 def semantic_passes(ctx: GraphContext) -> tuple[GraphPass, ...]:

@@ -1,4 +1,4 @@
-"""Recognises one attention call: scaled_dot_product_attention, or a hand-written softmax(q k^T) v."""
+"""Recognises one attention call: scaled_dot_product_attention, flex_attention, or a hand-written softmax(q k^T) v."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from cggr_compile.passes.fx import argument, op_name
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
+_KINDS: dict[str, Literal["sdpa", "flex", "softmax"]] = {
+    "scaled_dot_product_attention": "sdpa",
+    "flex_attention": "flex",
+    "softmax": "softmax",
+}
 _AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 
 
@@ -26,6 +31,9 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
         query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
         key_axis, key_user, value_user = -2, node, node
         mask = argument(node, 3, "attn_mask")
+    elif name == "flex_attention":  # its BlockMask is no tensor of the scores' shape: it stays as it is
+        query, key, value = node.args[:3]
+        key_axis, key_user, value_user = -2, node, node
     elif name == "softmax":
         products = _products_around(node, stream)
         if products is None:
@@ -47,8 +55,7 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
         if len(shape) < 3 or not same_size(shape[0], batch) or not same_size(shape[axis], length):
             return None
         axes.append(len(shape) + axis)
-    kind: Literal["sdpa", "softmax"] = "softmax" if name == "softmax" else "sdpa"
-    return Attention(kind, node, key, value, axes[0], axes[1], key_user, value_user, mask)
+    return Attention(_KINDS[name], node, key, value, axes[0], axes[1], key_user, value_user, mask)
 
 
 def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, Node | None] | None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # graphs that Dynamo must still be able to compile for the same code: one with symbolic sizes, one for evaluation
 RESERVE = 2
+# higher-order operators whose subgraphs hold no sizes: those of FlexAttention work on single scores
+_KNOWN = ("flex_attention",)
 
 
 class MakeSizesStatic:
@@ -107,7 +109,8 @@ def _obstacle(gm: GraphModule, ctx: GraphContext, inputs: list[Node], symbolic: 
             return f"{node} depends on data"
         if isinstance(fake_value(node), torch.SymFloat):
             return f"{node} is a number that may change from call to call"
-        if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        unknown = isinstance(node.target, HigherOrderOperator) and op_name(node) not in _KNOWN
+        if node.op == "call_module" or unknown:
             return f"{op_name(node)} ({node}) cannot be looked into"
     if not all(isinstance(fake_value(node), torch.Tensor) for node in gm.graph.output_node().all_input_nodes):
         return "the graph returns a size"
@@ -120,6 +123,7 @@ def _evaluate(gm: GraphModule, examples: dict[Node, Any], mode: Any) -> dict[Nod
     with mode, ExitStack() as state:
         # contexts that the graph enters it also leaves, unless an operator raises
         state.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        state.enter_context(compat.vmap_levels_kept())
         for kind in {x.device.type for x in examples.values() if isinstance(x, torch.Tensor)}:
             enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
             state.enter_context(torch.autocast(kind, dtype, enabled=enabled))
@@ -140,7 +144,8 @@ def _evaluate(gm: GraphModule, examples: dict[Node, Any], mode: Any) -> dict[Nod
 
 def _apply(gm: GraphModule, values: dict[Node, Any]) -> None:
     """Record the values; numbers and shapes take the place of the nodes that computed them."""
-    numbers: dict[Node, Any] = {n: value for n, value in values.items() if isinstance(value, (bool, int, float))}
+    known = {n: value for n, value in values.items() if not compat.enters_or_leaves_vmap(n)}
+    numbers: dict[Node, Any] = {n: value for n, value in known.items() if isinstance(value, (bool, int, float))}
     numbers |= {n: tuple(value) for n, value in values.items() if isinstance(value, torch.Size)}
     for node, value in values.items():
         node.meta["example_value"] = value

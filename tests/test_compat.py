@@ -56,6 +56,23 @@ def test_static_fake_tensors():
     assert compat.is_fake(mode.from_tensor(real)) and not compat.is_fake(real)
 
 
+def test_levels_of_vmap_are_left_after_an_exception():
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(torch.vmap(lambda x: x + 1), backend=keep)(torch.zeros(2))
+    calls = [node for node in graphs[0].graph.nodes if compat.enters_or_leaves_vmap(node)]
+    entering = next(node for node in calls if "increment" in node.name)
+    with pytest.raises(ValueError), compat.vmap_levels_kept():
+        assert entering.target(*entering.args) == 1
+        raise ValueError
+    with compat.vmap_levels_kept():
+        assert entering.target(*entering.args) == 1
+
+
 def test_module_at():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
     scopes = {"L": {"self": model}, "G": {"net": model}}

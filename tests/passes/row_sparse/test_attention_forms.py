@@ -236,25 +236,114 @@ def test_more_keys_than_queries(kv_gradient):
     assert check(Layer(attend), kv_gradient) == ON_ROWS
 
 
-@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
-def test_flex_attention_stays_dense_by_name(monkeypatch, kv_gradient):
-    """It has no backward on the CPU, says its front door; behind that there is one."""
+@pytest.fixture
+def flexible(monkeypatch):
+    """FlexAttention has no backward on the CPU, says its front door; behind that there is one."""
     monkeypatch.setattr(flex, "_validate_device", lambda query, key, value: None)
-    bias = torch.randn(9, requires_grad=True)
 
-    def score(score, batch, head, query, key):
-        return torch.where(query >= key, score + bias[key], -float("inf"))
 
-    def attend(query, key, value):
-        return flex.flex_attention(query, key, value, score_mod=score, enable_gqa=True)
+def flexibly(mask_mod=None, block=4, score=None, keys=9, **sizes):
+    blocks = mask_mod and flex.create_block_mask(
+        mask_mod, sizes.get("B"), sizes.get("H"), 9, keys, device="cpu", BLOCK_SIZE=block
+    )
+    return lambda q, k, v: flex.flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
 
-    layer = Layer(attend, kv_heads=2)
+
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]])
+QUERY, KEY = torch.arange(9)[:, None], torch.arange(9)
+FLEX = {
+    "all": (None, {}, torch.ones(9, 9).bool()),
+    "causal": (lambda b, h, q, k: q >= k, {}, QUERY >= KEY),
+    "window": (lambda b, h, q, k: (q >= k) & (q - k < 3), {}, (QUERY >= KEY) & (QUERY - KEY < 3)),
+    "documents": (
+        lambda b, h, q, k: (DOCUMENTS[b, q] == DOCUMENTS[b, k]) & (k <= q),
+        {"B": 2},
+        (DOCUMENTS[:, None, :, None] == DOCUMENTS[:, None, None]) & (QUERY >= KEY),
+    ),
+    "heads": (
+        lambda b, h, q, k: (k <= q) & (q - k <= 2 * h),
+        {"H": 4},
+        (QUERY >= KEY) & (2 * torch.arange(4)[None, :, None, None] >= QUERY - KEY),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "kv_gradient"), [*((name, "stop") for name in FLEX), ("documents", "project")])
+def test_flex_attention(flexible, name, kv_gradient):
+    """Its blocks of four keys are listed as empty, full, and in between."""
+    mask_mod, sizes, mask = FLEX[name]
+    layer = Layer(flexibly(mask_mod, **sizes), kv_heads=2)
     got, result = layer.optimised(kv_gradient)
-    mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    layer.attend = masked(torch.where(mask, bias.detach(), -torch.inf), gqa=True)
+    layer.attend = masked(mask, gqa=True)
     assert_close(got, layer.expected(kv_gradient))
-    assert result.details["dense_attention"] == {"FlexAttention": 1}
-    assert result.reason.endswith("dense attention: 1 × FlexAttention")  # which explain() prints
+    assert {name: result.details[name] for name in ON_ROWS} == ON_ROWS
+
+
+def test_flex_attention_of_queries_without_keys(flexible):
+    nothing = lambda b, h, q, k: (q >= k) & (q > 3)  # noqa: E731
+    layer = Layer(flexibly(nothing, block=128), batch=1, slots=7, unused=0)
+    got, result = layer.optimised("stop")
+    layer.attend = lambda q, k, v: masked((QUERY >= KEY) & (QUERY > 3))(q, k, v)
+    assert_close(got, layer.expected("stop"))
+    assert not result.details["dense_attention"]
+
+
+def test_flex_attention_computes_the_blocks_that_are_listed(flexible):
+    """As the kernels do, whatever mask_mod would say: without any block attention has no gradient."""
+    blocks = flex.create_block_mask(FLEX["causal"][0], None, None, 9, 9, device="cpu", BLOCK_SIZE=4)
+    for count in (blocks.kv_num_blocks, blocks.full_kv_num_blocks):
+        count.zero_()
+    layer = Layer(lambda q, k, v: flex.flex_attention(q, k, v, block_mask=blocks))
+    (_, *weights), _ = layer.optimised("stop")
+    assert not any(weight.any() for weight in weights)
+
+
+def scored(score, batch, head, query, key):
+    return torch.where(query >= key, score + BIAS[key], -float("inf"))
+
+
+def with_logsumexp(query, key, value):
+    out, aux = flex.flex_attention(query, key, value, enable_gqa=True, return_aux=flex.AuxRequest(lse=True))
+    return out * torch.sigmoid(aux.lse)[..., None]
+
+
+def with_sink(query, key, value):
+    """The same by hand."""
+    scores = query @ key.repeat_interleave(2, 1).mT * query.shape[-1] ** -0.5
+    out = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    return out * torch.sigmoid(scores.logsumexp(-1))[..., None]
+
+
+BIAS = torch.linspace(-1, 1, 9)
+KEPT = torch.ones(9, 9, 9).bool()
+DENSE_FLEX = {
+    "a score_mod": (flexibly(score=scored), masked(torch.where(QUERY >= KEY, BIAS, -torch.inf), gqa=True)),
+    "a gradient of its log-sum-exp": (with_logsumexp, with_sink),
+    "a mask_mod that is not elementwise": (
+        lambda q, k, v: flexibly(lambda b, h, q, k: KEPT[q][k].all() & (q >= k))(q, k, v),
+        masked(QUERY >= KEY, gqa=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("why", DENSE_FLEX)
+def test_flex_attention_stays_dense_by_name(flexible, why, kv_gradient="stop"):
+    flexed, by_hand = DENSE_FLEX[why]
+    layer = Layer(flexed, kv_heads=2)
+    got, result = layer.optimised(kv_gradient)
+    layer.attend = by_hand
+    assert_close(got, layer.expected(kv_gradient))
+    assert result.details["dense_attention"] == {f"FlexAttention with {why}": 1}
+    assert result.reason.endswith(f"dense attention: 1 × FlexAttention with {why}")  # which explain() prints
+
+
+def test_flex_attention_stays_dense_on_devices_without_evidence(flexible, monkeypatch):
+    monkeypatch.setattr("cggr_compile.passes.row_sparse.flex.DEVICES", ())
+    layer = Layer(flexibly(FLEX["causal"][0]))
+    got, result = layer.optimised("project")
+    layer.attend = causal
+    assert_close(got, layer.expected("project"))
+    assert result.details["dense_attention"] == {"FlexAttention on cpu": 1}
 
 
 def test_casts_are_looked_through():
