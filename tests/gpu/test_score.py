@@ -45,10 +45,10 @@ def test_8_bits(rows, vocab, width, descriptors):
     wanted = score_partials_reference(*arguments, SPAN, *scales)
     # the device adds 8-bit products up with 14 bits: an error of every logit, in proportion to the largest
     logits = wanted[0].abs().amax(0).clamp(min=1.0)
-    torch.testing.assert_close(found[[0, 3]] / logits, wanted[[0, 3]] / logits, atol=2e-3, rtol=0)
+    torch.testing.assert_close(found[[0, 3]] / logits, wanted[[0, 3]] / logits, atol=5e-3, rtol=0)
     small = logits < 5.0
     assert small.any()
-    torch.testing.assert_close(found[:, :, small], wanted[:, :, small], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(found[:, :, small], wanted[:, :, small], atol=5e-2, rtol=5e-2)
 
 
 def test_8_bits_without_their_products(monkeypatch):
