@@ -77,7 +77,8 @@ def _certain(share: Tensor, quota: Tensor) -> Tensor:
     share = torch.minimum(share, (count << 41) // quota.clamp(min=1))
     ordered = share.sort(1, descending=True).values
     rest = ordered.sum(1, keepdim=True) - ordered.cumsum(1) + ordered
-    before = torch.arange(share.shape[1], device=share.device) * ONE
+    # shifted, not multiplied: Inductor multiplies positions in 32 bits on CUDA (pytorch issue 183901)
+    before = torch.arange(share.shape[1], device=share.device) << 24
     number = ((ordered * (quota - before) >= rest * ONE) & (ordered > 0)).sum(1, keepdim=True)
     threshold = ordered.gather(1, (number - 1).clamp(min=0))
     return (share >= threshold) & (share > 0) & (number > 0)

@@ -34,7 +34,8 @@ def verified(family, kind, **options):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_passes(family, kind):
-    rt = verified(family, kind)
+    # rounding may change what the router selects, and such a step cannot be compared
+    rt = verified(family, kind, selection="random")
     tolerance = rt.reports[0].verification.tolerance
     assert rt.metrics()["verify_steps"] == 2 and 0 < rt.metrics()["verify_max_error"] < tolerance
 

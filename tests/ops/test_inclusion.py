@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cggr_compile.ops  # noqa: F401  (registers)
 
@@ -118,3 +119,16 @@ def test_the_order_of_summation_does_not_matter():
     got = probabilities(scores, torch.ones(1, 200, dtype=torch.bool), 50, None)
     permuted = probabilities(scores[:, order], torch.ones(1, 200, dtype=torch.bool), 50, None)
     assert (got[:, order] - permuted).abs().max() <= 2.0**-24
+
+
+@pytest.mark.parametrize("batch_cap", [None, 9])
+def test_positions_are_not_multiplied_beyond_32_bits(batch_cap):
+    """Inductor multiplies them in 32 bits on CUDA; tests/gpu/test_selection.py sees what comes of it."""
+    scores, valid = make_case(2, 4096, "entropy", 0)
+    graph = make_fx(lambda s, v: probabilities(s, v, 6, batch_cap))(scores, valid).graph
+    positions = graph.find_nodes(op="call_function", target=torch.ops.aten.arange.default)
+    assert positions
+    for node in positions:
+        for user in node.users:
+            factors = [value for value in user.args if isinstance(value, int)]
+            assert user.target != torch.ops.aten.mul.Tensor or 4096 * max(factors) < 2**31
