@@ -67,8 +67,8 @@ def arms(device: str) -> dict[str, Arm]:
         found["torch"] = Arm(lambda rows, weight, labels: fused(rows, weight, labels, options=options), waits=True)
     cut = _optional("cut_cross_entropy") if device == "cuda" else None
     if cut is not None:
-        for name, kind in (("cut-cross-entropy", "cce"), ("cut-cross-entropy, exact", "cce_exact")):
-            found[name] = Arm(_library(cut.linear_cross_entropy, impl=kind), waits=True)
+        found["cut-cross-entropy"] = Arm(_library(cut.linear_cross_entropy), waits=True)
+        found["cut-cross-entropy, exact"] = Arm(_library(cut.linear_cross_entropy, filter_eps=None), waits=True)
     liger = _optional("liger_kernel.transformers.functional") if device == "cuda" else None
     if liger is not None:
         found["Liger"] = Arm(_library(liger.liger_fused_linear_cross_entropy), waits=True)

@@ -43,13 +43,14 @@ def enters_or_leaves_vmap(node: Node) -> bool:
 @contextmanager
 def vmap_levels_kept() -> Iterator[None]:
     """Leave the levels of ``torch.vmap`` that are still open at the end, as after an exception."""
-    from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
+    from torch._C._functorch import _vmap_decrement_nesting, get_dynamic_layer_stack_depth
 
     depth = get_dynamic_layer_stack_depth()
     try:
         yield
     finally:
-        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        while get_dynamic_layer_stack_depth() > depth:
+            _vmap_decrement_nesting()
 
 
 def symbols(value: Any) -> set[Any]:
