@@ -3,10 +3,9 @@
 First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, and all of
 `cggr::score` in bfloat16 and in 8-bit floats with the rank correlation of the difficulties with float32's, then the
 backward of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows
-beside other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs. `of product
-rate`:
-arithmetic of the operator (of the loss: three products, whatever an arm recomputes), over its time, over the rate of
-the card's own large product. Peak memory is what a call allocates over what it is given.
+beside other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs.
+`of product rate`: arithmetic of the operator (of the loss: three products, whatever an arm recomputes), over its time,
+over the rate of the card's own large product. Peak memory is what a call allocates over what it is given.
 
     python benchmarks/kernels.py                 # CUDA, bfloat16
     python benchmarks/kernels.py --cuda-graphs   # the kernels alone, without the host's time to launch them

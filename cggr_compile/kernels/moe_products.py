@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cggr_compile.kernels.score import INTERPRETED
+from cggr_compile.kernels.score import INTERPRETED, has_descriptors
 
 LIBRARY_COLUMNS = 1024
 
@@ -258,13 +258,6 @@ def programs(tensor: Tensor) -> int:
     return _multiprocessors(tensor.device) if tensor.is_cuda else 3
 
 
-def can_describe(tensor: Tensor) -> bool:
-    """Whether TMA can load tiles: Hopper or later, every stride but the last a multiple of 16 bytes."""
-    width = tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 for stride in tensor.stride()[:-1])
-    return aligned and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
-
-
 def schedule(offsets: Tensor, rows: int, block: int) -> Tensor:
     """The queue of row tiles: int32 [number, expert, first row, expert, first row, ...], as much as is needed."""
     experts = offsets.shape[0] - 1
@@ -327,11 +320,11 @@ def multiply_rows(
     gather, transposed = kernel in ("swiglu", "swiglu_backward"), kernel in ("swiglu", "down")
     a, b = _contiguous_rows(a), _contiguous_rows(b)
     rows, width = out.shape
-    config: dict[str, Any] = {**configuration(kernel, a.dtype, width if can_describe(b) else 0), **overrides}
+    config: dict[str, Any] = {**configuration(kernel, a.dtype, width if has_descriptors(b) else 0), **overrides}
     if gather and not config.pop("GATHER", True):
         assert order is not None
         a, gather = a[order // top_k], False
-    descriptors = config.pop("DESCRIPTORS", can_describe(b) and (gather or can_describe(a)))
+    descriptors = config.pop("DESCRIPTORS", has_descriptors(b) and (gather or has_descriptors(a)))
     # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
     config.setdefault("FLATTEN", descriptors)
     grid = (config.pop("PROGRAMS", None) or programs(a),)
@@ -404,5 +397,5 @@ def library_pays(left: Tensor, right: Tensor, gathers_left: bool) -> bool:
     """
     if not left.is_cuda or left.dtype != torch.bfloat16 or torch.cuda.get_device_capability(left.device)[0] != 9:
         return False
-    aligned = all(t.shape[1] % 8 == 0 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in (left, right))
+    aligned = all(has_descriptors(t) and t.shape[1] % 8 == 0 for t in (left, right))
     return aligned and (right if gathers_left else left).shape[1] >= LIBRARY_COLUMNS

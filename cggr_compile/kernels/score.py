@@ -158,10 +158,11 @@ def configuration(dtype: torch.dtype) -> dict[str, int]:
 
 
 def has_descriptors(tensor: Tensor) -> bool:
-    """Whether tiles of a matrix can be loaded by TMA: Hopper or later, rows that start at multiples of 16 bytes."""
+    """Whether TMA can load tiles: Hopper or later, contiguous rows, all other strides multiples of 16 bytes."""
     width = tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and tensor.stride(0) * width % 16 == 0 and tensor.stride(1) == 1
-    return aligned and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    aligned = tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 for stride in tensor.stride()[:-1])
+    contiguous = tensor.stride(-1) == 1
+    return aligned and contiguous and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
 
 
 def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

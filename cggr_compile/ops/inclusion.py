@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cggr_compile.ops.library import define_composite
 
-ONE = 1 << 24  # probability 1
+_BITS = 24
+ONE = 1 << _BITS  # probability 1
 _HALF = 1 << 15  # share 1/2
 _SCORE_BITS = 20
 
@@ -78,7 +79,7 @@ def _certain(share: Tensor, quota: Tensor) -> Tensor:
     ordered = share.sort(1, descending=True).values
     rest = ordered.sum(1, keepdim=True) - ordered.cumsum(1) + ordered
     # shifted, not multiplied: Inductor multiplies positions in 32 bits on CUDA (pytorch issue 183901)
-    before = torch.arange(share.shape[1], device=share.device) << 24
+    before = torch.arange(share.shape[1], device=share.device) << _BITS
     number = ((ordered * (quota - before) >= rest * ONE) & (ordered > 0)).sum(1, keepdim=True)
     threshold = ordered.gather(1, (number - 1).clamp(min=0))
     return (share >= threshold) & (share > 0) & (number > 0)

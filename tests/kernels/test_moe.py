@@ -151,7 +151,7 @@ def test_under_the_interpreter():
 def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, sizes, dtype):
     hidden, *_ = case = make_case(300, *sizes, dtype=dtype)
     descriptors = arch >= 90 and sizes[0] % 64 == 0
-    monkeypatch.setattr(products, "can_describe", lambda tensor: descriptors)
+    monkeypatch.setattr(products, "has_descriptors", lambda tensor: descriptors)
     binaries = binaries_for(
         *(monkeypatch, tmp_path, arch, products, ["_schedule_kernel", "_rows_kernel", "_weight_gradient_kernel"]),
         lambda: monkeypatch.setattr(kernels, "combine", lambda *_: hidden) or run(case, hidden),
