@@ -44,7 +44,7 @@ def inclusion_probabilities_reference(
         quota = count.clamp(max=slots) * ONE
     else:
         demand = share.sum(1, keepdim=True)
-        mean = demand.sum() // valid.shape[0]
+        mean = -(-demand.sum() // valid.shape[0])  # rounded up: the quotas must not exceed the budget
         quota = torch.minimum(((demand << 16) // mean.clamp(min=1) * slots) << 8, count.clamp(max=batch_cap) * ONE)
     certain = torch.zeros_like(valid) if scores is None else _certain(share, quota)
     left = quota - certain.sum(1, keepdim=True) * ONE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -64,6 +64,7 @@ def test_sum_to_the_slots_and_follow_the_scores(batch, length, shape, ratio, see
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 30), SHAPES, st.floats(0.05, 1.0), st.floats(1.0, 3.0), st.integers(0, 999))
+@example(3, 8, "zero", 0.25, 2.0, 798)  # the mean demand is no whole number
 def test_over_the_batch(batch, length, shape, ratio, more, seed):
     scores, valid = make_case(batch, length, shape, seed)
     slots = max(1, round(ratio * length))
