@@ -79,6 +79,11 @@ def marked_dynamic(tensor: torch.Tensor) -> bool:
     return any(getattr(tensor, name, None) for name in names)
 
 
+def multiplies_in_tf32() -> bool:
+    """Whether float32 matrix products on CUDA are allowed to use TF32, by whichever of torch's settings."""
+    return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 

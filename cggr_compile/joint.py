@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from cggr_compile import compat
 from cggr_compile.options import Options
-from cggr_compile.pipeline import run_joint_passes
+from cggr_compile.pipeline import calls_our_operators, run_joint_passes
 from cggr_compile.report import GraphDump, GraphReport
 
 
@@ -71,12 +71,7 @@ def _pre_pass(ours: Callable[[Graph], None], key: tuple[str, ...]) -> Any:
 
 def holds_our_operators(gm: GraphModule) -> bool:
     """Whether a graph, or one inside it (the body of a checkpoint), calls a ``cggr::`` operator."""
-    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "cggr"
-        for graph in graphs
-        for node in graph.nodes
-    )
+    return any(calls_our_operators(module.graph) for module in gm.modules() if isinstance(module, GraphModule))
 
 
 def partition_with_passes(report: GraphReport, dump: GraphDump) -> Callable[..., Any]:

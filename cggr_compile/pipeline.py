@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile import compat
@@ -122,8 +123,20 @@ def joint_passes(report: GraphReport) -> list[JointPass]:
     return [p for p in JOINT_PASSES if report.options["row_sparse"] or isinstance(p, ResolveMarkers)]
 
 
+def calls_our_operators(graph: Graph) -> bool:
+    """Whether a graph, not counting those inside it, calls a ``cggr::`` operator."""
+    targets = (node.target for node in graph.nodes)
+    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "cggr" for target in targets)
+
+
 def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:
-    """Run the optimising passes over a joint graph, in place."""
+    """Run the optimising passes over a joint graph, in place.
+
+    Inductor hands over the graphs inside that graph as well, such as a score function of FlexAttention: none of our
+    operators is in those, and they are left alone.
+    """
+    if not calls_our_operators(graph):
+        return
     for joint_pass in joint_passes(report):
         record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
         if record.matched:

@@ -40,6 +40,13 @@ def test_unkeyed_user_pass_turns_caching_off():
         assert hook().uuid() is None
 
 
+def test_graphs_inside_the_joint_graph_are_no_joint_graphs():
+    """Inductor runs the hook over the score and mask functions of FlexAttention too."""
+    report = GraphReport(0, True, "Inductor CPU", Options().as_dict())
+    joint.joint_pre_pass(Options(), report, GraphDump(None, report))(torch.fx.symbolic_trace(lambda x: x.sin()).graph)
+    assert not report.passes
+
+
 @pytest.mark.slow
 def test_user_pass_still_runs():
     seen = []

@@ -122,7 +122,7 @@ def _multiply_out(
         gradient = space[:, : part.stop - begin]
         logit_gradient(part, gradient)
         if with_hidden:
-            d_hidden += _product(gradient, weight[part], wide)
+            _add_product(d_hidden, gradient, weight[part])
         if with_weight:
             torch.mm(gradient.t(), hidden, out=d_weight[part])
         if with_bias:
@@ -130,10 +130,12 @@ def _multiply_out(
     return d_hidden.to(hidden.dtype), d_weight, d_bias
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    if left.is_cuda and left.dtype != dtype and runs_our_kernels():  # not on ROCm
-        return torch.mm(left, right, out_dtype=dtype)
-    return left @ right
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in the precision of ``total``, where the device can."""
+    if left.is_cuda and left.dtype != total.dtype and runs_our_kernels():  # not on ROCm
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

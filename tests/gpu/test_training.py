@@ -11,7 +11,15 @@ from reference import Picks, hf_reference
 
 import cggr_compile
 
-FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox"]
+# and what becomes of their layers of experts
+EXPERTS = {
+    "mixtral": "4 of 4 layers of experts",
+    "qwen3_moe": "4 of 4 layers of experts",
+    "olmoe": "4 of 4 layers of experts",
+    "deepseek_v3": "1 of 1 layers of experts",
+    "gpt_oss": "experts stay as they are: no kernel for experts with biases",
+}
+FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", *EXPERTS]
 
 
 def train_on_cuda(model, batch, **options):
@@ -42,6 +50,31 @@ def test_equals_the_reference(family, kv_gradient):
     assert error(grads, expected.grads) < 1e-4
     control = hf_reference(model, batch, picks, gradient="exact")
     assert error(grads, control.grads) > 1e-3, "the routed and the exact gradient must differ"
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_train_in_bfloat16(family):
+    model = models.family(family).to("cuda", torch.bfloat16)
+    models.compiled(model, compiler="inductor")
+    batch = {name: tensor.cuda() for name, tensor in models.make_batch(4, 64).items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+    def held():
+        with torch.no_grad():
+            return float(model.eval()(**batch).loss)
+
+    before = held()
+    model.train()
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert held() < 0.8 * before
+    runtime = cggr_compile.runtime(model)
+    assert runtime.metrics()["matched"]
+    (lowered,) = (p for p in runtime.reports[-1].passes if p.name == "lower_experts")
+    assert lowered.reason == EXPERTS[family]
 
 
 def test_bfloat16_is_as_good_as_eager_bfloat16():
