@@ -38,8 +38,8 @@ class Verifier:
     model and the coarseness of its arithmetic, and a gradient that is zero but for rounding raises no alarm.
 
     ``tolerance`` is 1e-5, or twice the machine epsilon of the coarsest floating-point type that gradients pass
-    through (the router may compute in a coarser one), or that products are computed in (TF32). What the graph returns (the loss) is held to it as well, relative
-    to 1 if it is smaller.
+    through (the router may compute in a coarser one), or that float32 products are computed in (TF32). What the graph
+    returns (the loss) is held to it as well, relative to 1 if it is smaller.
 
     A comparison runs three forward and backward passes besides the step's own. It leaves ``.grad``, hooks, buffers,
     the step counter and random generators alone, and waits for the device.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
-from cggr_compile.passes.base import Attention, fake_value, same_size, shape_of
+from cggr_compile.passes.base import Attention, same_size, shape_of
 from cggr_compile.passes.fx import argument, op_name
 
 # what may stand between softmax and the two products
@@ -17,8 +17,6 @@ _KINDS: dict[str, Literal["sdpa", "flex", "softmax"]] = {
     "flex_attention": "flex",
     "softmax": "softmax",
 }
-# where models with FlexAttention were compared with their reference: on no GPU yet
-FLEX_DEVICES = ("cpu",)
 _AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 
 
@@ -35,8 +33,6 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
         mask = argument(node, 3, "attn_mask")
     elif name == "flex_attention":  # its BlockMask is no tensor of the scores' shape: it stays as it is
         query, key, value = node.args[:3]
-        if fake_value(query).device.type not in FLEX_DEVICES:
-            return None
         key_axis, key_user, value_user = -2, node, node
     elif name == "softmax":
         products = _products_around(node, stream)

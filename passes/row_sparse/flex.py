@@ -22,8 +22,8 @@ BACKWARD = "flex_attention_backward"
 # the operator's parameters, in order
 PARAMETERS = ("query", "key", "value", "out", "logsumexp", "grad", "grad_logsumexp", "score_mod", "joint_graph",
               "block_mask", "scale", "kernel_options", "score_buffers", "mask_buffers")  # fmt: skip
-# where its log-sum-exp and its block tables were checked against the rows' operator: no GPU has run this yet
-DEVICES = ("cpu",)
+# where its log-sum-exp and its block tables were checked against the rows' operator
+DEVICES = ("cpu", "cuda")
 # the block size of a call without a BlockMask
 UNBLOCKED = 1 << 30
 CONSTANTS = {aten.new_ones.default, aten.new_zeros.default, aten.new_full.default, aten.full.default}
