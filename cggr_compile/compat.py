@@ -251,9 +251,9 @@ def times_templates(device: torch.device, dtype: torch.dtype) -> bool:
         from torch._inductor.utils import use_triton_template
     except ImportError:
         return False
-    # that one has results for products alone
-    pipelined = getattr(config, "pipeline_max_autotune_gemm", False)
-    return not pipelined and bool(use_triton_template(ir.FixedLayout(device, dtype, [1])))
+    if not (config.max_autotune or config.max_autotune_gemm) or config.pipeline_max_autotune_gemm:
+        return False  # the pipelined autotuner has no result before scheduling
+    return bool(use_triton_template(ir.FixedLayout(device, dtype, [1])))
 
 
 def triton_template(name: str, grid: Callable[..., tuple[int, int, int]], source: str) -> Any:
