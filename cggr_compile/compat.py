@@ -245,7 +245,6 @@ def times_templates(device: torch.device, dtype: torch.dtype) -> bool:
     """In a lowering: whether Inductor is to time Triton templates with outputs of this kind (max-autotune)."""
     try:
         import jinja2  # noqa: F401
-
         from torch._inductor import config, ir
         from torch._inductor.select_algorithm import TritonTemplate  # noqa: F401
         from torch._inductor.utils import use_triton_template

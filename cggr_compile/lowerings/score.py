@@ -81,14 +81,14 @@ def lower_score_partials(
     """Inductor's nodes for the operator's arguments, in, and for its result, out."""
     ways = _ways(hidden, weight, span)
     if not ways:
-        return compat.call_operator(
-            score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale
-        )
+        return compat.call_operator(score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale)
     given = [node for node in (bias, row_scale, column_scale) if node is not None]
     nodes = [compat.stored(hidden), compat.stored(weight, last_contiguous=True), *map(compat.stored, given)]
     modes: dict[str, Any] = dict(HAS_BIAS=bias is not None, HAS_SCALES=row_scale is not None)
     constants = dict(SCALE=float(scale), CAP=float(softcap), SPAN=span, **modes)
-    constants["DESCRIPTORS"] = all(map(_tma_loads, nodes[:2]))
+    # without tensor cores, loads by TMA make every size spill registers (compiled for sm_90 and sm_100)
+    tensor_cores = hidden.get_dtype() != torch.float32 or "tf32" in ways[0]["PRECISION"]
+    constants["DESCRIPTORS"] = tensor_cores and all(map(_tma_loads, nodes[:2]))
     rows, vocab = int(hidden.get_size()[0]), int(weight.get_size()[0])
     return compat.fastest(
         "cggr_score_partials",
@@ -114,11 +114,11 @@ def _ways(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
 
     if dtype == FP8 and not multiplies_fp8(device):
         return []
-    memory = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    card: Any = torch.cuda.get_device_properties(device)
 
     def fits(way: dict[str, int]) -> bool:  # all but the tiles that are being multiplied wait in shared memory
         tile = (way["BLOCK_M"] + way["BLOCK_N"]) * way["BLOCK_K"] * dtype.itemsize
-        return (way["num_stages"] - 1) * tile <= memory and span % way["BLOCK_N"] == 0
+        return (way["num_stages"] - 1) * tile <= card.shared_memory_per_block_optin and span % way["BLOCK_N"] == 0
 
     return [{**way, "PRECISION": repr(precision(dtype))} for way in configurations(dtype) if fits(way)]
 

@@ -131,7 +131,7 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, voca
 )
 def test_8_bits_compile_without_a_gpu(monkeypatch, tmp_path, arch, width, descriptors, product):
     *arguments, row_scale, column_scale = make_fp8_case(256, 49152, width, dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "multiplies_fp8", lambda tensor: True)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: True)
 
     def call():
         kernels.score_partials_triton(*arguments, 2048, row_scale, column_scale, DESCRIPTORS=descriptors)
