@@ -83,7 +83,7 @@ def lower_score_partials(
     if not ways:
         return compat.call_operator(score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale)
     given = [node for node in (bias, row_scale, column_scale) if node is not None]
-    nodes = [compat.stored(hidden), compat.stored(weight, last_contiguous=True), *map(compat.stored, given)]
+    nodes = [compat.stored(hidden), *(compat.stored(node, last_contiguous=True) for node in (weight, *given))]
     modes: dict[str, Any] = dict(HAS_BIAS=bias is not None, HAS_SCALES=row_scale is not None)
     constants = dict(SCALE=float(scale), CAP=float(softcap), SPAN=span, **modes)
     # without tensor cores, loads by TMA make every size spill registers (compiled for sm_90 and sm_100)

@@ -72,7 +72,8 @@ def test_strides():
     hidden, weight, bias, labels, *rest = make_case(20, 40, 16, bias=True)
     wide = torch.stack([hidden, hidden], -1)[..., 0]
     columns = weight.t().contiguous().t()
-    check(run((wide, columns, bias, torch.stack([labels, labels], -1)[..., 1], *rest), 32),
+    spread = torch.stack([bias, bias + 9], -1)[..., 0]
+    check(run((wide, columns, spread, torch.stack([labels, labels], -1)[..., 1], *rest), 32),
           expected(hidden, weight, bias, labels, *rest), 1e-4)  # fmt: skip
 
 

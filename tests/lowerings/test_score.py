@@ -23,7 +23,7 @@ from torch._inductor.utils import get_code, run_and_get_code  # noqa: E402
 from triton_harness import binaries_for  # noqa: E402
 
 from cggr_compile import compat, lowerings  # noqa: E402
-from cggr_compile.kernels.score import configurations  # noqa: E402
+from cggr_compile.kernels import score as kernels  # noqa: E402
 from cggr_compile.lowerings import score as lowering  # noqa: E402
 from cggr_compile.ops.score import FP8, score_partials, score_partials_reference  # noqa: E402
 
@@ -53,7 +53,7 @@ def choose(monkeypatch):
         ways = [way or SMALL, {**(way or SMALL), "GROUP": 1}]
         monkeypatch.setattr(select_algorithm.AlgorithmSelectorCache, "do_autotuning", tune)
         monkeypatch.setattr(lowering, "_ways", lambda *_: ways)
-        monkeypatch.setattr(lowering, "_tma_loads", lambda node: descriptors)
+        monkeypatch.setattr(kernels, "tma_loads", lambda device, strides, width, address: descriptors)
 
     with config.patch(force_disable_caches=True, cpu_backend="triton"):
         yield choose
@@ -144,7 +144,7 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, number, des
         arguments = (*rest, 2048, row_scale, column_scale)
     else:
         arguments = arguments_of(make_case(256, 4100, 576, **modes), 2048)
-    way = configurations(modes["dtype"])[number]
+    way = kernels.configurations(modes["dtype"])[number]
     choose(TEMPLATE, {**way, "PRECISION": "'ieee'"}, descriptors)
     text, name, programs = generated(arguments)
     assert programs == 3 * (256 // way["BLOCK_M"])
@@ -203,7 +203,7 @@ def test_where_the_template_serves(monkeypatch):
 
         return lowering._ways(node(rows, 64), node(5000, 64), span)
 
-    every = len(configurations(torch.bfloat16))
+    every = len(kernels.configurations(torch.bfloat16))
     assert len(ways()) == len(ways(FP8)) == every and ways(torch.float32)
     symbol = torch.utils._sympy.symbol.make_symbol(torch.utils._sympy.symbol.SymT.SIZE, 0)
     for refused in (dict(dtype=torch.float64), dict(rows=0), dict(rows=symbol), dict(span=96), dict(device="cpu")):
