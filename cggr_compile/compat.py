@@ -184,9 +184,14 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str,
     return compiled  # type: ignore[no-any-return]
 
 
-def register_inductor_lowering(op: Any, lower: Callable[..., Any]) -> None:
-    from torch._inductor.lowering import register_lowering
+def register_inductor_lowering(op: Any, lower: Callable[..., Any], eager_strides: bool = False) -> None:
+    """``eager_strides``: the lowering gets its arguments with the strides that a call of the operator gets."""
+    from torch._inductor.lowering import add_layout_constraint, register_lowering, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
 
+    constraint = tag_to_layout_constraint(get_layout_constraint_tag(op, with_default=True)) if eager_strides else None
+    if constraint is not None:
+        add_layout_constraint(op, constraint)
     register_lowering(op, type_promotion_kind=None)(lower)
 
 
@@ -229,6 +234,81 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     from torch._inductor.lowering import empty_strided
 
     return empty_strided(list(shape), None, dtype=dtype, device=device)
+
+
+def address(node: Any) -> int:
+    """In a lowering: where the first element of what ``stored`` returned lies, up to multiples of 16 bytes."""
+    from torch._inductor.virtualized import V
+
+    if node.get_name() in V.graph.unaligned_buffers:
+        return 1
+    (offset,) = _integers([node.get_layout().offset]) or (1,)
+    return offset * int(node.get_dtype().itemsize)
+
+
+def times_templates(device: torch.device, dtype: torch.dtype) -> bool:
+    """In a lowering: whether Inductor is to time Triton templates with outputs of this kind (max-autotune)."""
+    try:
+        import jinja2  # noqa: F401
+        from torch._inductor import config, ir
+        from torch._inductor.select_algorithm import TritonTemplate  # noqa: F401
+        from torch._inductor.utils import use_triton_template
+    except ImportError:
+        return False
+    if not (config.max_autotune or config.max_autotune_gemm) or config.pipeline_max_autotune_gemm:
+        return False  # the pipelined autotuner has no result before scheduling
+    return bool(use_triton_template(ir.FixedLayout(device, dtype, [1])))
+
+
+def triton_template(name: str, grid: Callable[..., tuple[int, int, int]], source: str) -> Any:
+    """A template for :func:`fastest`. ``grid``: number of programs, of the output's sizes and the constants."""
+    from torch._inductor.select_algorithm import TritonTemplate
+
+    return TritonTemplate(name=name, grid=grid, source=source)
+
+
+def operator_choice(name: str, op: Any, arrange: Callable[..., tuple[Any, ...]]) -> Any:
+    """A call of an operator, for :func:`fastest`. ``arrange``: its arguments, of the tensors and options there."""
+    from torch._inductor import ir
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    def call(*tensors: torch.Tensor, **options: Any) -> Any:
+        return op(*arrange(*tensors, **options))
+
+    def generate(*nodes: Any, **options: Any) -> Any:
+        return ir.FallbackKernel.create(op, *arrange(*nodes, **options))
+
+    return ExternKernelChoice(call, name=name, has_out_variant=False, kernel_creator=generate)
+
+
+def fastest(
+    name: str,
+    tensors: Sequence[Any],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    operator: Any,
+    options: dict[str, Any],
+    template: Any,
+    ways: Sequence[dict[str, Any]],
+) -> Any:
+    """In a lowering: an operator's result, computed in the way that Inductor's autotuner finds fastest.
+
+    Args:
+        tensors: nodes that ``stored`` returned. shape, dtype: of the result, which is contiguous.
+        operator, options: an :func:`operator_choice` and its options; what is used if nothing can be timed.
+        template, ways: a :func:`triton_template` and its constants, num_warps and num_stages, one choice for each.
+    """
+    from torch._inductor import ir
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    layout = ir.FixedLayout(tensors[0].get_device(), dtype, list(shape))
+    choices: list[Any] = []
+    operator.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **options)
+    for way in ways:
+        template.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **way)
+    # a fused reader would be timed with each choice: there is none for a result that is reduced
+    found = autotune_select_algorithm(name, choices, list(tensors), layout, return_multi_template=False)
+    return found[0] if isinstance(found, tuple) else found  # 2.13 returns the choice too
 
 
 def written_side_by_side(parts: Sequence[Any], axis: int) -> Any:

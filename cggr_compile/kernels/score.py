@@ -6,12 +6,15 @@ of the vocabulary: it multiplies tile after tile of the head's weight and folds 
 
 Measured on an H100: one loop over (tile, step along H), so that the loads of the next tile are under way while a tile
 is folded, and tensor descriptors (TMA) together bring 65 % of the speed of the plain product to 92 %.
+
+``score_block`` is the body of two kernels: the one here, and Inductor's template of ``lowerings/score.py``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,9 +48,8 @@ def _fold(z, high, second, total, slope):
     return new_high, second, total, slope
 
 
-# a count that happens to be 1 would otherwise be a constant, and no tensor
-@triton.jit(do_not_specialize=["N", "V", "parts"])
-def _score_kernel(
+@triton.jit
+def score_block(
     x_ptr,
     x_stride,
     x_column,
@@ -56,7 +58,6 @@ def _score_kernel(
     bias_ptr,
     row_scale_ptr,
     column_scale_ptr,
-    out_ptr,
     N,
     V,
     H,
@@ -76,6 +77,7 @@ def _score_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """What this program computes: its part, its rows [BLOCK_M], and the four numbers of each row in that part."""
     # neighbours in time share tiles of both operands: GROUP row blocks walk over the same span
     program = tl.program_id(0)
     blocks = tl.cdiv(N, BLOCK_M)
@@ -136,33 +138,123 @@ def _score_kernel(
             high, second, total, slope = _fold(z, high, second, total, slope)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
+    runner_up = tl.where(second > NOWHERE, second * LN2, float("-inf"))
+    return part, row, high * LN2, total, (slope - high * total) * LN2, runner_up
+
+
+# a count that happens to be 1 would otherwise be a constant, and no tensor
+@triton.jit(do_not_specialize=["N", "V", "parts"])
+def _score_kernel(
+    x_ptr,
+    x_stride,
+    x_column,
+    w_ptr,
+    w_stride,
+    bias_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    out_ptr,
+    N,
+    V,
+    H,
+    parts,
+    scale,
+    softcap,
+    SPAN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    part, row, high, total, slope, second = score_block(
+        x_ptr,
+        x_stride,
+        x_column,
+        w_ptr,
+        w_stride,
+        bias_ptr,
+        row_scale_ptr,
+        column_scale_ptr,
+        N,
+        V,
+        H,
+        parts,
+        scale,
+        softcap,
+        SPAN,
+        HAS_BIAS,
+        HAS_SCALES,
+        SOFTCAP,
+        DESCRIPTORS,
+        EVEN_H,
+        EVEN_V,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        GROUP,
+    )
     row_ok = row < N
     out = out_ptr + part.to(tl.int64) * N + row
     stat = parts.to(tl.int64) * N
-    tl.store(out, high * LN2, mask=row_ok)
+    tl.store(out, high, mask=row_ok)
     tl.store(out + stat, total, mask=row_ok)
-    tl.store(out + 2 * stat, (slope - high * total) * LN2, mask=row_ok)
-    tl.store(out + 3 * stat, tl.where(second > NOWHERE, second * LN2, float("-inf")), mask=row_ok)
+    tl.store(out + 2 * stat, slope, mask=row_ok)
+    tl.store(out + 3 * stat, second, mask=row_ok)
 
 
 INTERPRETED = not isinstance(_score_kernel, triton.runtime.JITFunction)
 
 
-def configuration(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes: measured on an H100 for 16-bit dtypes; in float32, which is twice as wide, half the tile."""
-    if dtype == torch.float32:
-        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=16, num_warps=4, num_stages=3)
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit dtypes: the first measured on an H100, the others for an
+# autotuner to try. Compiled for sm_80 or sm_100, 128 x 256 spills registers; 128 x 128 with 8 warps does not.
+TILES = (
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 128, 64, 4, 3),
+    (64, 256, 64, 4, 4),
+    (128, 128, 32, 4, 4),
+    (64, 128, 64, 4, 3),
+)
+# float32 multiplies in twice the registers
+WIDE_TILES = ((64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 32, 4, 4))
+
+
+def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
+    """Tile sizes worth trying; the first is the one that is used where nothing is tried."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    tiles = [dict(zip(names, sizes, strict=True)) for sizes in (WIDE_TILES if dtype.itemsize == 4 else TILES)]
     if dtype.itemsize == 1:  # the same bytes as in 16 bits; not tuned
-        return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=128, GROUP=16, num_warps=8, num_stages=3)
-    return dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=16, num_warps=8, num_stages=3)
+        tiles = [{**sizes, "BLOCK_K": 2 * sizes["BLOCK_K"]} for sizes in tiles]
+    return [{**sizes, "GROUP": 16} for sizes in tiles]
+
+
+def configuration(dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes: measured on an H100 for 16-bit dtypes."""
+    return configurations(dtype)[0]
 
 
 def has_descriptors(tensor: Tensor) -> bool:
-    """Whether TMA can load tiles: Hopper or later, contiguous rows, all other strides multiples of 16 bytes."""
-    width = tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride * width % 16 == 0 for stride in tensor.stride()[:-1])
-    contiguous = tensor.stride(-1) == 1
-    return aligned and contiguous and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+    """Whether TMA can load tiles of this tensor."""
+    return tensor.is_cuda and tma_loads(tensor.device, tensor.stride(), tensor.element_size(), tensor.data_ptr())
+
+
+def tma_loads(device: torch.device, strides: Sequence[int], width: int, address: int) -> bool:
+    """Whether TMA can load tiles: Hopper or later, contiguous rows, all other strides multiples of 16 bytes.
+
+    ``width``: bytes of an element. ``address``: of the first one, up to multiples of 16 bytes.
+    """
+    aligned = address % 16 == 0 and all(stride * width % 16 == 0 for stride in strides[:-1])
+    return aligned and strides[-1] == 1 and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -177,14 +269,18 @@ def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tu
     if config["DESCRIPTORS"]:
         x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
         w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-    tf32 = hidden.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    constants = {"EVEN_H": hidden.shape[1] % config["BLOCK_K"] == 0, "PRECISION": "tf32" if tf32 else "ieee"}
+    constants = {"EVEN_H": hidden.shape[1] % config["BLOCK_K"] == 0, "PRECISION": precision(hidden.dtype)}
     return (x, hidden.stride(0), hidden.stride(1), w, weight.stride(0)), constants
 
 
-def multiplies_fp8(tensor: Tensor) -> bool:
+def precision(dtype: torch.dtype) -> str:
+    """Of products, as PyTorch's settings have it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def multiplies_fp8(device: torch.device) -> bool:
     """Whether the GPU has products of 8-bit floats: Ada, Hopper or later."""
-    return INTERPRETED or (tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (8, 9))
+    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
 
 
 def score_partials_triton(
@@ -200,9 +296,10 @@ def score_partials_triton(
 ) -> Tensor:
     """As the reference. ``overrides`` replace entries of :func:`configuration` and the choice of ``DESCRIPTORS``."""
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    if hidden.dtype == FP8 and not multiplies_fp8(hidden):  # bfloat16 holds every 8-bit float
+    if hidden.dtype == FP8 and not multiplies_fp8(hidden.device):  # bfloat16 holds every 8-bit float
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     parts = -(-vocab // span)
     out = torch.empty(4, parts, rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:

@@ -1,11 +1,16 @@
-"""The fused scoring kernel on a GPU: parity with float64, both ways of loading tiles, sizes past 2**31, memory."""
+"""The fused scoring kernel on a GPU: parity with float64, both ways of loading tiles, sizes past 2**31, memory.
+
+Under max-autotune, also its template: chosen, and not chosen.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from ops.test_score import check, expected, make_case, make_fp8_case, ranks
+from torch._inductor.utils import run_and_get_code
 
+from cggr_compile import lowerings
 from cggr_compile.kernels import score as kernels
 from cggr_compile.ops.score import SPAN, score, score_partials, score_partials_reference
 
@@ -38,7 +43,7 @@ def test_both_ways_of_loading(dtype, descriptors):
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(300, 5000, 576), (1000, 50257, 2048)])
 def test_8_bits(rows, vocab, width, descriptors):
     *arguments, row_scale, column_scale = make_fp8_case(rows, vocab, width, dtype=torch.bfloat16, device="cuda")
-    if not kernels.multiplies_fp8(arguments[0]) or (descriptors and not kernels.has_descriptors(arguments[0])):
+    if not kernels.multiplies_fp8(arguments[0].device) or (descriptors and not kernels.has_descriptors(arguments[0])):
         pytest.skip("no products of 8-bit floats, or no tensor descriptors")
     scales = (row_scale, column_scale)
     found = kernels.score_partials_triton(*arguments, SPAN, *scales, DESCRIPTORS=descriptors)
@@ -54,7 +59,7 @@ def test_8_bits(rows, vocab, width, descriptors):
 def test_8_bits_without_their_products(monkeypatch):
     case = make_case(300, 5000, 128, dtype=torch.bfloat16, device="cuda")
     wanted = score(*case, True)
-    monkeypatch.setattr(kernels, "multiplies_fp8", lambda tensor: False)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: False)
     for a, b in zip(score(*case, True), wanted, strict=True):
         torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
 
@@ -97,3 +102,71 @@ def test_the_kernel_runs(monkeypatch):
     case = make_case(10, 100, 64, dtype=torch.bfloat16, device="cuda")
     score_partials(*case[:3], *case[4:], SPAN)
     assert called
+
+
+@pytest.fixture
+def compiled():
+    """``score`` under max-autotune, and its code; Inductor times the choices whose name matches."""
+    lowerings.register()
+    torch._dynamo.reset()
+
+    def run(case, choices=None):
+        options = {"max_autotune_gemm": True, "force_disable_caches": True}
+        options["test_configs.autotune_choice_name_regex"] = choices
+        with torch._inductor.config.patch(options):
+            tensors = [a for a in case if isinstance(a, torch.Tensor)]
+
+            def function(*given):
+                left = iter(given)
+                return score(*(next(left) if isinstance(a, torch.Tensor) else a for a in case))
+
+            found, (code, *_) = run_and_get_code(torch.compile(function), *tensors)
+        return found, code
+
+    return run
+
+
+CALL = "= torch.ops.cggr.score_partials"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width", "modes"),
+    [(300, 5000, 576, dict()), (130, 50257, 100, dict(bias=True, softcap=20.0, scale=0.5))],
+)
+def test_template_chosen(compiled, rows, vocab, width, modes, dtype):
+    case = make_case(rows, vocab, width, dtype=dtype, device="cuda", **modes)
+    found, code = compiled(case, "^triton_cggr_score")
+    assert "triton_tem" in code and CALL not in code
+    check(found, expected(*case), TOLERANCE[dtype])
+
+
+def test_call_chosen(compiled):
+    case = make_case(300, 5000, 576, dtype=torch.bfloat16, device="cuda", bias=True)
+    found, code = compiled(case, "^cggr_score")
+    assert "triton_tem" not in code and CALL in code
+    check(found, expected(*case), 1e-3)
+
+
+def test_either_chosen(compiled):
+    case = make_case(4096, 20000, 576, dtype=torch.bfloat16, device="cuda")
+    found, code = compiled(case)
+    assert ("triton_tem" in code) != (CALL in code)
+    check(found, expected(*case), 1e-3)
+
+
+def test_every_tile():
+    """Of those that the card has the memory for."""
+    case = make_case(300, 5000, 576, dtype=torch.bfloat16, device="cuda")
+    arguments = (*case[:3], *case[4:], SPAN)
+    wanted = score_partials_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
+    ran = 0
+    errors = pytest.importorskip("triton.runtime.errors")
+    for way in kernels.configurations(torch.bfloat16):
+        try:
+            found = kernels.score_partials_triton(*arguments, **way)
+        except errors.OutOfResources:
+            continue
+        torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+        ran += 1
+    assert ran > 0

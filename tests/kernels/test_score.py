@@ -72,7 +72,8 @@ def test_strides():
     hidden, weight, bias, labels, *rest = make_case(20, 40, 16, bias=True)
     wide = torch.stack([hidden, hidden], -1)[..., 0]
     columns = weight.t().contiguous().t()
-    check(run((wide, columns, bias, torch.stack([labels, labels], -1)[..., 1], *rest), 32),
+    spread = torch.stack([bias, bias + 9], -1)[..., 0]
+    check(run((wide, columns, spread, torch.stack([labels, labels], -1)[..., 1], *rest), 32),
           expected(hidden, weight, bias, labels, *rest), 1e-4)  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, voca
 )
 def test_8_bits_compile_without_a_gpu(monkeypatch, tmp_path, arch, width, descriptors, product):
     *arguments, row_scale, column_scale = make_fp8_case(256, 49152, width, dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "multiplies_fp8", lambda tensor: True)
+    monkeypatch.setattr(kernels, "multiplies_fp8", lambda device: True)
 
     def call():
         kernels.score_partials_triton(*arguments, 2048, row_scale, column_scale, DESCRIPTORS=descriptors)
