@@ -19,8 +19,8 @@ VIEWS = {
     *(aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default),
     *(aten.permute.default, aten.slice.Tensor, aten.alias.default),
 }
-# So many kernels would each compute an angle again before it is worth a buffer of its own. No more than two: for the CPU
-# Inductor of torch 2.11 generates C++ that does not compile where it looks angles up inside a rotation.
+# So many kernels would each compute an angle again before it is worth a buffer of its own. No more than two: Inductor
+# of torch 2.11 generates C++ that does not compile where angles are looked up inside a rotation.
 MANY = 2
 
 

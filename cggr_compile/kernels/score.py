@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cggr_compile.compat import multiplies_in_tf32
 from cggr_compile.ops.score import FP8
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -275,7 +276,12 @@ def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tu
 
 def precision(dtype: torch.dtype) -> str:
     """Of products, as PyTorch's settings have it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and multiplies_in_tf32() else "ieee"
+
+
+def on_tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether products use them. Without, tiles loaded by TMA spill registers (compiled for sm_90 and sm_100)."""
+    return dtype != torch.float32 or precision(dtype) == "tf32"
 
 
 def multiplies_fp8(device: torch.device) -> bool:
@@ -306,7 +312,7 @@ def score_partials_triton(
         return out
     config = {
         **configuration(hidden.dtype),
-        "DESCRIPTORS": has_descriptors(hidden) and has_descriptors(weight),
+        "DESCRIPTORS": on_tensor_cores(hidden.dtype) and has_descriptors(hidden) and has_descriptors(weight),
         **overrides,
     }
     if span % config["BLOCK_N"]:

@@ -82,13 +82,13 @@ def lower_score_partials(
     ways = _ways(hidden, weight, span)
     if not ways:
         return compat.call_operator(score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale)
+    from cggr_compile.kernels.score import on_tensor_cores
+
     given = [node for node in (bias, row_scale, column_scale) if node is not None]
     nodes = [compat.stored(hidden), *(compat.stored(node, last_contiguous=True) for node in (weight, *given))]
     modes: dict[str, Any] = dict(HAS_BIAS=bias is not None, HAS_SCALES=row_scale is not None)
     constants = dict(SCALE=float(scale), CAP=float(softcap), SPAN=span, **modes)
-    # without tensor cores, loads by TMA make every size spill registers (compiled for sm_90 and sm_100)
-    tensor_cores = hidden.get_dtype() != torch.float32 or "tf32" in ways[0]["PRECISION"]
-    constants["DESCRIPTORS"] = tensor_cores and all(map(_tma_loads, nodes[:2]))
+    constants["DESCRIPTORS"] = on_tensor_cores(hidden.get_dtype()) and all(map(_tma_loads, nodes[:2]))
     rows, vocab = int(hidden.get_size()[0]), int(weight.get_size()[0])
     return compat.fastest(
         "cggr_score_partials",
