@@ -56,7 +56,7 @@ class LowerExperts:
 
     Exact but for rounding: routing weights multiply in float32. A token's output depends on that token alone, which
     the sorted form hides: only afterwards does ``find_stack`` see a residual stream. Experts with biases and the
-    clamped activation of gpt-oss become ``cggr.moe_clamped`` on the CPU. Left alone, with the reason: other
+    clamped activation of gpt-oss become ``cggr.moe_clamped``. Left alone, with the reason: other
     activations, biases without that activation, and CUDA devices or dtypes for which the operator has no kernel.
     """
 
@@ -150,7 +150,7 @@ def _match(products: list[Any]) -> Experts:
         raise NotExpertsError("rows are not summed up token by token")
     for mask in masks:
         _check_mask(mask, sort, experts)
-    _check_device(hidden, clamped, *(matrix for matrix, _ in matrices))
+    _check_device(hidden, *(matrix for matrix, _ in matrices))
     return Experts(hidden, matrices, weights, choice, sort, total, clamped)
 
 
@@ -297,10 +297,8 @@ def _only_user(node: Any) -> Any:
     return next(iter(node.users))
 
 
-def _check_device(hidden: Any, clamped: Any, *matrices: Any) -> None:
+def _check_device(hidden: Any, *matrices: Any) -> None:
     value = fake_value(hidden)
-    if clamped is not None and value.device.type != "cpu":
-        raise NotExpertsError("no kernel for experts with biases")
     if any(fake_value(n).dtype != value.dtype for n in matrices):
         raise NotExpertsError("tokens and weights have different dtypes")
     if value.device.type != "cpu" and not (value.device.type == "cuda" and runs_kernels(value)):

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import torch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -35,6 +37,21 @@ def pass_under_the_interpreter(path, at_least):
     assert child.returncode == 0, child.stdout[-6000:] + child.stderr[-2000:]
     passed = re.search(r"(\d+) passed", child.stdout)
     assert passed and int(passed[1]) >= at_least, child.stdout[-2000:]
+
+
+def poison_empty_memory(monkeypatch):
+    """Memory that nobody wrote is NaN, or a large number."""
+
+    def filled(make):
+        def call(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(2**30)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 
 def binaries_for(monkeypatch, tmp_path, arch, module, names, call):

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cggr_compile.kernels.score import INTERPRETED, has_descriptors
 
 LIBRARY_COLUMNS = 1024
+GATHERED = ("inner", "swiglu", "swiglu_backward", "d_activation")  # kernels that are given a row for every token
 
 PLAIN, SWIGLU, SWIGLU_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -114,7 +115,7 @@ def _through_swiglu(
 
 @triton.jit
 def _rows_kernel(
-    a_ptr, a_stride, b_ptr, b_expert, b_row, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
+    a_ptr, a_stride, b_ptr, b_expert, b_row, bias_ptr, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
     order_ptr, offsets_ptr, schedule_ptr, rows, N, K,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, SAVE: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -166,6 +167,9 @@ def _rows_kernel(
         # gate and up lie beside each other: [rows, 2 N]
         gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
         if EPILOGUE == PLAIN:
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
             tl.store(out_ptr + at, acc, mask=inside)
         elif EPILOGUE == SWIGLU:
             gate = acc.to(out_ptr.dtype.element_ty)  # rounded as it is saved: the backward sees what the forward saw
@@ -233,7 +237,8 @@ def _weight_gradient_kernel(
 
 def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str, Any]:
     """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
-    ``d_down``; those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``).
+    ``d_down``, those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``); of ``inner`` and
+    ``d_activation``, guessed from these.
 
     ``columns`` of the result where TMA loads tiles: with many, every row is read so often that ``swiglu`` gathers the
     rows beforehand.
@@ -287,6 +292,7 @@ def multiply_rows(
     offsets: Tensor,
     *,
     queues: dict[int, Tensor],
+    bias: Tensor | None = None,
     order: Tensor | None = None,
     top_k: int = 1,
     inner: Tensor | None = None,
@@ -299,15 +305,18 @@ def multiply_rows(
     ================  =============  ============  ==========================================================
     kernel            a              b             out [rows, N]
     ================  =============  ============  ==========================================================
+    inner             [tokens, K]    [E, N, K]     the product
     swiglu            [tokens, K]    [E, 2 N, K]   silu(gate) * up; ``inner`` [rows, 2 N] gets gate and up
     down              [rows, K]      [E, N, K]     the product
     swiglu_backward   [tokens, K]    [E, K, N]     the activation times its routing weight; the product is its
                                                    gradient but for that weight, ``d_inner`` gets that of ``inner``
+    d_activation      [tokens, K]    [E, K, N]     the product
     d_hidden          [rows, K]      [E, K, N]     the product
     ================  =============  ============  ==========================================================
 
     Args:
         a: where it is [tokens, K], row r is a[order[r] // top_k].
+        b: stored in either order of its last two dimensions. bias: [E, N], added to what is only a product.
         offsets: int32 [E + 1]. order: int32 [rows]; both as ``moe_permute`` returns them.
         inner: None (swiglu only): gate and up are not kept. weights: [tokens * top_k], contiguous.
         queues: schedules by BLOCK_M, for calls with the same offsets to share.
@@ -317,8 +326,11 @@ def multiply_rows(
     Returns:
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
     """
-    gather, transposed = kernel in ("swiglu", "swiglu_backward"), kernel in ("swiglu", "down")
+    gather, transposed = kernel in GATHERED, kernel in ("inner", "swiglu", "down")
+    if b.stride(2) != 1 and b.stride(1) == 1:
+        b, transposed = b.mT, not transposed
     a, b = _contiguous_rows(a), _contiguous_rows(b)
+    bias = None if bias is None else bias.contiguous()
     rows, width = out.shape
     config: dict[str, Any] = {**configuration(kernel, a.dtype, width if has_descriptors(b) else 0), **overrides}
     if gather and not config.pop("GATHER", True):
@@ -339,7 +351,7 @@ def multiply_rows(
     _rows_kernel[grid](
         *(TensorDescriptor.from_tensor(a, a_block) if descriptors and not gather else a, a.stride(0)),
         *(TensorDescriptor.from_tensor(b, b_block) if descriptors else b, b.stride(0), b.stride(1)),
-        *(out, inner, d_inner, weights, d_weights, order, offsets, queues[block_m], rows, width, a.shape[1]),
+        *(bias, out, inner, d_inner, weights, d_weights, order, offsets, queues[block_m], rows, width, a.shape[1]),
         TOP_K=top_k,
         GATHER=gather,
         TRANSPOSED=transposed,

@@ -1,7 +1,4 @@
-"""``cggr::moe_clamped_mlp``: ``moe_mlp`` for the experts of gpt-oss, which have biases and a clamped SwiGLU.
-
-No Triton kernel yet: on a GPU it would wait for the device, so that ``lower_experts`` uses it on the CPU only.
-"""
+"""``cggr::moe_clamped_mlp``: ``moe_mlp`` for the experts of gpt-oss, which have biases and a clamped SwiGLU."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque
+from cggr_compile.ops.library import LIBRARY, define_composite, define_opaque, runs_kernels
 from cggr_compile.ops.moe import _segments, _wide
 from cggr_compile.ops.moe_routing import moe_permute
 
@@ -134,6 +131,22 @@ def _fake_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return hidden.new_empty(hidden.shape), *map(torch.empty_like, matrices), weights.new_empty(weights.shape)
 
 
+def _cuda(hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    if not runs_kernels(hidden):
+        return moe_clamped_mlp_reference(hidden, *arguments)
+    from cggr_compile.kernels.moe_clamped import moe_clamped_mlp_triton
+
+    return moe_clamped_mlp_triton(hidden, *arguments)
+
+
+def _backward_cuda(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if not runs_kernels(grad):
+        return moe_clamped_mlp_backward_reference(grad, *arguments)
+    from cggr_compile.kernels.moe_clamped import moe_clamped_mlp_backward_triton
+
+    return moe_clamped_mlp_backward_triton(grad, *arguments)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, alpha, limit, save = inputs
     if not save:
@@ -164,6 +177,9 @@ moe_clamped_mlp_backward = define_opaque(
     _fake_backward,
 )
 torch.library.register_autograd("cggr::moe_clamped_mlp", _backward, setup_context=_setup_context, lib=LIBRARY)
+# importing Triton waits for the first call on a device
+LIBRARY.impl("moe_clamped_mlp", _cuda, "CUDA")
+LIBRARY.impl("moe_clamped_mlp_backward", _backward_cuda, "CUDA")
 moe_clamped = define_composite(
     f"moe_clamped({_MATRICES}, Tensor experts, float alpha, float limit) -> Tensor", moe_clamped_reference
 )

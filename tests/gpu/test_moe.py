@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from ops import test_moe_clamped as clamped
 from ops.test_moe import check, check_permutation, expected, make_case, run
 
 from cggr_compile import PersistentTRMLP
@@ -23,7 +24,7 @@ def nothing_synchronises():
     torch.cuda.set_sync_debug_mode("default")
 
 
-def run_without_waiting(case, grad):
+def run_without_waiting(case, grad, run=run):
     run(case, grad)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     got = run(case, grad)
@@ -81,6 +82,25 @@ def test_weight_gradients_by_the_library(monkeypatch, routing):
     torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)  # what later allocations find
     check(run_without_waiting(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
     assert len(called) == 4, "two weight gradients, of two runs"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
+def test_clamped_experts_with_biases(monkeypatch, routing, dtype):
+    if dtype != torch.float32:  # gpt-oss's own: rounding to either side of a low one moves gradients too far
+        monkeypatch.setattr(clamped, "LIMIT", 7.0)
+    case = clamped.make_case(1000, 256, 192, 6, 2, routing=routing, dtype=dtype, device="cuda")
+    grad = torch.randn_like(case[0])
+    got = run_without_waiting(case, grad, clamped.run)
+    clamped.check(got, clamped.expected(*case, grad), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("sizes", [(5, 33, 17, 3, 3), (3000, 512, 256, 32, 4), (2048, 2880, 2880, 4, 2)])
+def test_clamped_sizes(monkeypatch, sizes):
+    monkeypatch.setattr(clamped, "LIMIT", 7.0)
+    case = clamped.make_case(*sizes, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    clamped.check(clamped.run(case, grad), clamped.expected(*case, grad), TOLERANCE[torch.bfloat16])
 
 
 def test_the_same_bits_every_time():

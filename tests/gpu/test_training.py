@@ -17,7 +17,7 @@ EXPERTS = {
     "qwen3_moe": "4 of 4 layers of experts",
     "olmoe": "4 of 4 layers of experts",
     "deepseek_v3": "1 of 1 layers of experts",
-    "gpt_oss": "experts stay as they are: no kernel for experts with biases",
+    "gpt_oss": "2 of 2 layers of experts",
 }
 FAMILIES = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", *EXPERTS]
 

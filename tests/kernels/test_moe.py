@@ -8,7 +8,13 @@ import torch
 triton = pytest.importorskip("triton")
 
 from ops.test_moe import check, expected, make_case  # noqa: E402
-from triton_harness import binaries_for, compiled, interpreted, pass_under_the_interpreter  # noqa: E402
+from triton_harness import (  # noqa: E402
+    binaries_for,
+    compiled,
+    interpreted,
+    pass_under_the_interpreter,
+    poison_empty_memory,
+)
 
 from cggr_compile.kernels import moe as kernels  # noqa: E402
 from cggr_compile.kernels import moe_products as products  # noqa: E402
@@ -30,18 +36,7 @@ def run(case, grad, **overrides):
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-
-    def filled(make):
-        def call(*args, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(2**30)
-
-        return call
-
-    monkeypatch.setattr(torch, "empty", filled(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", filled(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
+    poison_empty_memory(monkeypatch)
 
 
 @interpreted

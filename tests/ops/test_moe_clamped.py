@@ -1,53 +1,74 @@
-"""``moe_clamped`` against a loop over experts in float64."""
+"""``moe_clamped`` against a loop over experts in float64. Its helpers serve tests/kernels and gpu too."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from ops.test_moe import make_case
+from ops import test_moe
 from torch.library import opcheck
 
 from cggr_compile.ops.moe_clamped import moe_clamped, moe_clamped_mlp, moe_clamped_mlp_backward
 from cggr_compile.ops.moe_routing import moe_permute
 
 ALPHA, LIMIT = 1.702, 1.5
+NAMES = ("out", "d_hidden", "d_gate_up", "d_gate_up_bias", "d_down", "d_down_bias", "d_weights")
 
 
-def case_of(tokens=12, routing="random", dtype=torch.float64):
-    hidden, gate_up, down, weights, experts = make_case(tokens, 6, 4, 3, 2, routing=routing, dtype=dtype)
-    biases = torch.randn(3, 8, dtype=dtype), torch.randn(3, 6, dtype=dtype)
-    leaves = (hidden, gate_up.mT.contiguous().mT, biases[0], down, biases[1], weights.double())
-    return [t.requires_grad_() for t in leaves], experts
+def make_case(
+    tokens, hidden, inner, experts, top_k, *, routing="random", dtype=torch.float32, device="cpu", transposed=True
+):
+    """The six differentiable arguments, then the choice of experts. ``transposed``: matrices as gpt-oss stores them."""
+    x, gate_up, down, weights, chosen = test_moe.make_case(tokens, hidden, inner, experts, top_k, routing=routing)
+    biases = torch.randn(experts, 2 * inner), torch.randn(experts, hidden)
+    stored = [m.mT.contiguous().mT if transposed else m for m in (gate_up, down)]
+    parts = (x, stored[0], biases[0], stored[1], biases[1])
+    weights = weights.double() if dtype == torch.float64 else weights
+    return *(t.to(device, dtype) for t in parts), weights.to(device), chosen.to(device)
 
 
-def loop(hidden, gate_up, gate_up_bias, down, down_bias, weights, experts):
+def expected(*case_and_grad):
+    """(out, gradients) by autograd in float64, expert after expert, every token: none of the code under test."""
+    *tensors, experts, grad = case_and_grad
+    leaves = [t.detach().double().requires_grad_() for t in tensors]
+    hidden, gate_up, gate_up_bias, down, down_bias, weights = leaves
     out = torch.zeros_like(hidden)
     for expert in range(gate_up.shape[0]):
         inner = hidden @ gate_up[expert].T + gate_up_bias[expert]
         gate, up = inner[:, ::2].clamp(max=LIMIT), inner[:, 1::2].clamp(-LIMIT, LIMIT)
         term = ((up + 1) * gate * torch.sigmoid(ALPHA * gate)) @ down[expert].T + down_bias[expert]
         out = out + term * (weights * (experts == expert)).sum(1, keepdim=True)
-    return out
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
+
+
+def run(case, grad):
+    """(out, gradients) of ``moe_clamped``."""
+    leaves = [t.detach().requires_grad_() for t in case[:6]]
+    out = moe_clamped(*leaves, case[6], ALPHA, LIMIT)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def check(got, wanted, tolerance):
+    test_moe.check(got, wanted, tolerance, NAMES)
 
 
 @pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
 @pytest.mark.parametrize("tokens", [0, 1, 12])
 def test_equals_a_loop_over_experts(tokens, routing):
-    leaves, experts = case_of(tokens, routing)
-    got, wanted = moe_clamped(*leaves, experts, ALPHA, LIMIT), loop(*leaves, experts)
-    torch.testing.assert_close(got, wanted)
-    grad = torch.randn_like(got)
-    for a, b in zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad), strict=True):
-        torch.testing.assert_close(a, b)
+    case = make_case(tokens, 6, 4, 3, 2, routing=routing, dtype=torch.float64, transposed=tokens == 12)
+    grad = torch.randn_like(case[0])
+    check(run(case, grad), expected(*case, grad), 1e-7)
 
 
 def test_the_comparison_can_fail():
-    leaves, experts = case_of()
-    assert not torch.allclose(moe_clamped(*leaves, experts, ALPHA, 9.0), loop(*leaves, experts))
+    case = make_case(12, 6, 4, 3, 2, dtype=torch.float64)
+    grad = torch.randn_like(case[0])
+    with pytest.raises(AssertionError):
+        check(run((*case[:6], case[6].flip(0)), grad), expected(*case, grad), 1e-5)
 
 
 def test_operators():
-    leaves, experts = case_of()
+    *leaves, experts = make_case(12, 6, 4, 3, 2, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in leaves]
     permuted, numbers = moe_permute(experts, 3), (ALPHA, LIMIT)
     detached = [t.detach() for t in leaves]
     inner = moe_clamped_mlp(*detached, *permuted, *numbers, True)[1]

@@ -1,0 +1,100 @@
+"""The Triton kernels of ``moe_clamped_mlp`` without a GPU: interpreted for their numbers, compiled for fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ops.test_moe_clamped import ALPHA, LIMIT, check, expected, make_case
+from triton_harness import (
+    binaries_for,
+    compiled,
+    interpreted,
+    pass_under_the_interpreter,
+    poison_empty_memory,
+)
+
+from cggr_compile.kernels import moe_clamped as kernels
+from cggr_compile.kernels import moe_products as products
+from cggr_compile.ops.moe_routing import moe_permute
+
+SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
+PRODUCTS = ["inner", "down", "d_activation", "d_hidden", "d_gate_up", "d_down"]
+
+
+def run(case, grad, **overrides):
+    """(out, gradients) by the kernels alone. ``overrides``: of the products."""
+    permuted = moe_permute(case[6], case[1].shape[0])
+    by_kernel = {name: {**overrides} for name in PRODUCTS}
+    for name in PRODUCTS[-2:]:
+        by_kernel[name].pop("DESCRIPTORS", None)
+    out, inner = kernels.moe_clamped_mlp_triton(*case[:6], *permuted, ALPHA, LIMIT, True, by_kernel)
+    return out, *kernels.moe_clamped_mlp_backward_triton(grad, *case[:6], inner, *permuted, ALPHA, LIMIT, by_kernel)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    poison_empty_memory(monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
+def test_routings(routing, transposed):
+    case = make_case(44, 40, 24, 3, 2, routing=routing, transposed=transposed)
+    grad = torch.randn_like(case[0])
+    got = run(case, grad, **SMALL, DESCRIPTORS=False)
+    check(got, expected(*case, grad), 1e-5)
+    assert all(a.stride() == b.stride() for a, b in zip(got[1:], case[:6], strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 16, 16, 1, 1), (30, 33, 17, 3, 3), (0, 8, 8, 2, 1), (9, 300, 152, 2, 1)])
+def test_sizes(sizes, descriptors):
+    case = make_case(*sizes)
+    grad = torch.randn_like(case[0])
+    aligned = descriptors and sizes[1] % 4 == 0 and sizes[2] % 4 == 0
+    check(run(case, grad, **SMALL, DESCRIPTORS=aligned), expected(*case, grad), 1e-5)
+
+
+@interpreted
+def test_float16():
+    case = make_case(40, 64, 48, 3, 2, dtype=torch.float16, routing="null")
+    grad = torch.randn_like(case[0])
+    got = run(case, grad)  # tiles as on a device
+    assert [t.dtype for t in got] == [torch.float16] * 6 + [torch.float32]
+    check(got, expected(*case, grad), 3e-2)
+
+
+@interpreted
+def test_what_is_no_number_stays_so():
+    case = make_case(8, 16, 16, 1, 1)
+    case[0][3] = torch.nan
+    out = run(case, torch.randn_like(case[0]), **SMALL)[0]
+    assert out[3].isnan().all() and out.isfinite().all(1).sum() == 7
+
+
+@compiled
+def test_under_the_interpreter():
+    pass_under_the_interpreter(__file__, at_least=20)
+
+
+@compiled
+@pytest.mark.parametrize(("arch", "dtype"), [*((arch, torch.bfloat16) for arch in (80, 90, 100)), (90, torch.float32)])
+def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, dtype):
+    case = make_case(300, 2048, 768, 4, 2, dtype=dtype)
+    monkeypatch.setattr(products, "has_descriptors", lambda tensor: arch >= 90)
+    monkeypatch.setattr(kernels, "combine", lambda *_: case[0])
+    elementwise = ["_activation_kernel", "_activation_backward_kernel", "_expert_sums_kernel"]
+    binaries = binaries_for(monkeypatch, tmp_path, arch, kernels, elementwise, lambda: None)
+    binaries += binaries_for(
+        *(monkeypatch, tmp_path, arch, products, ["_schedule_kernel", "_rows_kernel", "_weight_gradient_kernel"]),
+        lambda: run(case, case[0]),
+    )
+    assert len(binaries) == 12
+    for kernel in binaries:
+        assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= (166912 if arch == 80 else 232448)
