@@ -20,7 +20,7 @@ from cggr_compile.compat import runs_our_kernels
 from cggr_compile.ops.library import LIBRARY, define_opaque, runs_kernels
 
 # logits, or their gradients, that exist at a time
-WORKSPACE = {"cpu": 1 << 22, "cuda": 1 << 26}
+WORKSPACE = {"cpu": 1 << 22, "cuda": 1 << 25}
 COLUMNS = 1024  # the workspace is so many columns wide, or a multiple
 
 

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from ops.test_moe_clamped import ALPHA, LIMIT, check, expected, make_case
+from ops import test_moe_clamped as clamped
+from ops.test_moe_clamped import ALPHA, check, expected, make_case
 from triton_harness import (
     binaries_for,
     compiled,
@@ -30,8 +31,9 @@ def run(case, grad, **overrides):
     by_kernel = {name: {**overrides} for name in PRODUCTS}
     for name in PRODUCTS[-2:]:
         by_kernel[name].pop("DESCRIPTORS", None)
-    out, inner = kernels.moe_clamped_mlp_triton(*case[:6], *permuted, ALPHA, LIMIT, True, by_kernel)
-    return out, *kernels.moe_clamped_mlp_backward_triton(grad, *case[:6], inner, *permuted, ALPHA, LIMIT, by_kernel)
+    numbers = (*permuted, ALPHA, clamped.LIMIT)
+    out, inner = kernels.moe_clamped_mlp_triton(*case[:6], *numbers, True, by_kernel)
+    return out, *kernels.moe_clamped_mlp_backward_triton(grad, *case[:6], inner, *numbers, by_kernel)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,8 @@ def test_sizes(sizes, descriptors):
 
 
 @interpreted
-def test_float16():
+def test_float16(monkeypatch):
+    monkeypatch.setattr(clamped, "LIMIT", clamped.NO_LIMIT)
     case = make_case(40, 64, 48, 3, 2, dtype=torch.float16, routing="null")
     grad = torch.randn_like(case[0])
     got = run(case, grad)  # tiles as on a device
