@@ -84,6 +84,13 @@ def multiplies_in_tf32() -> bool:
     return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
+def symbolic_sizes_kept() -> Any:
+    """Around operations on fake tensors: the C++ forms of some (``linear``, in torch 2.11) turn sizes into numbers."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from cggr_compile import compat
 from cggr_compile.passes.base import fake_value, shape_of
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ class Emitter:
 
     def _evaluate(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
-        with self.fake_mode:
+        with self.fake_mode, compat.symbolic_sizes_kept():
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
 
 
