@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cggr_compile.kernels.score import INTERPRETED, has_descriptors
+from cggr_compile.kernels.score import INTERPRETED, has_descriptors, precision
 
 LIBRARY_COLUMNS = 1024
 GATHERED = ("inner", "swiglu", "swiglu_backward", "d_activation")  # kernels that are given a row for every token
@@ -276,10 +276,6 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _precision(tensor: Tensor) -> str:
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _for_interpreter(tensor: Tensor) -> Tensor:
     return tensor.float() if INTERPRETED and tensor.dtype == torch.bfloat16 else tensor  # its bfloat16 is wrong
 
@@ -361,7 +357,7 @@ def multiply_rows(
         B_DESCRIPTOR=descriptors,
         EVEN_N=width % block_n == 0,
         EVEN_K=a.shape[1] % block_k == 0,
-        PRECISION=_precision(a),
+        PRECISION=precision(a.dtype),
         **config,
     )
     return d_weights
@@ -394,7 +390,7 @@ def weight_gradient(
         GATHER_LEFT=gathers_left,
         GATHER_RIGHT=not gathers_left,
         EVEN=m % config["BLOCK_M"] == 0 and n % config["BLOCK_N"] == 0,
-        PRECISION=_precision(left),
+        PRECISION=precision(left.dtype),
         **config,
     )
     return out
