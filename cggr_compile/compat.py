@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,12 @@ def multiplies_in_tf32() -> bool:
     return str(torch.backends.cuda.matmul.fp32_precision) == "tf32"
 
 
-def symbolic_sizes_kept() -> Any:
+def symbolic_sizes_kept(fake_mode: Any) -> Any:
     """Around operations on fake tensors: the C++ forms of some (``linear``, in torch 2.11) turn sizes into numbers."""
     from torch._dispatch.python import enable_python_dispatcher
 
-    return enable_python_dispatcher()
+    symbolic = fake_mode.shape_env is not None and fake_mode.shape_env.var_to_range
+    return enable_python_dispatcher() if symbolic else nullcontext()
 
 
 def is_fake(tensor: torch.Tensor) -> bool:

@@ -231,7 +231,7 @@ class Emitter:
 
     def _evaluate(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
-        with self.fake_mode, compat.symbolic_sizes_kept():
+        with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode):
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
 
 

@@ -42,8 +42,10 @@ def poisoned(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
+@pytest.mark.parametrize(
+    ("routing", "transposed"),
+    [("random", False), ("random", True), ("one", True), ("null", True), ("nobody", True), ("gaps", False)],
+)
 def test_routings(routing, transposed):
     case = make_case(44, 40, 24, 3, 2, routing=routing, transposed=transposed)
     grad = torch.randn_like(case[0])
@@ -53,13 +55,20 @@ def test_routings(routing, transposed):
 
 
 @interpreted
-@pytest.mark.parametrize("descriptors", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 16, 16, 1, 1), (30, 33, 17, 3, 3), (0, 8, 8, 2, 1), (9, 300, 152, 2, 1)])
+@pytest.mark.parametrize(
+    ("sizes", "descriptors"),
+    [
+        ((1, 16, 16, 1, 1), True),
+        ((30, 33, 17, 3, 3), False),
+        ((0, 8, 8, 2, 1), False),
+        ((5, 144, 136, 2, 1), True),
+        ((5, 144, 136, 2, 1), False),
+    ],
+)
 def test_sizes(sizes, descriptors):
     case = make_case(*sizes)
     grad = torch.randn_like(case[0])
-    aligned = descriptors and sizes[1] % 4 == 0 and sizes[2] % 4 == 0
-    check(run(case, grad, **SMALL, DESCRIPTORS=aligned), expected(*case, grad), 1e-5)
+    check(run(case, grad, **SMALL, DESCRIPTORS=descriptors), expected(*case, grad), 1e-5)
 
 
 @interpreted
@@ -82,13 +91,13 @@ def test_what_is_no_number_stays_so():
 
 @compiled
 def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=20)
+    pass_under_the_interpreter(__file__, at_least=13)
 
 
 @compiled
-@pytest.mark.parametrize(("arch", "dtype"), [*((arch, torch.bfloat16) for arch in (80, 90, 100)), (90, torch.float32)])
-def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, dtype):
-    case = make_case(300, 2048, 768, 4, 2, dtype=dtype)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch):
+    case = make_case(300, 2048, 768, 4, 2, dtype=torch.bfloat16)
     monkeypatch.setattr(products, "has_descriptors", lambda tensor: arch >= 90)
     monkeypatch.setattr(kernels, "combine", lambda *_: case[0])
     elementwise = ["_activation_kernel", "_activation_backward_kernel", "_expert_sums_kernel"]
