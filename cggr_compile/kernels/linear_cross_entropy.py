@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cggr_compile.kernels.score import LN2, LOG2E, configuration, has_descriptors, on_tensor_cores, operands
+from cggr_compile.kernels.score import LN2, LOG2E, configuration, loads_by_tma, operands
 
 
 @triton.jit
@@ -258,8 +258,7 @@ def logit_gradient_triton(
     if rows == 0:
         return
     weight, columns = weight[part], part.stop - part.start
-    descriptors = on_tensor_cores(hidden.dtype) and has_descriptors(hidden) and has_descriptors(weight)
-    config = {"DESCRIPTORS": descriptors, "SPAN": 1024, **overrides}
+    config = {"DESCRIPTORS": loads_by_tma(hidden, weight), "SPAN": 1024, **overrides}
     config = {**gradient_configuration(hidden.dtype, config["DESCRIPTORS"]), **config}
     matrices, constants = operands(hidden, weight, config)
     parts = -(-columns // config["SPAN"])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cggr_compile.kernels.moe import combine
-from cggr_compile.kernels.moe_products import multiply_rows, weight_gradient
+from cggr_compile.kernels.moe_products import contiguous_rows, multiply_rows, stored_transposed, weight_gradient
 
 ROWS, COLUMNS = 16, 128  # of a tile of the elementwise kernels
 
@@ -108,7 +108,7 @@ def _bias_gradient(
     """[E, N]: each expert's sum of ``rows`` [rows, N]; with ``weights``, ``rows`` is [tokens, N], each weighed."""
     out = torch.empty_like(bias, memory_format=torch.contiguous_format)
     grid = out.shape[0], triton.cdiv(out.shape[1], COLUMNS)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = contiguous_rows(rows)
     _expert_sums_kernel[grid](
         *(rows, rows.stride(0), weights, order, offsets, out, out.shape[1]),
         TOP_K=top_k,
@@ -117,10 +117,6 @@ def _bias_gradient(
         BLOCK_N=COLUMNS,
     )
     return out
-
-
-def _stored_transposed(matrices: Tensor) -> bool:
-    return matrices.stride(2) != 1 and matrices.stride(1) == 1
 
 
 def moe_clamped_mlp_triton(
@@ -216,7 +212,7 @@ def _matrix_gradient(
     overrides: Mapping[str, Mapping[str, Any]],
 ) -> Tensor:
     """The gradient of ``matrices`` [E, M, N], stored as they are; M belongs to ``by_token`` if ``tokens_first``."""
-    transposed = _stored_transposed(matrices)
+    transposed = stored_transposed(matrices)
     kernel = "d_down" if tokens_first != transposed else "d_gate_up"
     pair = (by_token, by_row) if kernel == "d_down" else (by_row, by_token)
     found = weight_gradient(kernel, *pair, order, offsets, top_k, **overrides.get(kernel, {}))

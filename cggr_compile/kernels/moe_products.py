@@ -272,7 +272,12 @@ def schedule(offsets: Tensor, rows: int, block: int) -> Tensor:
     return queue
 
 
-def _contiguous_rows(tensor: Tensor) -> Tensor:
+def stored_transposed(matrices: Tensor) -> bool:
+    """Whether the last dimension but one is the contiguous one."""
+    return matrices.stride(2) != 1 and matrices.stride(1) == 1
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -323,9 +328,9 @@ def multiply_rows(
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
     """
     gather, transposed = kernel in GATHERED, kernel in ("inner", "swiglu", "down")
-    if b.stride(2) != 1 and b.stride(1) == 1:
+    if stored_transposed(b):
         b, transposed = b.mT, not transposed
-    a, b = _contiguous_rows(a), _contiguous_rows(b)
+    a, b = contiguous_rows(a), contiguous_rows(b)
     bias = None if bias is None else bias.contiguous()
     rows, width = out.shape
     config: dict[str, Any] = {**configuration(kernel, a.dtype, width if has_descriptors(b) else 0), **overrides}
@@ -373,7 +378,7 @@ def weight_gradient(
             Row r of what is [tokens, ...] is that of the token order[r] // top_k.
         overrides: of :func:`configuration`, and of LIBRARY (:func:`library_pays`).
     """
-    left, right = _contiguous_rows(left), _contiguous_rows(right)
+    left, right = contiguous_rows(left), contiguous_rows(right)
     gathers_left = kernel == "d_down"
     config = {**configuration(kernel, left.dtype), **overrides}
     if config.pop("LIBRARY", library_pays(left, right, gathers_left)):

@@ -284,6 +284,11 @@ def on_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or precision(dtype) == "tf32"
 
 
+def loads_by_tma(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the tiles of a product should be loaded by TMA: it can, and it pays."""
+    return on_tensor_cores(hidden.dtype) and has_descriptors(hidden) and has_descriptors(weight)
+
+
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the GPU has products of 8-bit floats: Ada, Hopper or later."""
     return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
@@ -312,7 +317,7 @@ def score_partials_triton(
         return out
     config = {
         **configuration(hidden.dtype),
-        "DESCRIPTORS": on_tensor_cores(hidden.dtype) and has_descriptors(hidden) and has_descriptors(weight),
+        "DESCRIPTORS": loads_by_tma(hidden, weight),
         **overrides,
     }
     if span % config["BLOCK_N"]:
