@@ -8,6 +8,7 @@ from ops.test_linear_cross_entropy import check, expected, make_case, make_grads
 
 import cggr_compile.ops.linear_cross_entropy as implementation
 from cggr_compile.kernels import linear_cross_entropy as kernels
+from cggr_compile.kernels.score import has_descriptors
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 MODES = [dict(), dict(bias=True, softcap=20.0, scale=0.5, smoothing=0.1), dict(bias=True, smoothing=0.1)]
@@ -29,7 +30,7 @@ def test_equals_cross_entropy_of_the_logits(rows, vocab, width, dtype, modes):
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_both_ways_of_loading_in_several_spans(descriptors, monkeypatch):
     case = make_case(200, 6000, 128, dtype=torch.bfloat16, device="cuda", bias=True)
-    if descriptors and not kernels.has_descriptors(case[0]):
+    if descriptors and not has_descriptors(case[0]):
         pytest.skip("no tensor descriptors before Hopper")
     original = kernels.logit_gradient_triton
     spans = []
