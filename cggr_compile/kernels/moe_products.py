@@ -91,7 +91,70 @@ def _halves(tile):
 
 
 @triton.jit
-def _through_swiglu(
+def rows_tile(
+    tile, row_tiles, a_ptr, a_stride, b_ptr, b_expert, b_row, order_ptr, offsets_ptr, schedule_ptr, N, K,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of the queue: its expert, the expert's last row + 1, the number of the tile's columns, its rows
+    [BLOCK_M] and columns [BLOCK_N], which of its entries there are, and the product; of SWIGLU those of gate and up."""
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    EVEN: tl.constexpr = EVEN_N and EVEN_K
+    row_tile, column_tile = _grouped(tile, row_tiles, column_tiles, GROUP)
+    expert = tl.load(schedule_ptr + 1 + 2 * row_tile)
+    first = tl.load(schedule_ptr + 2 + 2 * row_tile)
+    end = tl.load(offsets_ptr + expert + 1)
+    low = column_tile * BLOCK_N
+    if not A_DESCRIPTOR:  # rows past the expert's end read its last one
+        source = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
+        if GATHER:
+            source = tl.load(order_ptr + source) // TOP_K
+        a_rows = a_ptr + source.to(tl.int64)[:, None] * a_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of SWIGLU; nothing otherwise
+    for step in range(tl.cdiv(K, BLOCK_K)):
+        if A_DESCRIPTOR:
+            a = a_ptr.load([first, step * BLOCK_K])
+        else:
+            along = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            if EVEN_K:
+                a = tl.load(a_rows + along[None, :])
+            else:
+                a = tl.load(a_rows + along[None, :], mask=(along < K)[None, :], other=0.0)
+        b = _expert_tile(
+            b_ptr, b_expert, b_row, expert, low, step, N, K, B_DESCRIPTOR, TRANSPOSED, EVEN, BLOCK_N, BLOCK_K
+        )
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if EPILOGUE == SWIGLU:  # the up rows follow the N rows of the gate
+            b = _expert_tile(
+                b_ptr, b_expert, b_row, expert, low + N, step, 2 * N, K, B_DESCRIPTOR, TRANSPOSED, EVEN,
+                BLOCK_N, BLOCK_K
+            )  # fmt: skip
+            up = tl.dot(a, b, up, input_precision=PRECISION)
+    row = first + tl.arange(0, BLOCK_M)
+    column = low + tl.arange(0, BLOCK_N)
+    inside = (row < end)[:, None]
+    if not EVEN_N:
+        inside = inside & (column < N)[None, :]
+    return expert, end, column_tile, row, column, inside, acc, up
+
+
+@triton.jit
+def through_swiglu(gate, up, row, column, inside, inner_ptr, N, DTYPE: tl.constexpr, SAVE: tl.constexpr):
+    """silu(gate) * up of a tile; ``inner`` [rows, 2 N] gets gate and up, beside each other, if SAVE."""
+    gate = gate.to(DTYPE)  # rounded as it is saved: the backward sees what the forward saw
+    up = up.to(DTYPE)
+    if SAVE:
+        gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
+        tl.store(inner_ptr + gate_at, gate, mask=inside)
+        tl.store(inner_ptr + gate_at + N, up, mask=inside)
+    gate = gate.to(tl.float32)
+    return gate * tl.sigmoid(gate) * up.to(tl.float32)
+
+
+@triton.jit
+def _back_through_some(
     d_activation, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N: tl.constexpr
 ):  # fmt: skip
     """Back through SwiGLU for some columns of a tile; returns their share of the gradient of the routing weights."""
@@ -114,6 +177,27 @@ def _through_swiglu(
 
 
 @triton.jit
+def back_through_swiglu(
+    d_activation, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile of ``d_inner`` and of the activation times its routing weight; returns [BLOCK_M] as above."""
+    assignment = tl.load(order_ptr + row, mask=row < end, other=0)
+    weight = tl.load(weights_ptr + assignment).to(tl.float32)
+    # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
+    left, right = _halves(d_activation)
+    d_weight = tl.zeros([BLOCK_M], tl.float32)
+    for half in tl.static_range(2):
+        parts = _halves(left if half == 0 else right)
+        for quarter in tl.static_range(2):
+            d_weight += _back_through_some(
+                parts[quarter], column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
+                inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
+            )  # fmt: skip
+    return d_weight
+
+
+@triton.jit
 def _rows_kernel(
     a_ptr, a_stride, b_ptr, b_expert, b_row, bias_ptr, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
     order_ptr, offsets_ptr, schedule_ptr, rows, N, K,
@@ -123,89 +207,42 @@ def _rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.load(schedule_ptr)
-    column_tiles = tl.cdiv(N, BLOCK_N)
-    EVEN: tl.constexpr = EVEN_N and EVEN_K
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = _grouped(tile, row_tiles, column_tiles, GROUP)
-        expert = tl.load(schedule_ptr + 1 + 2 * row_tile)
-        first = tl.load(schedule_ptr + 2 + 2 * row_tile)
-        end = tl.load(offsets_ptr + expert + 1)
-        low = column_tile * BLOCK_N
-        if not A_DESCRIPTOR:  # rows past the expert's end read its last one
-            source = tl.minimum(first + tl.arange(0, BLOCK_M), end - 1)
-            if GATHER:
-                source = tl.load(order_ptr + source) // TOP_K
-            a_rows = a_ptr + source.to(tl.int64)[:, None] * a_stride
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of SWIGLU; nothing otherwise
-        for step in range(tl.cdiv(K, BLOCK_K)):
-            if A_DESCRIPTOR:
-                a = a_ptr.load([first, step * BLOCK_K])
-            else:
-                along = step * BLOCK_K + tl.arange(0, BLOCK_K)
-                if EVEN_K:
-                    a = tl.load(a_rows + along[None, :])
-                else:
-                    a = tl.load(a_rows + along[None, :], mask=(along < K)[None, :], other=0.0)
-            b = _expert_tile(
-                b_ptr, b_expert, b_row, expert, low, step, N, K, B_DESCRIPTOR, TRANSPOSED, EVEN, BLOCK_N, BLOCK_K
-            )
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            if EPILOGUE == SWIGLU:  # the up rows follow the N rows of the gate
-                b = _expert_tile(
-                    b_ptr, b_expert, b_row, expert, low + N, step, 2 * N, K, B_DESCRIPTOR, TRANSPOSED, EVEN,
-                    BLOCK_N, BLOCK_K
-                )  # fmt: skip
-                up = tl.dot(a, b, up, input_precision=PRECISION)
-
-        row = first + tl.arange(0, BLOCK_M)
-        column = low + tl.arange(0, BLOCK_N)
-        inside = (row < end)[:, None]
-        if not EVEN_N:
-            inside = inside & (column < N)[None, :]
+    tiles = row_tiles * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
+        expert, end, column_tile, row, column, inside, acc, up = rows_tile(
+            tile, row_tiles, a_ptr, a_stride, b_ptr, b_expert, b_row, order_ptr, offsets_ptr, schedule_ptr, N, K,
+            TOP_K, GATHER, TRANSPOSED, EPILOGUE, A_DESCRIPTOR, B_DESCRIPTOR, EVEN_N, EVEN_K, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP
+        )  # fmt: skip
         at = row.to(tl.int64)[:, None] * N + column[None, :]
-        # gate and up lie beside each other: [rows, 2 N]
-        gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
         if EPILOGUE == PLAIN:
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
                 acc += bias.to(tl.float32)[None, :]
             tl.store(out_ptr + at, acc, mask=inside)
         elif EPILOGUE == SWIGLU:
-            gate = acc.to(out_ptr.dtype.element_ty)  # rounded as it is saved: the backward sees what the forward saw
-            rounded_up = up.to(out_ptr.dtype.element_ty)
-            if SAVE:
-                tl.store(inner_ptr + gate_at, gate, mask=inside)
-                tl.store(inner_ptr + gate_at + N, rounded_up, mask=inside)
-            gate = gate.to(tl.float32)
-            tl.store(out_ptr + at, gate * tl.sigmoid(gate) * rounded_up.to(tl.float32), mask=inside)
+            value = through_swiglu(acc, up, row, column, inside, inner_ptr, N, out_ptr.dtype.element_ty, SAVE)
+            tl.store(out_ptr + at, value, mask=inside)
         else:
-            assignment = tl.load(order_ptr + row, mask=row < end, other=0)
-            weight = tl.load(weights_ptr + assignment).to(tl.float32)
-            # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
-            left, right = _halves(acc)
-            d_weight = tl.zeros([BLOCK_M], tl.float32)
-            for half in tl.static_range(2):
-                parts = _halves(left if half == 0 else right)
-                for quarter in tl.static_range(2):
-                    d_weight += _through_swiglu(
-                        parts[quarter], low + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
-                        inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
-                    )  # fmt: skip
+            d_weight = back_through_swiglu(
+                acc, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+                EVEN_N, BLOCK_M, BLOCK_N
+            )  # fmt: skip
             tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
 
 
 @triton.jit
-def _weight_gradient_kernel(
-    left_ptr, left_stride, right_ptr, right_stride, out_ptr, order_ptr, offsets_ptr, M, N,
+def weight_gradient_tile(
+    number, left_ptr, left_stride, right_ptr, right_stride, order_ptr, offsets_ptr, M, N,
     TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """The tile of this number: its expert, its rows [BLOCK_M] and columns [BLOCK_N] of the gradient, and the sum."""
     row_tiles = tl.cdiv(M, BLOCK_M)
     column_tiles = tl.cdiv(N, BLOCK_N)
-    expert = tl.program_id(0) // (row_tiles * column_tiles)
-    tile = tl.program_id(0) % (row_tiles * column_tiles)
+    expert = number // (row_tiles * column_tiles)
+    tile = number % (row_tiles * column_tiles)
     row_tile, column_tile = _grouped(tile, row_tiles, column_tiles, GROUP)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -228,6 +265,20 @@ def _weight_gradient_kernel(
             left = tl.load(left_at, mask=inside & (m < M)[None, :], other=0.0)
             right = tl.load(right_at, mask=inside & (n < N)[None, :], other=0.0)
         acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+    return expert, m, n, acc
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    left_ptr, left_stride, right_ptr, right_stride, out_ptr, order_ptr, offsets_ptr, M, N,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    expert, m, n, acc = weight_gradient_tile(
+        tl.program_id(0), left_ptr, left_stride, right_ptr, right_stride, order_ptr, offsets_ptr, M, N,
+        TOP_K, GATHER_LEFT, GATHER_RIGHT, EVEN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, GROUP
+    )  # fmt: skip
     at = out_ptr + expert.to(tl.int64) * M * N + m.to(tl.int64)[:, None] * N + n[None, :]
     if EVEN:
         tl.store(at, acc)
