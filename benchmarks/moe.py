@@ -7,6 +7,7 @@ timed, the arms' outputs and gradients are compared. Peak memory is over what is
 
     python benchmarks/moe.py                              # CUDA, both shapes
     python benchmarks/moe.py --compile                    # every arm through torch.compile (Inductor)
+    python benchmarks/moe.py --max-autotune               # the same; Inductor times how to compute each step
     python benchmarks/moe.py --sweep --jobs 16            # tile sizes of our grouped products, best first
     python benchmarks/moe.py --tiny                       # CPU, float32: a rehearsal
 """
@@ -28,6 +29,8 @@ from rich.table import Table
 from timing import MB, Sample, milliseconds, stamp
 from torch import Tensor
 
+from cggr_compile import lowerings
+
 WARM_UP = 3
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative, in norm
 
@@ -39,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--repeats", type=int, default=30, help="rounds")
     parser.add_argument("--compile", action="store_true", help="torch.compile every arm")
+    parser.add_argument("--max-autotune", action="store_true", help="the same under max-autotune")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/moe.json"))
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, float32")
     parser.add_argument("--sweep", action="store_true", help="try tile sizes instead; writes <json>-sweep.json")
@@ -53,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("this torch sees no CUDA device: --tiny rehearses on the CPU")
     args.device, args.dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
     args.shapes = ["tiny"] if args.tiny else args.shapes
+    args.how = "max-autotune" if args.max_autotune else "compiled" if args.compile else "eager"
     return args
 
 
@@ -107,7 +112,10 @@ class Case:
 
     def prepare(self, arm: str) -> None:
         layer = build_arm(arm, self.layer)
-        self.layers[arm] = torch.compile(layer) if self.args.compile else layer
+        if self.args.how != "eager":
+            lowerings.register()  # as the backend does
+            layer = torch.compile(layer, mode="max-autotune-no-cudagraphs" if self.args.max_autotune else None)
+        self.layers[arm] = layer
         for _ in range(WARM_UP):
             self.step(arm)
 
@@ -130,7 +138,7 @@ def measure(name: str, args: argparse.Namespace, document: dict[str, Any], conso
     """Appends the result of one shape to the document."""
     case = Case(name, args)
     result: dict[str, Any] = {"shape": name, **vars(case.shape), "flops": case.shape.flops}
-    result |= {"compiled": args.compile, "dtype": str(args.dtype), "rounds": 0, "arms": case.records}
+    result |= {"how": args.how, "dtype": str(args.dtype), "rounds": 0, "arms": case.records}
     document["results"].append(result)
     reference, wanted = "", []
     for arm in args.arms:
@@ -162,8 +170,7 @@ def measure(name: str, args: argparse.Namespace, document: dict[str, Any], conso
 
 
 def table(result: dict[str, Any]) -> Table:
-    compiled = ", compiled" if result["compiled"] else ""
-    found = Table(title=f"{result['shape']}, {result['tokens']} tokens{compiled}", title_justify="left")
+    found = Table(title=f"{result['shape']}, {result['tokens']} tokens, {result['how']}", title_justify="left")
     found.add_column("arm")
     for column in ("fwd ms", "bwd ms", "step ms", "fwd ×", "bwd ×", "step ×", "fwd TFLOP/s", "peak MB", "difference"):
         found.add_column(column, justify="right")

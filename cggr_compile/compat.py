@@ -226,13 +226,13 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...] | None:
     return tuple(int(v) for v in values) if not any(getattr(v, "free_symbols", None) for v in values) else None
 
 
-def stored(node: Any, last_contiguous: bool = False) -> Any:
+def stored(node: Any, last_contiguous: bool = False, contiguous: bool = False) -> Any:
     """In a lowering: ``node`` in memory, in the layout it keeps from here on."""
     from torch._inductor import ir
 
     storage = ir.ExternKernel.realize_input(node)
     ir.as_storage_and_layout(storage, freeze=True)
-    if last_contiguous and storage.get_stride()[-1] != 1:
+    if contiguous or (last_contiguous and storage.get_stride()[-1] != 1):
         storage = ir.ExternKernel.require_contiguous(storage)
     return ir.TensorBox(storage.data if isinstance(storage, ir.TensorBox) else storage)
 
@@ -294,28 +294,37 @@ def fastest(
     tensors: Sequence[Any],
     shape: Sequence[int],
     dtype: torch.dtype,
-    operator: Any,
-    options: dict[str, Any],
+    operators: Sequence[tuple[Any, dict[str, Any]]],
     template: Any,
     ways: Sequence[dict[str, Any]],
+    *,
+    written: Sequence[Any] = (),
+    examples: dict[int, Callable[[Any], torch.Tensor]] | None = None,
 ) -> Any:
     """In a lowering: an operator's result, computed in the way that Inductor's autotuner finds fastest.
 
     Args:
         tensors: nodes that ``stored`` returned. shape, dtype: of the result, which is contiguous.
-        operator, options: an :func:`operator_choice` and its options; what is used if nothing can be timed.
+        operators: each an :func:`operator_choice` and its options; the first is used if nothing can be timed.
         template, ways: a :func:`triton_template` and its constants, num_warps and num_stages, one choice for each.
+        written: those of ``tensors`` that every choice writes to.
+        examples: of tensors by their number, values to time the choices with (given the node), where random ones
+            will not do.
     """
     from torch._inductor import ir
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
     layout = ir.FixedLayout(tensors[0].get_device(), dtype, list(shape))
     choices: list[Any] = []
-    operator.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **options)
+    for operator, options in operators:
+        operator.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **options)
+    more = {"mutated_inputs": list(written)} if written else {}
     for way in ways:
-        template.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **way)
+        template.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **more, **way)
     # a fused reader would be timed with each choice: there is none for a result that is reduced
-    found = autotune_select_algorithm(name, choices, list(tensors), layout, return_multi_template=False)
+    found = autotune_select_algorithm(
+        name, choices, list(tensors), layout, input_gen_fns=examples, return_multi_template=False
+    )
     return found[0] if isinstance(found, tuple) else found  # 2.13 returns the choice too
 
 

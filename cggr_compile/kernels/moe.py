@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cggr_compile.kernels.moe_products import multiply_rows, weight_gradient
+from cggr_compile.ops.moe_steps import routing_gradient
 
 
 @triton.jit
@@ -42,6 +43,7 @@ def _combine_kernel(
 
 def combine(rows: Tensor, weights: Tensor | None, position: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     """[tokens, H]: every token's sum over its rows of ``rows`` [tokens * top_k, H], times ``weights`` if given."""
+    weights = None if weights is None else weights.contiguous()
     width = rows.shape[1]
     out = rows.new_empty(rows.shape[0] // top_k, width)
     block = min(triton.next_power_of_2(width), 2048)
@@ -78,7 +80,7 @@ def moe_mlp_triton(
             "swiglu", hidden, gate_up, activation, offsets, inner=saved, **shared, **overrides.get("swiglu", {})
         )
         multiply_rows("down", activation, down, products, offsets, **shared, **overrides.get("down", {}))
-        return combine(products, weights.contiguous(), position, offsets, top_k), inner
+        return combine(products, weights, position, offsets, top_k), inner
 
 
 def moe_mlp_backward_triton(
@@ -119,6 +121,4 @@ def moe_mlp_backward_triton(
         d_down = weight_gradient("d_down", grad, weighted, *permuted, **overrides.get("d_down", {}))
         d_hidden = combine(d_rows, None, position, offsets, top_k)
     assert parts is not None
-    place = position.long()
-    d_weights = torch.where(place < offsets[-1], parts.sum(0)[place], 0.0)  # unwritten without an expert
-    return d_hidden, d_gate_up, d_down, d_weights.view(weights.shape).to(weights.dtype)
+    return d_hidden, d_gate_up, d_down, routing_gradient(parts, position, offsets, weights)

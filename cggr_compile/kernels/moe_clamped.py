@@ -150,7 +150,7 @@ def moe_clamped_mlp_triton(
         multiply_rows(
             "down", activation, down, products, offsets, bias=down_bias, **shared, **overrides.get("down", {})
         )
-        out = combine(products, weights.contiguous(), position, offsets, top_k)
+        out = combine(products, weights, position, offsets, top_k)
     return out, inner if save else inner[:0].clone()
 
 

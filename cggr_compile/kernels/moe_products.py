@@ -304,6 +304,23 @@ def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str
     return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden") else tile
 
 
+def configurations(kernel: str) -> list[dict[str, Any]]:
+    """What is to be tried for 16 bits where there is somebody to time it: tile sizes with 128 rows where rows are
+    multiplied, :func:`configuration` among them. Here ``swiglu`` gathers rows as it loads them."""
+    one = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
+    deep = one | dict(num_stages=4)
+    wide = one | dict(BLOCK_N=256)
+    narrow = one | dict(BLOCK_K=32, num_stages=4)
+    if kernel in ("d_gate_up", "d_down"):
+        return [one, deep, wide, wide | dict(num_stages=4), one | dict(BLOCK_M=256), narrow]
+    if kernel == "swiglu_backward":  # the parts of its sum are made for 128 columns
+        return [tile | dict(FLATTEN=flatten) for tile in (one, deep, narrow) for flatten in (True, False)]
+    if kernel == "swiglu":
+        two = one | dict(BLOCK_N=64, num_stages=4)
+        return [one | dict(FLATTEN=True), *(tile | dict(FLATTEN=False) for tile in (one, deep, narrow, two))]
+    return [tile | dict(FLATTEN=flatten) for tile in (wide, deep) for flatten in (True, False)]
+
+
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

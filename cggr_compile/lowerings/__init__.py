@@ -12,9 +12,11 @@ from cggr_compile import compat
 from cggr_compile.lowerings.attention_rows import lower_attention_rows_backward
 from cggr_compile.lowerings.fence import lower_fence
 from cggr_compile.lowerings.join_columns import lower_join_columns
+from cggr_compile.lowerings.moe import lower_moe_mlp, lower_moe_mlp_backward
 from cggr_compile.lowerings.score import lower_score_partials
 from cggr_compile.ops.attention_rows import attention_rows_backward
 from cggr_compile.ops.join_columns import join_columns
+from cggr_compile.ops.moe import moe_mlp, moe_mlp_backward
 from cggr_compile.ops.rows import fence
 from cggr_compile.ops.score import score_partials
 
@@ -26,3 +28,5 @@ def register() -> None:
     compat.register_inductor_lowering(join_columns, lower_join_columns)
     compat.register_inductor_lowering(fence, lower_fence)
     compat.register_inductor_lowering(score_partials, lower_score_partials, eager_strides=True)
+    compat.register_inductor_lowering(moe_mlp, lower_moe_mlp, eager_strides=True)
+    compat.register_inductor_lowering(moe_mlp_backward, lower_moe_mlp_backward, eager_strides=True)

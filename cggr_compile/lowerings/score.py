@@ -95,8 +95,7 @@ def lower_score_partials(
         nodes,
         (4, -(-vocab // span), rows),
         torch.float32,
-        _operator(),
-        dict(scale=scale, softcap=softcap, span=span, bias=modes["HAS_BIAS"]),
+        [(_operator(), dict(scale=scale, softcap=softcap, span=span, bias=modes["HAS_BIAS"]))],
         _template(),
         [{**constants, **way} for way in ways],
     )

@@ -9,9 +9,12 @@ pytest.importorskip("triton")
 
 from ops import test_moe_clamped as clamped
 from ops.test_moe import check, check_permutation, expected, make_case, run
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 
-from cggr_compile import PersistentTRMLP
+from cggr_compile import PersistentTRMLP, lowerings
 from cggr_compile.kernels import moe_products
+from cggr_compile.ops.moe import moe
 from cggr_compile.ops.moe_routing import moe_permute, moe_top_experts, moe_top_experts_reference
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
@@ -134,3 +137,56 @@ def test_layer_equals_itself_on_the_cpu(compiled):
         into += [tensor.clone().cpu() for tensor in found]  # layer.to moves gradients too
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+CALL, TEMPLATE, LIBRARY = "= torch.ops.cggr.moe_mlp", "^triton_cggr_moe", "_library$"
+
+
+@pytest.mark.parametrize("routing", ["random", "one", "null", "gaps"])
+@pytest.mark.parametrize("choices", [TEMPLATE, LIBRARY, "^cggr_moe_.*(?<!_library)$", None])
+def test_under_max_autotune(choices, routing):
+    """Of the steps' choices those of these names; None: whatever is fastest."""
+    if choices == LIBRARY and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a choice on Hopper only")
+    case = make_case(2000, 256, 384, 6, 2, routing=routing, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    lowerings.register()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *tensors: moe(*tensors))
+
+    def step(case, grad):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in case[:4]]
+        out = compiled(*leaves, case[4])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    options = {"max_autotune_gemm": True, "force_disable_caches": True}
+    with config.patch({**options, "test_configs.autotune_choice_name_regex": choices}):
+        _, codes = run_and_get_code(step, case, grad)
+        found = run_without_waiting(case, grad, step)
+    assert len(codes) == 2 and not any(CALL in code for code in codes)
+    templates = [code.count("async_compile.triton('triton_tem") for code in codes]
+    assert choices is None or templates == ([2, 4] if choices == TEMPLATE else [0, 0])
+    check(found, expected(*case, grad), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("kernel", ["swiglu", "down", "swiglu_backward", "d_hidden", "d_gate_up", "d_down"])
+def test_every_tile(monkeypatch, kernel):
+    """Of those that the card has the memory for."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    case = make_case(1500, 512, 384, 4, 2, routing="null", dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    wanted, ran = expected(*case, grad), 0
+    original = moe_products.configuration
+    for tile in moe_products.configurations(kernel):
+        monkeypatch.setattr(
+            moe_products,
+            "configuration",
+            lambda name, *rest, tile=tile: tile if name == kernel else original(name, *rest),
+        )
+        try:
+            found = run(case, grad)
+        except errors.OutOfResources:
+            continue
+        check(found, wanted, TOLERANCE[torch.bfloat16])
+        ran += 1
+    assert ran > 1

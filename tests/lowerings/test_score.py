@@ -1,15 +1,7 @@
-"""The template of ``score_partials`` as Inductor renders it: interpreted for its numbers, compiled for fit.
-
-On the CPU Inductor has no use for the kernel, but it writes it (``get_code`` does not run what it returns).
-"""
+"""The template of ``score_partials`` as Inductor renders it: interpreted for its numbers, compiled for fit."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +10,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from ops.test_score import make_case, make_fp8_case  # noqa: E402
-from torch._inductor import config, select_algorithm  # noqa: E402
-from torch._inductor.utils import get_code, run_and_get_code  # noqa: E402
+from template_harness import code_of, interpreted_results, load, pretend_to_time, templates_of  # noqa: E402
+from torch._inductor import config  # noqa: E402
+from torch._inductor.utils import run_and_get_code  # noqa: E402
 from triton_harness import binaries_for  # noqa: E402
 
 from cggr_compile import compat, lowerings  # noqa: E402
@@ -32,26 +25,15 @@ pytestmark = pytest.mark.skipif(compat.cpp_compiler() is None, reason="needs a C
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2, num_warps=4, num_stages=1, PRECISION="'ieee'")
 TEMPLATE, OPERATOR = "^triton_cggr_score", "^cggr_score"  # names of choices
 CALL = "= torch.ops.cggr.score_partials"
-DEVICE = SimpleNamespace(
-    get_current_target=lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32), get_current_device=lambda: 0
-)
 
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Inductor as on a GPU, but that the choice is named instead of timed."""
-    lowerings.register()
-    torch._dynamo.reset()
-    monkeypatch.setattr(triton.runtime.driver, "_active", DEVICE)
-    monkeypatch.setattr(select_algorithm.AlgorithmSelectorCache, "make_precompile_fn", lambda *_, **__: dict)
+    choice = pretend_to_time(monkeypatch)
 
     def choose(pattern, way=None, descriptors=False):
-        def tune(self, name, nodes, layout, generators, key, choices, *_, **__):
-            assert any(c.name == "cggr_score_partials" for c in choices)  # the way out if no template works
-            return {c: float(not re.search(pattern, c.name)) for c in choices}
-
         ways = [way or SMALL, {**(way or SMALL), "GROUP": 1}]
-        monkeypatch.setattr(select_algorithm.AlgorithmSelectorCache, "do_autotuning", tune)
+        choice(pattern, always=["cggr_score_partials"])  # the way out if no template works
         monkeypatch.setattr(lowering, "_ways", lambda *_: ways)
         monkeypatch.setattr(kernels, "tma_loads", lambda device, strides, width, address: descriptors)
 
@@ -63,33 +45,18 @@ def arguments_of(case, span, scales=()):
     return (*case[:3], *case[4:], span, *scales)
 
 
-def generated(arguments, epilogue=lambda found: found):
-    """Text of the kernel, its name, and how many programs it is launched with."""
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+def tensors_of(arguments):
+    return [a for a in arguments if isinstance(a, torch.Tensor)]
 
+
+def generated(arguments, epilogue=lambda found: found):
     def function(*given):
         left = iter(given)
         return epilogue(score_partials(*(next(left) if isinstance(a, torch.Tensor) else a for a in arguments)))
 
-    code, *_ = get_code(torch.compile(function), *tensors)
+    code = code_of(function, *tensors_of(arguments))
     assert CALL not in code
-    (text,) = re.findall(r"async_compile\.triton\('triton_tem\w*', '''(.*?)'''", code, re.S)
-    text = re.sub(r"@triton_heuristics\.template\(.*?\n\)\n", "", text, flags=re.S)
-    (name,) = re.findall(r"def (triton_tem\w*)\(", text)
-    (programs,) = re.findall(rf"{name}\.run\(.*?, (\d+), 1, 1, stream", code)
-    return text, name, int(programs)
-
-
-RUN = """
-import importlib.util, sys, torch
-for path in sys.argv[1:]:
-    spec = importlib.util.spec_from_file_location("generated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    name, programs, tensors = torch.load(path + ".pt")
-    getattr(module, name)[(programs,)](*tensors)
-    torch.save(tensors[-1], path + ".pt")
-"""
+    return code
 
 
 def test_numbers(choose, tmp_path):
@@ -103,25 +70,15 @@ def test_numbers(choose, tmp_path):
         cases.append((arguments_of(make_case(rows, vocab, width, sharp=3.0, **modes), span), descriptors))
     *scaled, row_scale, column_scale = make_fp8_case(20, 70, 32, bias=True)
     cases.append(((*(t.float() for t in scaled[:3]), *scaled[3:], 32, row_scale, column_scale), False))
-    paths = []
-    for number, (arguments, descriptors) in enumerate(cases):
+    codes = []
+    for arguments, descriptors in cases:
         choose(TEMPLATE, descriptors=descriptors)
-        text, name, programs = generated(arguments, epilogue=lambda found: found * 2)  # goes into the kernel
-        assert ("make_tensor_descriptor" in text) == (arguments[0].dtype != torch.float32 and descriptors)
-        out = torch.full_like(score_partials_reference(*arguments), torch.nan)
-        paths.append(str(tmp_path / f"case_{number}.py"))
-        with open(paths[-1], "w") as file:
-            file.write(text)
-        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-        torch.save((name, programs, [*tensors, out]), paths[-1] + ".pt")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", RUN, *paths], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    for path, (arguments, _) in zip(paths, cases, strict=True):
+        code = generated(arguments, epilogue=lambda found: found * 2)  # goes into the kernel
+        assert ("make_tensor_descriptor" in code) == (arguments[0].dtype != torch.float32 and descriptors)
+        codes.append((code, tensors_of(arguments)))
+    for (found,), (arguments, _) in zip(interpreted_results(codes, tmp_path), cases, strict=True):
         exact = (a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
-        found, wanted = torch.load(path + ".pt"), 2 * score_partials_reference(*exact)
+        wanted = 2 * score_partials_reference(*exact)
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
         with pytest.raises(AssertionError):
             torch.testing.assert_close(found.flip(0), wanted, atol=1e-3, rtol=1e-3)
@@ -146,15 +103,10 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, number, des
         arguments = arguments_of(make_case(256, 4100, 576, **modes), 2048)
     way = kernels.configurations(modes["dtype"])[number]
     choose(TEMPLATE, {**way, "PRECISION": "'ieee'"}, descriptors)
-    text, name, programs = generated(arguments)
+    ((name, (text, programs)),) = templates_of(generated(arguments)).items()
     assert programs == 3 * (256 // way["BLOCK_M"])
-    path = tmp_path / "generated.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location("generated", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    tensors.append(torch.empty(4, 3, 256))
+    module = load(text, tmp_path / "generated.py")
+    tensors = [*tensors_of(arguments), torch.empty(4, 3, 256)]
 
     def call():
         getattr(module, name)[(programs,)](*tensors, num_warps=way["num_warps"], num_stages=way["num_stages"])

@@ -1,0 +1,362 @@
+"""The lowering of ``cggr::moe_mlp`` and its backward: under max-autotune, step by step as Inductor times them fastest.
+
+Each grouped product is a persistent template of several tile sizes, our plain kernel, or ``F.grouped_mm`` with what it
+needs around it. Otherwise, and wherever the templates cannot serve, the operator is called as one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile import compat
+from cggr_compile.ops.moe import moe_mlp, moe_mlp_backward
+from cggr_compile.ops.moe_steps import (
+    TILE_COLUMNS,
+    moe_combine,
+    moe_product,
+    moe_routing_gradient,
+    moe_schedule,
+    moe_swiglu,
+    moe_swiglu_backward,
+    moe_weight_gradient,
+)
+
+SERVED = (torch.bfloat16, torch.float16)
+EPILOGUES = {"swiglu": 1, "swiglu_backward": 2}
+MANY = 2**31  # entries of a result: templates count in 32 bits
+# The kernels' own functions do the work: a template binds their arguments, sizes as constants, and stores.
+# A change of those functions changes this text, which is in the key of the autotuner's cache.
+ROWS = """
+{%- set names = ["A", "B", "OFFSETS", "QUEUE"] + ["ORDER"] * GATHER + ["INNER"] * SAVE %}
+{{def_kernel(*(names + ["WEIGHTS", "D_INNER", "WEIGHTED"] * (EPILOGUE == 2)))}}
+{%- if DESCRIPTORS and not GATHER %}
+    a = tl.make_tensor_descriptor(A, [{{size("A", 0)}}, K], [{{stride("A", 0)}}, 1], [BLOCK_M, BLOCK_K])
+{%- else %}
+    a = A
+{%- endif %}
+{%- if DESCRIPTORS %}
+    b = tl.make_tensor_descriptor(
+        B,
+        [{{size("B", 0)}}, {{size("B", B_ROW)}}, {{size("B", 3 - B_ROW)}}],
+        [{{stride("B", 0)}}, {{stride("B", B_ROW)}}, 1],
+        [1, {{"BLOCK_N, BLOCK_K" if TRANSPOSED else "BLOCK_K, BLOCK_N"}}],
+    )
+{%- else %}
+    b = B
+{%- endif %}
+    row_tiles = tl.load(QUEUE)
+    for number in tl.range(tl.program_id(0), row_tiles * tl.cdiv(N, BLOCK_N), PROGRAMS, flatten=FLATTEN):
+        expert, end, part, row, column, inside, acc, up = rows_tile(
+            number,
+            row_tiles,
+            a,
+            {{stride("A", 0)}},
+            b,
+            {{stride("B", 0)}},
+            {{stride("B", B_ROW)}},
+            {{"ORDER" if GATHER else "None"}},
+            OFFSETS,
+            QUEUE,
+            N,
+            K,
+            TOP_K,
+            GATHER,
+            TRANSPOSED,
+            EPILOGUE,
+            DESCRIPTORS and not GATHER,
+            DESCRIPTORS,
+            N % BLOCK_N == 0,
+            K % BLOCK_K == 0,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            GROUP,
+        )
+        at_row = row[:, None]
+        at_column = column[None, :]
+{%- if EPILOGUE == 2 %}
+        d_weight = back_through_swiglu(
+            acc, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N
+        )[:, None]
+        there = at_row < end
+        {{store_output(("part", "at_row"), "d_weight", "there", indent_width=8, val_shape=("BLOCK_M", "1"))}}
+{%- else %}
+{%- if EPILOGUE == 1 %}
+        acc = through_swiglu(acc, up, row, column, inside, {{"INNER" if SAVE else "None"}}, N, DTYPE, SAVE)
+{%- endif %}
+        {{store_output(("at_row", "at_column"), "acc", "inside", indent_width=8, val_shape=("BLOCK_M", "BLOCK_N"))}}
+{%- endif %}
+
+
+from cggr_compile.kernels.moe_products import back_through_swiglu, rows_tile, through_swiglu  # SOURCE_KEY
+"""
+ROWS_FUNCTIONS = ("back_through_swiglu", "rows_tile", "through_swiglu")
+WEIGHT_GRADIENT = """
+{{def_kernel("BY_ROW", "BY_TOKEN", "ORDER", "OFFSETS")}}
+{%- set left, right = ("BY_TOKEN", "BY_ROW") if TOKENS_FIRST else ("BY_ROW", "BY_TOKEN") %}
+    expert, row, column, acc = weight_gradient_tile(
+        tl.program_id(0),
+        {{left}},
+        {{stride(left, 0)}},
+        {{right}},
+        {{stride(right, 0)}},
+        ORDER,
+        OFFSETS,
+        {{size(left, 1)}},
+        {{size(right, 1)}},
+        TOP_K,
+        TOKENS_FIRST,
+        not TOKENS_FIRST,
+        {{size(left, 1)}} % BLOCK_M == 0 and {{size(right, 1)}} % BLOCK_N == 0,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        GROUP,
+    )
+    at_row = row[:, None]
+    at_column = column[None, :]
+    inside = (at_row < {{size(left, 1)}}) & (at_column < {{size(right, 1)}})
+    {{store_output(("expert", "at_row", "at_column"), "acc", "inside", val_shape=("BLOCK_M", "BLOCK_N"))}}
+
+
+from cggr_compile.kernels.moe_products import weight_gradient_tile  # SOURCE_KEY
+"""
+
+
+def lower_moe_mlp(
+    hidden: Any, gate_up: Any, down: Any, weights: Any, order: Any, position: Any, offsets: Any, save: bool
+) -> Any:
+    """Inductor's nodes for the operator's arguments, in, and for its results, out."""
+    if not _serves(hidden, gate_up, down):
+        return compat.call_operator(moe_mlp, hidden, gate_up, down, weights, order, position, offsets, save)
+    fastest = _Fastest(hidden, order, offsets, int(weights.get_size()[1]))
+    both = int(gate_up.get_size()[1])
+    inner = fastest.empty(fastest.rows if save else 0, both)
+    activation = fastest.rows_of("swiglu", hidden, gate_up, both // 2, written=[inner] if save else [])
+    products = fastest.rows_of("down", activation, down, int(down.get_size()[1]))
+    return compat.call_operator(moe_combine, products, weights, position, offsets, fastest.top_k), inner
+
+
+def lower_moe_mlp_backward(
+    grad: Any, hidden: Any, gate_up: Any, down: Any, weights: Any, inner: Any, order: Any, position: Any, offsets: Any
+) -> Any:
+    """As :func:`lower_moe_mlp`."""
+    if not _serves(hidden, gate_up, down):
+        arguments = (grad, hidden, gate_up, down, weights, inner, order, position, offsets)
+        return compat.call_operator(moe_mlp_backward, *arguments)
+    fastest = _Fastest(hidden, order, offsets, int(weights.get_size()[1]))
+    both = int(gate_up.get_size()[1])
+    d_inner, weighted = fastest.empty(fastest.rows, both), fastest.empty(fastest.rows, both // 2)
+    read = [compat.stored(node, contiguous=True) for node in (inner, weights)]
+    parts = fastest.rows_of("swiglu_backward", grad, down, both // 2, read=read, written=[d_inner, weighted])
+    d_rows = fastest.rows_of("d_hidden", d_inner, gate_up, int(gate_up.get_size()[2]))
+    d_gate_up = fastest.weight_gradient("d_gate_up", d_inner, hidden)
+    d_down = fastest.weight_gradient("d_down", weighted, grad)
+    d_hidden = compat.call_operator(moe_combine, d_rows, None, position, offsets, fastest.top_k)
+    d_weights = compat.call_operator(moe_routing_gradient, parts, position, offsets, weights)
+    return d_hidden, d_gate_up, d_down, d_weights
+
+
+def _serves(hidden: Any, gate_up: Any, down: Any) -> bool:
+    """Whether there is something to time, and somebody to time it."""
+    shapes = [compat.static_shape(node) for node in (hidden, gate_up, down)]
+    if any(shape is None or 0 in shape or shape[-1] % 8 for shape in shapes):  # rows as F.grouped_mm wants them
+        return False
+    return hidden.get_dtype() in SERVED and _times(hidden.get_device(), hidden.get_dtype())
+
+
+def _times(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and compat.runs_our_kernels() and compat.times_templates(device, dtype)
+
+
+def _library_takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``F.grouped_mm`` neither waits for the offsets nor leaves garbage: see ``library_pays``."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+
+
+class _Fastest:
+    """The grouped products of one call, each in the way that Inductor finds fastest.
+
+    ``top_k``, ``rows`` (tokens * top_k), order, offsets and the queue of tiles are the same for all of them.
+    """
+
+    def __init__(self, hidden: Any, order: Any, offsets: Any, top_k: int) -> None:
+        self.device, self.dtype = hidden.get_device(), hidden.get_dtype()
+        self.rows, self.top_k = int(order.get_size()[0]), top_k
+        self.experts = int(offsets.get_size()[0]) - 1
+        self.order, self.offsets = compat.stored(order), compat.stored(offsets)
+        self.library = _library_takes(self.device, self.dtype)
+        self.queue = compat.stored(compat.call_operator(moe_schedule, self.offsets, self.rows))
+
+    def empty(self, *shape: int) -> Any:
+        return compat.stored(compat.empty_buffer(shape, self.dtype, self.device))
+
+    def rows_of(
+        self,
+        kernel: str,
+        a: Any,
+        b: Any,
+        width: int,
+        *,
+        read: list[Any] | None = None,
+        written: list[Any] | None = None,
+    ) -> Any:
+        """``kernel``: see ``multiply_rows``; ``width`` is its N. ``read``, ``written``: what else there is."""
+        gather, epilogue = kernel in ("swiglu", "swiglu_backward"), EPILOGUES.get(kernel, 0)
+        a, b = compat.stored(a, last_contiguous=True), compat.stored(b)
+        if 1 not in compat.static_strides(b)[1:]:
+            b = compat.stored(b, contiguous=True)
+        swapped = compat.static_strides(b)[2] != 1
+        more = [*(read or []), *(written or [])]
+        constants = dict(
+            N=width,
+            K=int(a.get_size()[1]),
+            B_ROW=2 if swapped else 1,
+            TRANSPOSED=(kernel in ("swiglu", "down")) != swapped,
+            GATHER=gather,
+            EPILOGUE=epilogue,
+            SAVE=bool(written),
+            DESCRIPTORS=_tma_loads(b, swapped) and (gather or _tma_loads(a)),
+            DTYPE=str(self.dtype).replace("torch", "tl"),
+            PROGRAMS=_multiprocessors(self.device),
+        )
+        parts = -(-width // TILE_COLUMNS)
+        shape, dtype = ((parts, self.rows), torch.float32) if epilogue == 2 else ((self.rows, width), self.dtype)
+        options: dict[str, Any] = {"top_k": self.top_k} if gather else {"transposed": kernel == "down"}
+        examples = {2: self._example_offsets, 3: self._example_queue, 4: self._example_order}
+        return self._fastest(
+            kernel,
+            [a, b, self.offsets, self.queue, *([self.order] if gather else []), *more],
+            shape,
+            dtype,
+            options,
+            constants,
+            written=written or [],
+            examples=examples if gather else {number: examples[number] for number in (2, 3)},
+        )
+
+    def weight_gradient(self, kernel: str, by_row: Any, by_token: Any) -> Any:
+        """``kernel``: ``d_gate_up``, or ``d_down``, whose first dimension belongs to ``by_token``."""
+        tokens_first = kernel == "d_down"
+        by_row, by_token = (compat.stored(node, last_contiguous=True) for node in (by_row, by_token))
+        left, right = (by_token, by_row) if tokens_first else (by_row, by_token)
+        return self._fastest(
+            kernel,
+            [by_row, by_token, self.order, self.offsets],
+            (self.experts, int(left.get_size()[1]), int(right.get_size()[1])),
+            self.dtype,
+            {"top_k": self.top_k, "tokens_first": tokens_first},
+            {"TOKENS_FIRST": tokens_first},
+            examples={2: self._example_order, 3: self._example_offsets},
+        )
+
+    def _fastest(
+        self,
+        kernel: str,
+        tensors: list[Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        options: dict[str, Any],
+        constants: dict[str, Any],
+        **more: Any,
+    ) -> Any:
+        from cggr_compile.kernels.moe_products import configurations
+        from cggr_compile.kernels.score import precision
+
+        constants = {**constants, "TOP_K": self.top_k, "PRECISION": repr(precision(self.dtype))}
+        tiles = configurations(kernel) if math.prod(shape) < MANY else []
+        return compat.fastest(
+            f"cggr_moe_{kernel}",
+            tensors,
+            shape,
+            dtype,
+            [(_operator(kernel, library), options) for library in (False, True)[: 1 + self.library]],
+            _template(kernel),
+            [{**constants, **tile} for tile in tiles],
+            **more,
+        )
+
+    def _example_offsets(self, _: Any = None) -> Tensor:
+        """As many rows for every expert."""
+        return torch.linspace(0, self.rows, self.experts + 1, device=self.device).round().int()
+
+    def _example_queue(self, _: Any) -> Tensor:
+        queue: Tensor = moe_schedule(self._example_offsets(), self.rows)
+        return queue
+
+    def _example_order(self, _: Any) -> Tensor:
+        return torch.randperm(self.rows, device=self.device, dtype=torch.int32)
+
+
+def _tma_loads(node: Any, swapped: bool = False) -> bool:
+    """Whether TMA can load tiles; ``swapped``: with the last two dimensions the other way round."""
+    from cggr_compile.kernels.score import tma_loads
+
+    *outer, row, column = compat.static_strides(node)
+    strides = (*outer, column, row) if swapped else (*outer, row, column)
+    return tma_loads(node.get_device(), strides, node.get_dtype().itemsize, compat.address(node))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _persistent(*sizes_and_meta: Any) -> tuple[int, int, int]:
+    return sizes_and_meta[-1]["PROGRAMS"], 1, 1
+
+
+def _by_tile(experts: int, rows: int, columns: int, meta: dict[str, Any]) -> tuple[int, int, int]:
+    return experts * -(-rows // meta["BLOCK_M"]) * -(-columns // meta["BLOCK_N"]), 1, 1
+
+
+@cache
+def _template(kernel: str) -> Any:
+    from cggr_compile.kernels import moe_products as kernels
+
+    by_tile = kernel in ("d_gate_up", "d_down")
+    source, names = (WEIGHT_GRADIENT, ("weight_gradient_tile",)) if by_tile else (ROWS, ROWS_FUNCTIONS)
+    text = source.strip().replace("SOURCE_KEY", " ".join(getattr(kernels, name).cache_key for name in names))
+    return compat.triton_template(f"cggr_moe_{kernel}", _by_tile if by_tile else _persistent, text)
+
+
+def _gathered(
+    a: Any, b: Any, offsets: Any, queue: Any, order: Any, inner: Any = None, *more: Any, top_k: int, library: bool
+) -> tuple[Any, ...]:
+    return a, b, order, offsets, inner, *more, top_k, library
+
+
+def _plain(a: Any, b: Any, offsets: Any, queue: Any, *, transposed: bool, library: bool) -> tuple[Any, ...]:
+    return a, b, offsets, transposed, library
+
+
+def _summed(
+    by_row: Any, by_token: Any, order: Any, offsets: Any, *, top_k: int, tokens_first: bool, library: bool
+) -> tuple[Any, ...]:
+    return by_row, by_token, order, offsets, top_k, tokens_first, library
+
+
+STEPS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
+    "swiglu": (moe_swiglu, _gathered),
+    "down": (moe_product, _plain),
+    "swiglu_backward": (moe_swiglu_backward, _gathered),
+    "d_hidden": (moe_product, _plain),
+    "d_gate_up": (moe_weight_gradient, _summed),
+    "d_down": (moe_weight_gradient, _summed),
+}
+
+
+@cache
+def _operator(kernel: str, library: bool) -> Any:
+    """The step as an operator, with arguments made of the template's."""
+    op, arrange = STEPS[kernel]
+    name = f"cggr_moe_{kernel}{'_library' if library else ''}"
+    return compat.operator_choice(name, op, partial(arrange, library=library))
