@@ -8,10 +8,10 @@ kernels, which are CUDA's, take 16 bits only and round otherwise.
 from __future__ import annotations
 
 import importlib.machinery
+import itertools
 import sys
 import types
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,11 +76,8 @@ def _backward(dout, q, k, v, out, lse, dropout_p, scale, rng_state, *form):
 
 def _documents(cu_seqlens_q, cu_seqlens_k):
     """(slice of the queries, slice of the keys) of every sequence."""
-    return [
-        (slice(*q), slice(*k))
-        for q, k in zip(*(zip(c[:-1], c[1:], strict=True) for c in (cu_seqlens_q.tolist(), cu_seqlens_k.tolist())),
-                        strict=True)
-    ]  # fmt: skip
+    pairs = (itertools.pairwise(cumulative.tolist()) for cumulative in (cu_seqlens_q, cu_seqlens_k))
+    return [(slice(*q), slice(*k)) for q, k in zip(*pairs, strict=True)]
 
 
 def _rounded(length):
@@ -336,8 +333,7 @@ def pad_input(hidden_states, indices, batch, seqlen):
     return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
 
 
-@pytest.fixture
-def flash_attn(monkeypatch):
+def install(monkeypatch):
     """The package as transformers finds it: importable, available, and let through on a CPU in float32."""
     import transformers.modeling_flash_attention_utils as utils
 
@@ -354,4 +350,3 @@ def flash_attn(monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedModel._flash_attn_can_dispatch", lambda *args, **more: True)
     # which would cast, and warn that it does
     monkeypatch.setattr("transformers.integrations.flash_attention.get_target_dtype", lambda *args: None)
-    return package

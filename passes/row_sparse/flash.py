@@ -109,9 +109,9 @@ def mask(rv: RowValues, node: Node) -> tuple[Node | None, bool]:
         column = call(aten.sub.Tensor, column, keys - queries)
     causal = aligned and right == 0
     if right >= 0 and not causal:
-        seen = _both(rv, seen, call(aten.le.Tensor, call(aten.sub.Tensor, column, row), right))
+        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, column, row), right))
     if 0 <= left < keys - 1:
-        seen = _both(rv, seen, call(aten.le.Tensor, call(aten.sub.Tensor, row, column), left))
+        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, row, column), left))
     return None if seen is None else call(aten.expand.default, seen, [rv.batch, 1, rv.slots, keys]), causal
 
 
