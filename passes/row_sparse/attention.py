@@ -103,8 +103,9 @@ def _read_flash(rv: RowValues, node: Node, heads: Layout) -> Call | str:
         return why
     given: Any = node.kwargs
     mask, causal = flash.mask(rv, node)
+    query, key, value, out = (flash.by_heads(rv, node, given[name]) for name in ("q", "k", "v", "out"))
     return Call(
-        *(flash.by_heads(rv, node, given[name]) for name in ("q", "k", "v", "out")),
+        *(query, key, value, out),
         logsumexp=flash.logsumexp(rv, node, heads),
         mask=mask,
         causal=causal,

@@ -61,11 +61,11 @@ def places(node: Node) -> dict[int, int] | None:
     found = {node.kwargs.get(f"_{name}_base_index"): i for i, name in enumerate(GRADIENTS)}
     if len(keys) != len(GRADIENTS) or len(found) != len(GRADIENTS) or None in found:
         return None
-    return {1 + base: i for base, i in found.items()}  # type: ignore[operator]  # result 0 is the operator's own
+    return {1 + base: i for base, i in found.items()}  # type: ignore[misc, operator]  # result 0 is the operator's own
 
 
 def by_heads(rv: RowValues, node: Node, tensor: Node) -> Node:
-    """[B, heads, S or K, D] of what the operator has as [B, S or K, heads, D] or, of one sequence, [S or K, heads, D]."""
+    """[B, heads, S, D] of what the operator has as [B, S, heads, D] or, packed, [S, heads, D]; of K rows likewise."""
     if is_packed(node):
         tensor = rv.emit.call(aten.unsqueeze.default, tensor, 0)
     return rv.emit.call(aten.permute.default, tensor, [0, 2, 1, 3])
