@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.aside import Aside
 from cggr_compile.dense_layers import dense_layers
+from cggr_compile.flash_attention import why_in_pieces
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
@@ -117,6 +118,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
     if report.training and not report.matched:
+        report.reason += why_in_pieces(report.reason, compat.frame_scopes().get("L", {}))
         if not ctx.dense:
             runtime.fall_back(report)
         if options.verify:

@@ -1,4 +1,4 @@
-"""Recognises one attention call: scaled_dot_product_attention, flex_attention, or a hand-written softmax(q k^T) v."""
+"""Recognises an attention call: scaled_dot_product_attention, flex_attention, flash-attn, or softmax(q k^T) v."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, Literal
 from torch.fx import Node
 
 from cggr_compile.passes.base import Attention, same_size, shape_of
+from cggr_compile.passes.flash_call import flash_call
 from cggr_compile.passes.fx import argument, op_name
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
-_KINDS: dict[str, Literal["sdpa", "flex", "softmax"]] = {
+_KINDS: dict[str, Literal["sdpa", "flex", "flash", "softmax"]] = {
     "scaled_dot_product_attention": "sdpa",
     "flex_attention": "flex",
+    "autograd_function_apply": "flash",
     "softmax": "softmax",
 }
 _AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
@@ -27,6 +29,7 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
     """
     name = op_name(node)
     mask = None
+    value_axis = -2
     if name == "scaled_dot_product_attention":
         query, key, value = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
         key_axis, key_user, value_user = -2, node, node
@@ -34,6 +37,12 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
     elif name == "flex_attention":  # its BlockMask is no tensor of the scores' shape: it stays as it is
         query, key, value = node.args[:3]
         key_axis, key_user, value_user = -2, node, node
+    elif (call := flash_call(node)) is not None:
+        query, key, value = call.query, call.key, call.value
+        key_axis, value_axis, key_user, value_user = -3, -3, node, node
+        if call.packed:  # [tokens, heads, D], of all sequences: a marker needs them apart
+            key_user, value_user = key, value
+            key, value = _before_packing(key), _before_packing(value)
     elif name == "softmax":
         products = _products_around(node, stream)
         if products is None:
@@ -50,12 +59,22 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
     if not all(n in stream for n in (query, key, value)):
         return None
     axes = []
-    for tensor, axis in ((key, key_axis), (value, -2)):
+    for tensor, axis in ((key, key_axis), (value, value_axis)):
         shape = shape_of(tensor)
         if len(shape) < 3 or not same_size(shape[0], batch) or not same_size(shape[axis], length):
             return None
         axes.append(len(shape) + axis)
     return Attention(_KINDS[name], node, key, value, axes[0], axes[1], key_user, value_user, mask)
+
+
+def _before_packing(node: Node) -> Node:
+    """x [B, S, heads, D] where ``node`` is a view of it as [B * S, heads, D]; else ``node``."""
+    if op_name(node) not in ("view", "reshape"):
+        return node
+    source: Node = argument(node, 0, "input")
+    before, after = shape_of(source), shape_of(node)
+    alike = len(before) == 4 and len(after) == 3 and all(map(same_size, before[2:], after[1:]))
+    return source if alike else node
 
 
 def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, Node | None] | None:

@@ -55,14 +55,16 @@ class Attention:
     """One attention call of a block.
 
     Attributes:
-        node: the scaled_dot_product_attention or flex_attention call, or the softmax of a hand-written attention.
+        node: the scaled_dot_product_attention, flex_attention or flash-attn call, or the softmax of a hand-written
+            attention.
         key, value: the tensors whose rows later positions attend to.
         key_dim, value_dim: the token axis of each.
-        key_user, value_user: the calls that read them (the same one but for a hand-written attention).
+        key_user, value_user: the calls that read them (the same one but for a hand-written attention and for packed
+            sequences, where it is the view that packs).
         mask: the attn_mask argument, if any; a BlockMask is none.
     """
 
-    kind: Literal["sdpa", "flex", "softmax"]
+    kind: Literal["sdpa", "flex", "flash", "softmax"]
     node: Node
     key: Node
     value: Node

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.row_sparse import flex
+from cggr_compile.passes.row_sparse import flash, flex
 from cggr_compile.passes.row_sparse.layout import Layout
 from cggr_compile.passes.row_sparse.values import Rows, RowValues, ends_at_markers
 
@@ -25,7 +25,7 @@ FORMS = {
     aten._scaled_dot_product_efficient_attention_backward.default,
     aten._scaled_dot_product_cudnn_attention_backward.default,
 }
-CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.alias.default)
 FORWARDS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -34,11 +34,14 @@ FORWARDS = {
 }
 
 
+def is_forward(node: Node) -> bool:
+    return node.target in FORWARDS or str(node.target) in flash.FORWARDS
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments that all forms share; ``logsumexp`` and ``mask`` at the selected queries."""
 
-    grad: Node
     query: Node
     key: Node
     value: Node
@@ -74,7 +77,6 @@ def _read(rv: RowValues, node: Node, heads: Layout, items: Collection[int]) -> C
     if len(shape_of(statistics)) == 4:
         statistics = rv.emit.call(aten.squeeze.dim, statistics, 3)
     return Call(
-        node.args[0],  # type: ignore[arg-type]  # named grad_out or grad_out_
         *(query, key, given["value"], given["out"]),
         logsumexp=rv.gather(statistics, heads[:3]),
         mask=mask,
@@ -88,11 +90,26 @@ def _read_flex(rv: RowValues, node: Node, heads: Layout) -> Call | str:
         return why
     given = flex.arguments(node)
     return Call(
-        *(given["grad"], given["query"], given["key"], given["value"], given["out"]),
+        *(given["query"], given["key"], given["value"], given["out"]),
         logsumexp=flex.logsumexp(rv, node, heads),
         mask=flex.mask(rv, node),
         causal=False,
         scale=given["scale"],
+    )
+
+
+def _read_flash(rv: RowValues, node: Node, heads: Layout) -> Call | str:
+    if why := flash.obstacle(rv, node):
+        return why
+    given: Any = node.kwargs
+    mask, causal = flash.mask(rv, node)
+    query, key, value, out = (flash.by_heads(rv, node, given[name]) for name in ("q", "k", "v", "out"))
+    return Call(
+        *(query, key, value, out),
+        logsumexp=flash.logsumexp(rv, node, heads),
+        mask=mask,
+        causal=causal,
+        scale=given["softmax_scale"],
     )
 
 
@@ -102,19 +119,27 @@ def attention(rv: RowValues, node: Node) -> bool:
     Where a form is not handled its backward stays dense, under a name in the report; the gradient of the queries
     is on rows all the same: without an output gradient a query has none.
     """
-    is_flex = str(node.target) == flex.BACKWARD
-    if node.target not in FORMS and not is_flex:
+    is_flex, is_flash = str(node.target) == flex.BACKWARD, flash.is_backward(node)
+    if node.target not in FORMS and not is_flex and not is_flash:
         return False
-    grad: Any = flex.arguments(node)["grad"] if is_flex else node.args[0]
+    places = flash.places(node) if is_flash else {i: i for i in range(4)}
+    items = _items(node)
+    if places is None or not items.keys() <= places.keys():
+        return False
+    grad: Any = node.args[0]  # named grad_out or grad_out_
+    if is_flex or is_flash:
+        grad = flex.arguments(node)["grad"] if is_flex else node.kwargs["dout"]
     if grad not in rv.sparse:
         return False
     heads = rv.layout("B", None, "S", None)
-    known = rv.sparse[grad].layout == heads
-    items = _items(node)
-    only_rows = all(ends_at_markers(getter, CASTS) for i in (1, 2) for getter in items.get(i, []))
+    layout = flash.layout(rv, node) if is_flash else heads
+    known = rv.sparse[grad].layout == layout
+    only_rows = all(ends_at_markers(g, CASTS) for i, found in items.items() if places.get(i) in (1, 2) for g in found)
     call: Call | str
     if not known:
         call = f"an output gradient laid out as {rv.sparse[grad].layout}"
+    elif is_flash:
+        call = _read_flash(rv, node, heads)
     else:
         call = _read_flex(rv, node, heads) if is_flex else _read(rv, node, heads, items)
     if isinstance(call, str):
@@ -124,30 +149,30 @@ def attention(rv: RowValues, node: Node) -> bool:
         for index, getters in items.items():
             value = rv.emit.item(dense, index)
             for getter in getters:
-                if index == 0 and known:
-                    rv.sparse[getter] = Rows(rv.version(value, heads), heads)
+                if places.get(index) == 0 and known:
+                    rv.sparse[getter] = Rows(rv.version(value, layout), layout)
                 else:
                     getter.replace_all_uses_with(value)
         return True
-    found = _on_rows(rv, call, heads, only_rows)
+    values = rv.sparse[grad].values
+    found = _on_rows(rv, call, flash.by_heads(rv, node, values) if is_flash else values, heads, only_rows)
     for index, getters in items.items():
-        value = rv.emit.item(found, index)
+        value = rv.emit.item(found, places[index])
+        rows = value if places[index] == 0 or not only_rows else rv.kept(value, heads)  # unused slots take no part
+        rows = flash.by_tokens(rv, node, rows) if is_flash else rows
         for getter in getters:
-            if index == 0:
-                rv.sparse[getter] = Rows(value, heads)
-            elif only_rows:
-                # keys at unused slots take no part
-                rv.sparse[getter] = Rows(rv.kept(value, heads), heads)
+            if places[index] == 0 or only_rows:
+                rv.sparse[getter] = Rows(rows, layout)
             else:
-                getter.replace_all_uses_with(rv.strided_like(value, getter))
+                getter.replace_all_uses_with(rv.strided_like(rows, getter))
     return True
 
 
-def _on_rows(rv: RowValues, call: Call, heads: Layout, only_rows: bool) -> Node:
-    """The backward from the selected queries."""
+def _on_rows(rv: RowValues, call: Call, grad: Node, heads: Layout, only_rows: bool) -> Node:
+    """The backward from the selected queries, whose output gradient is ``grad``."""
     return rv.emit.call(
         torch.ops.cggr.attention_rows_backward.default,
-        rv.sparse[call.grad].values,
+        grad,
         rv.version(call.query, heads),
         call.key,
         call.value,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile.passes.row_sparse.attention import FORWARDS
+from cggr_compile.passes.row_sparse.attention import is_forward
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -35,7 +35,7 @@ def stages(forward: Sequence[Node], rows: Node) -> dict[Node, int]:
     selected, layers = False, LAYERS - 1
     for node in forward:
         selected = selected or node is rows
-        layers += selected and node.target in FORWARDS
+        layers += selected and is_forward(node)
         found[node] = layers // LAYERS
     return found
 
