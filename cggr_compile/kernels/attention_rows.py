@@ -45,6 +45,13 @@ def _probabilities(scores, lse, mask_tile, inside, scale, MASK: tl.constexpr):
     return tl.exp2((scores - lse) * LOG2E)
 
 
+@triton.jit
+def _capped(scores, scale, softcap):
+    """softcap * tanh(scale * scores / softcap), and its derivative but for the scale."""
+    bend = 2.0 * tl.sigmoid(scores * (2.0 * scale / softcap)) - 1.0
+    return softcap * bend, 1.0 - bend * bend
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def _dq_kernel(
     grad_ptr,
@@ -86,9 +93,11 @@ def _dq_kernel(
     slots,
     length,
     scale,
+    softcap,
     GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -97,6 +106,8 @@ def _dq_kernel(
     slots = tl.cast(slots, tl.int32)  # Inductor makes a 1 a constant,
     length = tl.cast(length, tl.int32)
     scale = tl.cast(scale, tl.float32)  # and a Python float 64 bits wide
+    softcap = tl.cast(softcap, tl.float32)
+    left = 1.0 if CAP else scale  # what the scores are still to be multiplied by
     program = tl.program_id(0)
     blocks = tl.cdiv(slots, BLOCK_M)
     block = blocks - 1 - program % blocks  # under a causal mask later queries take longer: start with them
@@ -162,13 +173,17 @@ def _dq_kernel(
             v = tl.load(v_base + v_tile, mask=loaded, other=0.0)
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             seen = inside[:, None] & known[None, :]
-            p = _probabilities(scores, lse[:, None], mask_base + mask_tile, seen, scale, MASK)
+            if CAP:
+                scores, bent = _capped(scores, scale, softcap)
+            p = _probabilities(scores, lse[:, None], mask_base + mask_tile, seen, left, MASK)
             if stage == 1:
                 if CAUSAL:
                     p = tl.where(position[:, None] >= key[None, :], p, 0.0)
                 # the keys are summed over: past the end p may be anything, up to inf
                 p = tl.where(known[None, :], p, 0.0)
             slope = p * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
+            if CAP:
+                slope *= bent
             dq = tl.dot(slope.to(k.dtype), k, dq, input_precision="ieee")
             k_base += BLOCK_N * k_s
             v_base += BLOCK_N * v_s
@@ -210,9 +225,11 @@ def _dkv_kernel(
     slots,
     length,
     scale,
+    softcap,
     GROUP: tl.constexpr,  # query heads that share a key head
     CAUSAL: tl.constexpr,
     MASK: tl.constexpr,
+    CAP: tl.constexpr,
     ALL_KEYS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -222,6 +239,8 @@ def _dkv_kernel(
     slots = tl.cast(slots, tl.int32)  # Inductor makes a 1 a constant,
     length = tl.cast(length, tl.int32)
     scale = tl.cast(scale, tl.float32)  # and a Python float 64 bits wide
+    softcap = tl.cast(softcap, tl.float32)
+    left = 1.0 if CAP else scale  # what the scores are still to be multiplied by
     keys = length if ALL_KEYS else slots
     program = tl.program_id(0)
     blocks = tl.cdiv(keys, BLOCK_N)
@@ -292,12 +311,16 @@ def _dkv_kernel(
                 delta = tl.load(delta_ptr + flat + slot, mask=known, other=0.0)
                 seen = inside[:, None] & known[None, :]
                 scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-                p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, scale, MASK)
+                if CAP:
+                    scores, bent = _capped(scores, scale, softcap)
+                p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, left, MASK)
                 if stage == 0:
                     row = tl.load(rows_base + slot.to(tl.int64) * rows_s, mask=known, other=-1)
                     p = tl.where(row[None, :] >= position[:, None], p, 0.0)
                 dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
                 slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
+                if CAP:
+                    slope *= bent
                 dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
                 q_base += BLOCK_M * q_s
                 grad_base += BLOCK_M * grad_s
@@ -376,18 +399,20 @@ def launches(
     causal: bool,
     mask: Literal["none", "bool", "additive"],
     all_keys: bool,
+    softcap: float,
 ) -> tuple[Launch, Launch]:
     """The two launches. ``strides`` by the names in AXES, of all axes but the last of width ``dim``."""
     block_d = max(16, triton.next_power_of_2(sizes.dim))
     keys = sizes.length if all_keys else sizes.slots
-    constants = dict(GROUP=sizes.heads // sizes.kv_heads, CAUSAL=causal, MASK=mask, D=sizes.dim, BLOCK_D=block_d)
+    constants = dict(GROUP=sizes.heads // sizes.kv_heads, CAUSAL=causal, MASK=mask, CAP=softcap != 0.0)
+    constants |= dict(D=sizes.dim, BLOCK_D=block_d)
     for_dq, for_dkv = block_options(dtype, block_d, all_keys)
 
     def launch(
         kernel: Any, read: tuple[str, ...], write: tuple[str, ...], heads: int, ways: Any, **more: Any
     ) -> Launch:
         steps = {f"{n}_{axis}": stride for n in read for axis, stride in zip(AXES[n], strides[n], strict=False)}
-        sizes_of = dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale))
+        sizes_of = dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale), softcap=float(softcap))
         return Launch(kernel, (*read, *write), {**sizes_of, **steps, **constants, **more}, ways)
 
     def ways(rows: int, block: str, heads: int, options: list[dict[str, int]]) -> list[tuple[int, dict[str, int]]]:
@@ -427,13 +452,14 @@ def attention_rows_backward_triton(
     scale: float,
     causal: bool,
     all_keys: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attention_rows_backward_reference`` on CUDA."""
     _check(grad, query, key, value, out)
     if INTERPRETED and query.dtype == torch.bfloat16:  # whose bfloat16 products are wrong
         grad, query, key, value, out = (tensor.float() for tensor in (grad, query, key, value, out))
         dq, dk, dv = attention_rows_backward_triton(
-            grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys
+            grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys, softcap
         )
         return dq.bfloat16(), dk.bfloat16(), dv.bfloat16()
 
@@ -460,7 +486,7 @@ def attention_rows_backward_triton(
     )
     sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
     with torch.cuda.device_of(query):
-        for launch in launches(sizes, strides, query.dtype, scale, causal, kind, all_keys):
+        for launch in launches(sizes, strides, query.dtype, scale, causal, kind, all_keys, softcap):
             programs, options = launch.ways[0]
             launch.kernel[(programs,)](**launch.pointers(tensors), **launch.arguments, **options)
     return dq, dk, dv

@@ -22,9 +22,10 @@ def lower_attention_rows_backward(
     scale: float,
     causal: bool,
     all_keys: bool,
+    softcap: float = 0.0,
 ) -> Any:
     """Inductor's nodes for the operator's arguments, in, and for its three results, out."""
-    arguments = (grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys)
+    arguments = (grad, query, key, value, out, logsumexp, rows, mask, scale, causal, all_keys, softcap)
     shapes = [compat.static_shape(node) for node in (query, key, value)]
     fits = None not in shapes and fits_kernel(query.get_device(), query.get_dtype(), *shapes)  # type: ignore[arg-type]
     if not fits:
@@ -56,6 +57,6 @@ def lower_attention_rows_backward(
     for name in ("delta", "finite_lse"):
         tensors[name] = empty(batch, heads, slots, dtype=torch.float32)
     sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
-    for launch in launches(sizes, strides, query.get_dtype(), scale, causal, kind, all_keys):
+    for launch in launches(sizes, strides, query.get_dtype(), scale, causal, kind, all_keys, softcap):
         compat.launch(launch.kernel, launch.pointers(tensors), launch.arguments, launch.ways)
     return dq, dk, dv

@@ -24,11 +24,12 @@ def attention_rows_backward_reference(
     scale: float,
     causal: bool,
     all_keys: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``softmax(scale q k^T + mask) v`` where only the queries at ``rows`` have an output gradient.
+    """Gradients of ``softmax(cap(scale q k^T) + mask) v`` where only the queries at ``rows`` have an output gradient.
 
-    With P = exp(scale q k^T + mask - logsumexp), delta = rowsum(grad * out) and
-    dS = P * (grad v^T - delta):  dq = scale dS k,  dk = scale dS^T q,  dv = P^T grad
+    With P = exp(cap(scale q k^T) + mask - logsumexp), delta = rowsum(grad * out) and
+    dS = P * (grad v^T - delta) * cap':  dq = scale dS k,  dk = scale dS^T q,  dv = P^T grad
     (FlashAttention-2, arXiv 2307.08691, algorithm 2, over the selected rows).
 
     Args:
@@ -40,6 +41,7 @@ def attention_rows_backward_reference(
         causal: a query at position i attends to keys at positions <= i.
         all_keys: key and value gradients for all positions, [B, kv_heads, S, D]; else for the keys at ``rows`` only,
             [B, kv_heads, K, D].
+        softcap: cap(s) = softcap tanh(s / softcap) (Gemma 2, arXiv 2408.00118); 0: none.
 
     Returns:
         dq [B, heads, K, D], dk, dv.
@@ -55,6 +57,10 @@ def attention_rows_backward_reference(
         return torch.matmul(shared(left), right).view(batch, heads, slots, right.shape[3])
 
     scores = product(query, key.transpose(-2, -1)).float() * scale
+    bent: Tensor | float = 1.0
+    if softcap:
+        bend = torch.tanh(scores / softcap)
+        scores, bent = softcap * bend, 1.0 - bend * bend
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
     if causal:
@@ -64,7 +70,7 @@ def attention_rows_backward_reference(
     weights = torch.exp(scores - logsumexp[..., None])
     weights = torch.where(torch.isfinite(logsumexp)[..., None], weights, 0.0).to(query.dtype)
     delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-    slope = (weights.float() * (product(grad, value.transpose(-2, -1)).float() - delta)).to(query.dtype)
+    slope = (weights.float() * (product(grad, value.transpose(-2, -1)).float() - delta) * bent).to(query.dtype)
     dq = product(slope, key) * scale
     if not all_keys:
         columns = rows[:, None, None, :].expand(-1, heads, slots, -1)
@@ -86,6 +92,7 @@ def _fake(
     scale: float,
     causal: bool,
     all_keys: bool,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     length = key.shape[2] if all_keys else rows.shape[1]
     dk = key.new_empty(key.shape[0], key.shape[1], length, key.shape[3])
@@ -119,7 +126,8 @@ def _attention_rows_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tens
 
 attention_rows_backward = define_opaque(
     "attention_rows_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp,"
-    " Tensor rows, Tensor? mask, float scale, bool causal, bool all_keys) -> (Tensor, Tensor, Tensor)",
+    " Tensor rows, Tensor? mask, float scale, bool causal, bool all_keys,"
+    " float softcap=0.0) -> (Tensor, Tensor, Tensor)",
     attention_rows_backward_reference,
     _fake,
 )

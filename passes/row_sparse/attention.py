@@ -50,6 +50,7 @@ class Call:
     mask: Node | None
     causal: bool
     scale: float
+    softcap: float = 0.0
 
 
 def _read(rv: RowValues, node: Node, heads: Layout, items: Collection[int]) -> Call | str:
@@ -110,6 +111,7 @@ def _read_flash(rv: RowValues, node: Node, heads: Layout) -> Call | str:
         mask=mask,
         causal=causal,
         scale=given["softmax_scale"],
+        softcap=given["softcap"],
     )
 
 
@@ -183,6 +185,7 @@ def _on_rows(rv: RowValues, call: Call, grad: Node, heads: Layout, only_rows: bo
         call.scale,
         call.causal,
         not only_rows,
+        call.softcap,
     )
 
 

@@ -48,8 +48,6 @@ def obstacle(rv: RowValues, node: Node) -> str | None:
         return f"attention dropout {given['dropout_p']:g}"
     if given["alibi_slopes"] is not None:
         return "flash-attn with ALiBi slopes"
-    if given["softcap"]:
-        return "flash-attn with a soft-cap"
     if is_packed(node) and rv.batch > 1:
         return "flash-attn over packed sequences, in a batch of more than one"
     return None

@@ -42,6 +42,13 @@ def test_masks(mask, all_keys, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool"])
+def test_soft_cap(mask, all_keys, dtype):
+    check(dtype, 128, 512, 128, heads=4, kv_heads=2, mask=mask, all_keys=all_keys, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("slots", "length", "dim"), [(1, 1, 8), (1, 70, 16), (65, 65, 80), (50, 333, 256), (1100, 1200, 32)]
 )

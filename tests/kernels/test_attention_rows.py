@@ -36,6 +36,15 @@ def test_every_mode(causal, mask, all_keys):
 
 @interpreted
 @pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_soft_cap(mask, all_keys):
+    modes = dict(mask=mask, all_keys=all_keys, softcap=0.7)
+    check(*make_case(40, 100, 16, unused=5, **modes), 1e-5)
+    check(*make_case(33, 64, 8, causal=False, dtype=torch.float16, **modes), 1e-2)
+
+
+@interpreted
+@pytest.mark.parametrize("all_keys", [False, True])
 @pytest.mark.parametrize(
     ("slots", "length", "dim", "dtype"),
     [
@@ -126,7 +135,7 @@ def test_the_comparison_can_fail():
 
 @compiled
 def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=30)
+    pass_under_the_interpreter(__file__, at_least=36)
 
 
 @pytest.fixture
@@ -150,6 +159,7 @@ def build(monkeypatch, tmp_path):
         (40, 256, torch.bfloat16, dict(causal=False, mask="additive")),
         (1, 80, torch.float16, dict(all_keys=True, mask="bool", kv_heads=1)),  # 1 is special in Triton's signatures
         (40, 64, torch.float32, dict(mask="bool")),
+        (64, 128, torch.bfloat16, dict(softcap=50.0)),
     ],
 )
 def test_compiles_without_a_gpu(build, arch, shared_memory, slots, dim, dtype, modes):

@@ -16,10 +16,12 @@ import cggr_compile.ops  # noqa: F401  (registers)
 from cggr_compile.ops.attention_rows import attention_rows_backward, attention_rows_backward_reference
 
 
-def _attention(query, key, value, mask, scale, causal):
+def _attention(query, key, value, mask, scale, causal, softcap):
     """(out, logsumexp) of dense attention, written without any of the code under test; zeros where nothing is seen."""
     key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if mask is not None:
         scores = scores + (torch.zeros_like(scores).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask)
     if causal:
@@ -49,6 +51,7 @@ def make_case(
     heads=2,
     kv_heads=None,
     unused=0,
+    softcap=0.0,
     dtype=torch.float32,
     device="cpu",
 ):
@@ -77,7 +80,7 @@ def make_case(
 
     wide = [tensor.double().requires_grad_() for tensor in (query, key, value)]
     wide_mask = full_mask.double() if mask == "additive" else full_mask
-    out, logsumexp = _attention(*wide, wide_mask, scale, causal)
+    out, logsumexp = _attention(*wide, wide_mask, scale, causal, softcap)
     full_grad = torch.zeros_like(out)
     full_grad.scatter_(2, rows[:, None, :, None].expand_as(grad), grad.double())
     expected = list(torch.autograd.grad(out, wide, full_grad))
@@ -92,6 +95,7 @@ def make_case(
     arguments = (
         *(grad, _at(query, rows), key, value, _at(out.detach().to(dtype), rows)),
         *(_at(logsumexp.detach().float(), rows), rows, row_mask, scale, causal, all_keys),
+        *([softcap] if softcap else []),
     )
     return arguments, expected
 
@@ -128,6 +132,15 @@ def test_reference_equals_autograd(causal, mask, all_keys):
         got = attention_rows_backward_reference(*wide)
         assert [tensor.shape for tensor in got] == [tensor.shape for tensor in expected]
         assert max(errors(got, expected)) < 2e-6, (slots, length)  # scores are float32 in the reference
+
+
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_soft_cap(mask, all_keys):
+    arguments, expected = make_case(5, 17, 8, mask=mask, all_keys=all_keys, unused=2, softcap=0.7)
+    assert max(errors(attention_rows_backward(*arguments), expected)) < 1e-5
+    assert max(errors(attention_rows_backward(*arguments[:-1], 0.9), expected)) > 1e-2
+    assert set(opcheck(attention_rows_backward, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("all_keys", [False, True])

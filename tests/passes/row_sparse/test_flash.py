@@ -53,6 +53,7 @@ CAUSAL = QUERY >= KEY
 DOCUMENT = (torch.arange(9) >= 4).long() + (torch.arange(9) >= 6)
 OF_KEYS = (torch.arange(9) >= 3).long() + (torch.arange(9) >= 6)  # of lengths 3, 3, 3 for queries of 4, 2, 3
 FORMS = {
+    "soft-cap": (flash(causal=True, softcap=1.5), by_hand(CAUSAL, softcap=1.5)),
     "causal": (flash(causal=True), masked(CAUSAL, gqa=True)),
     "everything": (flash(), masked(torch.ones(9, 9).bool(), gqa=True)),
     "window": (flash(causal=True, window_size=(2, 2)), masked(CAUSAL & (QUERY - KEY <= 2), gqa=True)),
@@ -131,7 +132,6 @@ def test_the_comparison_can_fail(monkeypatch):
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.05])
 DENSE = {
     "flash-attn with ALiBi slopes": (flash(causal=True, alibi_slopes=SLOPES), by_hand(CAUSAL, alibi=SLOPES)),
-    "flash-attn with a soft-cap": (flash(causal=True, softcap=1.5), by_hand(CAUSAL, softcap=1.5)),
     "flash-attn over packed sequences, in a batch of more than one": (
         packed([0, 4, 9, 15], causal=True),
         masked(torch.stack([CAUSAL & (k[:, None] == k) for k in (KEY >= 4, KEY >= 6)])[:, None], gqa=True),
