@@ -60,7 +60,7 @@ def test_exact_gradient():
     compare(small("llama"), call_with(models.make_batch()), gradient="exact")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.integers(1, 4),
     st.sampled_from([4, 8, 16, 32]),  # heads, head size, and the hidden size among them
