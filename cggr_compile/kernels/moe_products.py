@@ -322,13 +322,13 @@ def configurations(kernel: str) -> list[dict[str, Any]]:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def programs(tensor: Tensor) -> int:
     """One per multiprocessor; where there are none (interpreted, or compiled for another machine), a few."""
-    return _multiprocessors(tensor.device) if tensor.is_cuda else 3
+    return multiprocessors(tensor.device) if tensor.is_cuda else 3
 
 
 def schedule(offsets: Tensor, rows: int, block: int) -> Tensor:
@@ -469,14 +469,22 @@ def weight_gradient(
     return out
 
 
+def library_takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``F.grouped_mm`` serves on this CUDA device.
+
+    On Hopper only: on Blackwell it leaves garbage for an expert without rows (pytorch issue 172439), and for other
+    types and devices it waits for the offsets.
+    """
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def library_pays(left: Tensor, right: Tensor, gathers_left: bool) -> bool:
     """Whether to gather the rows and leave a weight gradient to ``F.grouped_mm``.
 
     On an H100 that is 1.7 times as fast as our kernel, which wins the gather back from about 700 columns of the other
-    factor on. Only there: on Blackwell it leaves garbage for an expert without rows (pytorch issue 172439), and for
-    other types and devices it waits for the offsets.
+    factor on.
     """
-    if not left.is_cuda or left.dtype != torch.bfloat16 or torch.cuda.get_device_capability(left.device)[0] != 9:
+    if not left.is_cuda or not library_takes(left.device, left.dtype):
         return False
     aligned = all(has_descriptors(t) and t.shape[1] % 8 == 0 for t in (left, right))
     return aligned and (right if gathers_left else left).shape[1] >= LIBRARY_COLUMNS

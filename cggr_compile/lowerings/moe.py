@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile import compat
+from cggr_compile.lowerings.tma import tma_loads
 from cggr_compile.ops.moe import moe_mlp, moe_mlp_backward
 from cggr_compile.ops.moe_steps import (
     TILE_COLUMNS,
@@ -177,11 +178,6 @@ def _times(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and compat.runs_our_kernels() and compat.times_templates(device, dtype)
 
 
-def _library_takes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``F.grouped_mm`` neither waits for the offsets nor leaves garbage: see ``library_pays``."""
-    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] == 9
-
-
 class _Fastest:
     """The grouped products of one call, each in the way that Inductor finds fastest.
 
@@ -189,11 +185,13 @@ class _Fastest:
     """
 
     def __init__(self, hidden: Any, order: Any, offsets: Any, top_k: int) -> None:
+        from cggr_compile.kernels.moe_products import library_takes, multiprocessors
+
         self.device, self.dtype = hidden.get_device(), hidden.get_dtype()
         self.rows, self.top_k = int(order.get_size()[0]), top_k
         self.experts = int(offsets.get_size()[0]) - 1
         self.order, self.offsets = compat.stored(order), compat.stored(offsets)
-        self.library = _library_takes(self.device, self.dtype)
+        self.library, self.programs = library_takes(self.device, self.dtype), multiprocessors(self.device)
         self.queue = compat.stored(compat.call_operator(moe_schedule, self.offsets, self.rows))
 
     def empty(self, *shape: int) -> Any:
@@ -224,9 +222,9 @@ class _Fastest:
             GATHER=gather,
             EPILOGUE=epilogue,
             SAVE=bool(written),
-            DESCRIPTORS=_tma_loads(b, swapped) and (gather or _tma_loads(a)),
+            DESCRIPTORS=tma_loads(b, swapped) and (gather or tma_loads(a)),
             DTYPE=str(self.dtype).replace("torch", "tl"),
-            PROGRAMS=_multiprocessors(self.device),
+            PROGRAMS=self.programs,
         )
         parts = -(-width // TILE_COLUMNS)
         shape, dtype = ((parts, self.rows), torch.float32) if epilogue == 2 else ((self.rows, width), self.dtype)
@@ -294,20 +292,6 @@ class _Fastest:
 
     def _example_order(self, _: Any) -> Tensor:
         return torch.randperm(self.rows, device=self.device, dtype=torch.int32)
-
-
-def _tma_loads(node: Any, swapped: bool = False) -> bool:
-    """Whether TMA can load tiles; ``swapped``: with the last two dimensions the other way round."""
-    from cggr_compile.kernels.score import tma_loads
-
-    *outer, row, column = compat.static_strides(node)
-    strides = (*outer, column, row) if swapped else (*outer, row, column)
-    return tma_loads(node.get_device(), strides, node.get_dtype().itemsize, compat.address(node))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _persistent(*sizes_and_meta: Any) -> tuple[int, int, int]:

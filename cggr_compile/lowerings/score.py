@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cggr_compile import compat
+from cggr_compile.lowerings.tma import tma_loads
 from cggr_compile.ops.score import FP8, score_partials
 
 SERVED = (torch.bfloat16, torch.float16, torch.float32, FP8)
@@ -88,7 +89,7 @@ def lower_score_partials(
     nodes = [compat.stored(hidden), *(compat.stored(node, last_contiguous=True) for node in (weight, *given))]
     modes: dict[str, Any] = dict(HAS_BIAS=bias is not None, HAS_SCALES=row_scale is not None)
     constants = dict(SCALE=float(scale), CAP=float(softcap), SPAN=span, **modes)
-    constants["DESCRIPTORS"] = on_tensor_cores(hidden.get_dtype()) and all(map(_tma_loads, nodes[:2]))
+    constants["DESCRIPTORS"] = on_tensor_cores(hidden.get_dtype()) and all(map(tma_loads, nodes[:2]))
     rows, vocab = int(hidden.get_size()[0]), int(weight.get_size()[0])
     return compat.fastest(
         "cggr_score_partials",
@@ -120,13 +121,6 @@ def _ways(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
         return (way["num_stages"] - 1) * tile <= card.shared_memory_per_block_optin and span % way["BLOCK_N"] == 0
 
     return [{**way, "PRECISION": repr(precision(dtype))} for way in configurations(dtype) if fits(way)]
-
-
-def _tma_loads(node: Any) -> bool:
-    from cggr_compile.kernels.score import tma_loads
-
-    width = node.get_dtype().itemsize
-    return tma_loads(node.get_device(), compat.static_strides(node), width, compat.address(node))
 
 
 def _programs(numbers: int, parts: int, rows: int, meta: dict[str, Any]) -> tuple[int, int, int]:

@@ -33,12 +33,12 @@ CALL = "= torch.ops.cggr.moe_mlp"
 def choose(monkeypatch):
     choice = pretend_to_time(monkeypatch)
     monkeypatch.setattr(lowering, "_serves", lambda *_: True)
-    monkeypatch.setattr(lowering, "_library_takes", lambda *_: True)
-    monkeypatch.setattr(lowering, "_multiprocessors", lambda _: 2)
+    monkeypatch.setattr(products, "library_takes", lambda *_: True)
+    monkeypatch.setattr(products, "multiprocessors", lambda _: 2)
 
     def choose(pattern, tiles=None, descriptors=False):
         choice(pattern)
-        monkeypatch.setattr(lowering, "_tma_loads", lambda node, swapped=False: descriptors)
+        monkeypatch.setattr(lowering, "tma_loads", lambda node, swapped=False: descriptors)
         monkeypatch.setattr(products, "configurations", lambda kernel: (tiles or small)(kernel))
 
     with config.patch(force_disable_caches=True, cpu_backend="triton"):
