@@ -110,9 +110,10 @@ def _dq_kernel(
     left = 1.0 if CAP else scale  # what the scores are still to be multiplied by
     program = tl.program_id(0)
     blocks = tl.cdiv(slots, BLOCK_M)
-    block = blocks - 1 - program % blocks  # under a causal mask later queries take longer: start with them
-    head = (program // blocks % heads).to(tl.int64)
-    batch = (program // blocks // heads).to(tl.int64)
+    sharing = tl.num_programs(0) // blocks  # heads of the whole batch
+    block = blocks - 1 - program // sharing  # under a causal mask later queries take longer: start with them
+    head = (program % sharing % heads).to(tl.int64)
+    batch = (program % sharing // heads).to(tl.int64)
 
     slot = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     inside = slot < slots
@@ -244,9 +245,10 @@ def _dkv_kernel(
     keys = length if ALL_KEYS else slots
     program = tl.program_id(0)
     blocks = tl.cdiv(keys, BLOCK_N)
-    block = program % blocks
-    head = (program // blocks % heads).to(tl.int64)
-    batch = (program // blocks // heads).to(tl.int64)
+    sharing = tl.num_programs(0) // blocks  # heads of the whole batch
+    block = program // sharing  # under a causal mask earlier keys take longer: start with them
+    head = (program % sharing % heads).to(tl.int64)
+    batch = (program % sharing // heads).to(tl.int64)
 
     key = block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = key < keys
@@ -376,7 +378,7 @@ def block_options(
         both = [_options(32, 32, 8, 1) if block_d <= 128 else _options(16, 16, 8, 1)]
         return both, both
     if block_d <= 64:
-        wide, narrow = _options(32, 128, 4, 3), _options(32, 64, 4, 3)
+        wide, narrow = _options(32, 128, 4, 2), _options(32, 64, 4, 3)
         more = [_options(64, 64, 4, 2), _options(64, 128, 8, 2)]
         return (
             [_options(64, 64, 4, 3), _options(128, 64, 4, 3), _options(128, 64, 8, 2)],
