@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
+from cggr_compile import lowerings
 from cggr_compile.ops.attention_rows import attention_rows_backward
 from cggr_compile.ops.difficulty import difficulty
 from cggr_compile.ops.score import SPAN, score, score_partials
@@ -133,9 +134,14 @@ def scores(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: b
     states *= torch.linspace(0.2, 4.0, rows, device=device, dtype=dtype)[:, None]
     labels = torch.randint(0, vocabulary, (rows,), device=device)
     exact = _difficulty(states.float(), weight.float(), labels, False)
-    compiled = torch.compile(_difficulty, backend="inductor" if device == "cuda" else "aot_eager")
-    for name, fp8 in (("score and difficulty", False), ("score and difficulty, fp8", True)):
-        call = partial(compiled, states, weight, labels, fp8)
+    compiled = torch.compile(_difficulty, dynamic=False, backend="inductor" if device == "cuda" else "aot_eager")
+    ways = [("score and difficulty", compiled, False), ("score and difficulty, fp8", compiled, True)]
+    if device == "cuda":
+        lowerings.register()
+        tuned = torch.compile(_difficulty, dynamic=False, options={"max_autotune_gemm": True})
+        ways.append(("score and difficulty, max-autotune", tuned, False))
+    for name, way, fp8 in ways:
+        call = partial(way, states, weight, labels, fp8)
         entry = record(name, shape, milliseconds(call, device, graph), flops, product)
         found.append(entry | {"rank_correlation": rank_correlation(call(), exact)})
     return found

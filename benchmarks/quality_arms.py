@@ -57,6 +57,8 @@ ARMS: dict[str, Arm] = {
     "random-half": Arm({**RANDOM, "min_tokens_ratio": 0.5}),
     "importance": Arm(),
     "importance-half": Arm({"min_tokens_ratio": 0.5}),
+    # scored by the whole model and exactly: what selection could do with a perfect router
+    "full-half": Arm({"min_tokens_ratio": 0.5, "router_layers": "full", "scoring": "el2n"}),
     "loss": Arm({"scoring": "loss"}),
     "stratified": Arm({"selection": "stratified"}),
     "topk": Arm({"selection": "topk"}),
