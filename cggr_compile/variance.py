@@ -92,12 +92,19 @@ def move(rung: float, ladder: Sequence[float], measured: float, ratio: float, bo
 
 
 def _sample(grads: list[Tensor | None]) -> list[Tensor]:
-    """A part of every gradient, copied: a replayed CUDA graph overwrites what it returned."""
-    return [grad.detach().reshape(-1)[::_STRIDE].float().clone() for grad in grads if grad is not None]
+    """A part of every gradient, copied (a replayed CUDA graph overwrites what it returned): a vector for each device.
+
+    Joined, because many small launches would cost as much as a step of a small model.
+    """
+    parts: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        if grad is not None:
+            parts.setdefault(grad.device, []).append(grad.detach().reshape(-1)[::_STRIDE])
+    return [torch.cat(views).float() for views in parts.values()]
 
 
 def _distance(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    """Sum of squared differences; gradients may live on several devices."""
+    """Sum of squared differences, on the first device."""
     device = left[0].device
     parts = [(a - b).square().sum().to(device, non_blocking=True) for a, b in zip(left, right, strict=True)]
     return torch.stack(parts).sum()
