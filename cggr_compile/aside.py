@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Aside:
 
     Args:
         graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the
-            weights, the selected positions and the metrics.
+            weights, the selected positions and the metrics; or a dense graph, for :meth:`gradient`.
 
     Attributes:
         dtypes: floating-point types that gradients pass through.
@@ -63,9 +64,8 @@ class Aside:
         Args:
             args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
         """
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            fresh = [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
+        with self._apart(), torch.enable_grad():
+            fresh = self._fresh(args)
             outputs = list(function(*fresh, state.clone()))
             del outputs[-1]
             # as in training, nothing but the user's outputs outlives a CUDA graph
@@ -75,6 +75,27 @@ class Aside:
             start = [torch.full_like(root, scale * self._scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
         return AsideRun(selected, weights, [root.detach() for root in roots], list(grads))
+
+    def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
+        """Gradients of the loss: the sum of the scalar outputs (times 4096 for float16). Zeros where there is none.
+
+        Args:
+            function: a compiled form of the graph, selective or dense. args: its arguments but for the state.
+            state: int64 [2]; a dense form has none.
+        """
+        with self._apart(), torch.enable_grad():
+            fresh = self._fresh(args)
+            roots = [out for out in function(*fresh, *state) if differentiable(out) and out.dim() == 0]
+            leaves = [arg for arg in fresh if differentiable(arg)]
+            start = [torch.full_like(root, self._scale) for root in roots]
+            return list(torch.autograd.grad(roots, leaves, start, materialize_grads=True))
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """Random generators return to what they are."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
+    def _fresh(self, args: Sequence[Any]) -> list[Any]:
+        return [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
 
 
 def differentiable(value: Any) -> bool:

@@ -94,7 +94,6 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         patches[compat.CUDA_GRAPHS] = False
     training = _is_training(gm, inputs)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
-    measured = options.min_tokens_ratio == "auto"
     ratios = rungs(options) if training else (1.0,)
 
     def rewritten(ratio: float) -> _Form:
@@ -111,7 +110,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training else gm
         owner.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches, measured)
+        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -134,7 +133,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
 class _Form:
     """A captured graph as the semantic passes left it, for one ratio.
 
-    ``static`` if its sizes are numbers now, ``measured`` if the variance of its gradient matters.
+    ``static`` if its sizes are numbers now, ``measured`` if its gradient is compared with another ratio's.
     """
 
     graph: GraphModule
@@ -144,7 +143,7 @@ class _Form:
     dump: GraphDump
     owner: Owner
     patches: dict[str, Any]
-    measured: bool
+    measured: bool = False
 
 
 def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -152,8 +151,10 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
 
     A graph whose sizes stay symbolic is compiled now as well: it puts guards on them, which Dynamo collects here.
     """
+    measuring = options.min_tokens_ratio == "auto"
     for form in forms.values():
         _pin_sizes(form)
+        form.measured = measuring
     owner = next(iter(forms.values())).owner
     first = round_up(owner.runtime.ratio(options), tuple(forms))
     compiled = {first: _at_capture(forms[first], inputs)}
@@ -170,24 +171,34 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
             form.dump.finish()
             form.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
             waiting[ratio] = partial(_after_capture, form, compilation)
-    measure = _measuring(options, owner) if options.min_tokens_ratio == "auto" else None
+    measure = _measuring(options, owner) if measuring else None
     return Ladder(compiled, waiting, lambda: owner.runtime.ratio(options), measure).run
 
 
 def _measuring(options: Options, owner: Owner) -> Callable[[Ladder, float, Sequence[Any]], None]:
-    """What measures, before some steps, the variance that the selection adds to the gradient."""
+    """What measures, before some steps, the error that the selection adds to the gradient."""
     meter = VarianceMeter(options.measure_every)
 
     def measure(ladder: Ladder, ratio: float, args: Sequence[Any]) -> None:
         below = next(r for r in ladder.ratios if r < 1.0)
         at = min(ratio, below)  # the dense graph has no selection: the one to go to next
 
-        def gradient() -> Gradient:
-            found = ladder.rung(at, args).gradient
-            assert found is not None
-            return found
+        def gradients() -> tuple[Gradient, Gradient]:
+            restart = compat.cuda_graphs_restart(_device(args))
 
-        owner.runtime.measure(meter, args, at, gradient)
+            def beside(gradient: Gradient | None) -> Gradient:
+                assert gradient is not None
+
+                def compute(args: Sequence[Any]) -> list[Tensor]:
+                    found = gradient(args)
+                    restart()  # or every measurement, and the step behind it, is a chain of graphs to record
+                    return found
+
+                return compute
+
+            return beside(ladder.rung(1.0, args).gradient), beside(ladder.rung(at, args).gradient)
+
+        owner.runtime.measure(meter, args, at, gradients)
 
     return measure
 
@@ -222,7 +233,7 @@ def _compiled(form: _Form, inputs: Sequence[Any]) -> Rung:
     run, gradient = rung.run, rung.gradient
     return Rung(
         lambda *args: run(*(args[i] for i in kept)),
-        None if gradient is None else lambda args, number: gradient([args[i] for i in kept], number),
+        None if gradient is None else lambda args: gradient([args[i] for i in kept]),
     )
 
 
@@ -260,6 +271,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on every position, or does not train."""
     ctx, owner, report, patches = form.ctx, form.owner, form.report, form.patches
     observed, rung = ctx.observed is not None, ctx.rung
+    aside = _aside(form, inputs)
     compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
         return Rung(compiled)  # not noted as the last graph that ran
@@ -276,7 +288,19 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
         runtime.record(report, None, None, stats)
         return tuple(outputs)
 
-    return Rung(run)
+    return Rung(run, None if aside is None else lambda args: aside.gradient(compiled, args))
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    """Of the (first) trainable argument."""
+    return next(arg.device for arg in args if isinstance(arg, Tensor) and arg.requires_grad)
+
+
+def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
+    """For graphs whose gradient is measured. To be made before the graph is compiled, which may change it."""
+    if not form.measured:
+        return None
+    return Aside(form.graph, _device(inputs))
 
 
 def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
@@ -292,7 +316,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     device = ctx.loss.target.meta["example_value"].device
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
-    aside = Aside(gm, device) if form.measured else None
+    aside = _aside(form, inputs)
     with pass_records.kept(gm, example, ctx.options, report):
         compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
     if message := dense_layers(report, ctx.stack.blocks):
@@ -320,7 +344,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
 
     if aside is None:
         return Rung(run)
-    return Rung(run, lambda args, number: aside.run(compiled, args, owner.runtime.other_state(device, number)).grads)
+    return Rung(run, lambda args: aside.gradient(compiled, args, owner.runtime.other_state(device)))
 
 
 def _lower_selective(

@@ -432,6 +432,30 @@ def reset_cuda_graphs() -> None:
         reset_cudagraph_trees()
 
 
+def cuda_graphs_restart(device: torch.device) -> Callable[[], None]:
+    """What lets the next compiled call replay from the root of the device's CUDA graphs, as a new training step does.
+
+    It does nothing without CUDA graphs, nor in the middle of a step: there values of the step would be overwritten.
+    """
+    if device.type != "cuda" or "torch._inductor.cudagraph_trees" not in sys.modules:
+        return lambda: None
+    from torch._inductor.cudagraph_trees import MarkStepBox, get_manager
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    manager = get_manager(index, create_if_none_exists=False)
+    if manager is None or not manager.can_start_new_generation():
+        return lambda: None
+
+    def restart() -> None:
+        # marking a step ends PyTorch's own counting for good, so only where the user marks them
+        if MarkStepBox.mark_step_counter:
+            torch.compiler.cudagraph_mark_step_begin()
+        else:
+            torch._dynamo.mutation_guard.GenerationTracker.generation += 1
+
+    return restart
+
+
 def inductor_option_names() -> set[str]:
     from torch._inductor import config
 

@@ -12,7 +12,7 @@ from cggr_compile.variance import Gradient
 
 @dataclass(frozen=True)
 class Rung:
-    """A compiled graph at one ratio: the training step, and what differentiates it beside that (below 1.0)."""
+    """A compiled graph at one ratio: the training step, and what differentiates it beside that, if that is measured."""
 
     run: Callable[..., Any]
     gradient: Gradient | None = None

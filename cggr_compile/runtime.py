@@ -73,7 +73,7 @@ class Runtime:
         ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
         unless ``selection="labels"``); matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
-        it was; added_variance: V_sel / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
+        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -151,10 +151,10 @@ class Runtime:
         # a copy: the compiled graph may keep its input for the backward pass
         return self._device_state.clone()
 
-    def other_state(self, device: torch.device, number: int) -> Tensor:
+    def other_state(self, device: torch.device) -> Tensor:
         """:meth:`state` of another selection for the same forward, by another seed."""
         state = self.state(device)
-        state[0].add_(number * 0x51ED2705)
+        state[0].add_(0x51ED2705)
         return state
 
     def next_state(self, device: torch.device) -> Tensor:
@@ -174,11 +174,15 @@ class Runtime:
         return decide(options, self._step)
 
     def measure(
-        self, meter: VarianceMeter, args: Sequence[Any], ratio: float, gradient: Callable[[], Gradient]
+        self,
+        meter: VarianceMeter,
+        args: Sequence[Any],
+        ratio: float,
+        gradients: Callable[[], tuple[Gradient, Gradient]],
     ) -> None:
-        """Before a training forward: measure the variance at ``ratio``, if this step is one to do so."""
+        """Before a training forward: measure what is added at ``ratio``, if this step is one to do so."""
         if self._observed is None and self._step >= self.options.warmup_steps:
-            figures = meter.measure(self._step, args, gradient)
+            figures = meter.measure(self._step, args, gradients)
             if figures is not None:
                 self._schedule.measured(figures, ratio)
 

@@ -83,7 +83,7 @@ class Schedule:
     """The moving parts of one model's schedule; a step's ratio is decided once, so that micro-batches share it.
 
     Attributes:
-        added: V_sel / V_batch as last measured (``min_tokens_ratio="auto"``); None before the first measurement.
+        added: E / V_batch as last measured (``min_tokens_ratio="auto"``); None before the first measurement.
     """
 
     def __init__(self) -> None:
