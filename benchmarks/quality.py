@@ -6,8 +6,9 @@ with dense training for half the time. Only training steps count as seconds (see
 rates every arm first tries each in a short run, and then uses its own best one for all the seeds.
 
 Regimes: `scratch`, random weights, on the Python sources and documentation that the machine has; `finetune`, from a
-base that is trained on that text first (densely; kept in --cache), on GSM8K; `sft`, the same with labels on answers
-only, behind prompts of solved problems (--shots).
+base that is trained on that text first (densely; kept in --cache), on GSM8K; `prompted`, the same with one and the
+same prompt of solved problems (--shots) in front of every problem, trained on as well but not in the held-out loss;
+`sft`, with labels on answers only, behind prompts of other solved problems.
 
 A run takes what time it takes: --time-limit stops before a run that would go beyond it, the results so far are in
 --out, and the same command goes on from there. Written are quality.json, quality.txt (table) and quality.png (plot).
@@ -69,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep-share", type=float, default=0.25, help="of the seconds, for trying a learning rate")
     parser.add_argument("--model", choices=SIZES, default="23m")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--shots", type=int, default=2, help="sft: solved problems in front of every question")
+    parser.add_argument("--shots", type=int, default=2, help="solved problems in a prompt")
     parser.add_argument("--megabytes", type=float, default=160.0, help="of text, at most")
     parser.add_argument("--held-out", type=int, default=262144, help="tokens of every evaluation")
     parser.add_argument("--evaluations", type=int, default=8, help="in a run, at equal times")

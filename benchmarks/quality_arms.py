@@ -44,6 +44,7 @@ class Arm:
 
 
 RANDOM: dict[str, Any] = {"selection": "random", "scoring": "random"}
+AUTO: dict[str, Any] = {"min_tokens_ratio": "auto", "measure_every": 25}  # four times as often as the default
 LABELS: dict[str, Any] = {"selection": "labels", "scoring": "random"}
 
 # Where budget is 1 all end at equal measured seconds. There dense-half-batch makes about as many steps as an arm that
@@ -65,7 +66,9 @@ ARMS: dict[str, Arm] = {
     "stop": Arm({"kv_gradient": "stop"}),
     "kv-weight": Arm({"kv_weight": "1/sqrt(p)"}),
     "exact": Arm({"gradient": "exact"}),
-    "auto": Arm({"min_tokens_ratio": "auto", "measure_every": 25}),
+    "auto": Arm(AUTO),
+    "auto-steps": Arm(AUTO, steps=1.0),
+    "auto-full": Arm({**AUTO, "router_layers": "full", "scoring": "el2n"}),
     "curriculum": Arm(RANDOM, warmup=0.15),
     # no ratios between: dense, then half of the tokens
     "dense-first": Arm({**RANDOM, "min_tokens_ratio": 0.5, "ladder": [1.0]}, warmup=0.15),
@@ -79,6 +82,7 @@ CONTROLS = ("dense", "dense-half-batch", "dense-half-steps")
 DEFAULTS = {
     "scratch": (*CONTROLS, "random", "random-half", "importance", "dense-first", "topk"),
     "finetune": (*CONTROLS, "random", "random-half", "importance", "dense-first", "auto"),
+    "prompted": (*CONTROLS, "random-half", "importance-half", "auto", "auto-steps", "auto-full"),
     "sft": (*CONTROLS, "labels", "labels-steps", "labels-exact", "labels-quarter"),
 }
 _SHARES = ("batch", "budget", "steps", "warmup")

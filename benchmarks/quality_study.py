@@ -26,9 +26,9 @@ from cggr_compile import Options
 from cggr_compile.options import OptionError
 from cggr_compile.schedule import rungs
 
-BATCHES = {"scratch": [4096, 16384, 65536, 262144], "finetune": [8192], "sft": [8192]}
-SECONDS = {"scratch": 40.0, "finetune": 6.0, "sft": 6.0}
-RATES = {"scratch": [1e-3, 2e-3, 4e-3], "finetune": [1e-4, 3e-4, 1e-3], "sft": [1e-4, 3e-4, 1e-3]}
+BATCHES = {"scratch": [4096, 16384, 65536, 262144], "finetune": [8192], "prompted": [32768], "sft": [8192]}
+SECONDS = {"scratch": 40.0, "finetune": 6.0, "prompted": 8.0, "sft": 6.0}
+RATES = {"scratch": [1e-3, 2e-3, 4e-3]} | {tuned: [1e-4, 3e-4, 1e-3] for tuned in ("finetune", "prompted", "sft")}
 COMPILE_S = {"cuda": 30.0, "cpu": 10.0}  # of one ratio, until it is known
 FAILURES = (RuntimeError, OptionError)  # out of memory, compilation, a graph that was not rewritten
 
@@ -163,9 +163,11 @@ class Study:
             if regime == "scratch":
                 train, held_out = (self.corpus.blocks(part, self.args.length) for part in ("train", "held_out"))
             else:
-                how = {"answers_only": True, "shots": self.args.shots} if regime == "sft" else {}
+                how = {"answers_only": regime == "sft", "same_prompt": regime == "prompted"}
+                shots = 0 if regime == "finetune" else self.args.shots
                 train, held_out = (
-                    gsm8k(part, self.corpus.tokenizer, self.args.length, **how) for part in ("train", "test")
+                    gsm8k(part, self.corpus.tokenizer, self.args.length, shots=shots, **how)
+                    for part in ("train", "test")
                 )
                 self.console.print(
                     f"{regime}: {train.tokens} training tokens, {train.share:.0%} of them with a label, "

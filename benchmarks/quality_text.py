@@ -208,23 +208,42 @@ def encode(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray[Any, Any]:
     return np.concatenate(parts)
 
 
-def gsm8k(part: str, tokenizer: Tokenizer, length: int, *, answers_only: bool = False, shots: int = 0) -> Blocks:
+def gsm8k(
+    part: str,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    answers_only: bool = False,
+    shots: int = 0,
+    same_prompt: bool = False,
+) -> Blocks:
     """The problems of ``train`` or ``test``, packed.
 
     With ``answers_only`` a question has no labels. Then every problem may have ``shots`` others, solved, as its prompt,
     also without labels: GSM8K's answers alone are three fifths of its tokens, prompts are usually longer.
+
+    With ``same_prompt`` the first ``shots`` problems of ``train``, solved, are the prompt of every problem. It has
+    labels in ``train``, where it is soon known by heart, and none in ``test``.
     """
-    texts = [text for problem in _gsm8k(part) for text in problem]
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    problems = list(zip(encoded[::2], encoded[1::2], strict=True))
+    problems = _encoded(part, tokenizer)
+    fixed = [token for shot in _encoded("train", tokenizer)[:shots] for half in shot for token in half]
+    labelled = part == "train" if same_prompt else not answers_only
     ids: list[int] = []
     labels: list[int] = []
     for number, (question, answer) in enumerate(problems):
-        prompt = [token for other in range(number - shots, number) for half in problems[other] for token in half]
-        prompt += question
-        ids += prompt + answer
-        labels += ([IGNORE] * len(prompt) if answers_only else prompt) + answer
+        prompt = fixed
+        if not same_prompt:
+            prompt = [token for other in range(number - shots, number) for half in problems[other] for token in half]
+        ids += prompt + question + answer
+        labels += prompt if labelled else [IGNORE] * len(prompt)
+        labels += ([IGNORE] * len(question) if answers_only else question) + answer
     return Blocks(_cut(np.array(ids), length), _cut(np.array(labels), length))
+
+
+def _encoded(part: str, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Question and answer of every problem."""
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch([half for pair in _gsm8k(part) for half in pair])]
+    return list(zip(encoded[::2], encoded[1::2], strict=True))
 
 
 def _gsm8k(part: str) -> Iterator[tuple[str, str]]:

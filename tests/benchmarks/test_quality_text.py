@@ -57,6 +57,12 @@ def test_tokens_and_labels() -> None:
     assert texts[0].partition("\n")[2].startswith(first[:40]), "the first label is the answer's first token"
     prompted = quality_text.gsm8k("test", tokenizer, 128, answers_only=True, shots=2)
     assert prompted.share == pytest.approx(answers.share / 3, rel=0.05) and whole.share == 1.0
+    train, held_out = (quality_text.gsm8k(part, tokenizer, 64, shots=1, same_prompt=True) for part in ("train", "test"))
+    prompt = tokenizer.encode(quality_text._gsm8k_texts("train")[0]).ids
+    for blocks in (train, held_out):
+        assert blocks.ids.flatten()[: len(prompt)].tolist() == prompt
+    assert train.share == 1.0 and (held_out.labels.flatten()[: len(prompt)] == IGNORE).all()
+    assert held_out.labels.flatten()[len(prompt)] == whole.ids.flatten()[0]
 
 
 def test_usual_labels() -> None:
