@@ -84,13 +84,15 @@ class Options:
         ladder: the ratios that a schedule moves on, each in (0, 1]; the wanted one is rounded up to the next of them.
             Each is compiled once, when first needed; 1.0 is the unmodified model. ``min_tokens_ratio``, and with
             ``warmup_steps`` 1.0, belong to it in any case. None: 1, 0.75, 0.5, 0.375, 0.25, and halves from there, as
-            far as they are above ``min_tokens_ratio``, and for ``dynamic_threshold`` 0.75 and 0.5 times that.
+            far as they are above ``min_tokens_ratio``, and for ``dynamic_threshold`` 0.75 and 0.5 times that; for
+            ``auto`` 1, 0.5, 0.375 and 0.25.
         dynamic_threshold: multiply the ratio by 1 + threshold_sensitivity * (1 - 2 * c), c the router's mean top-1
             probability over the candidates of a recent step, read back without waiting: a model that is unsure keeps
             more tokens, one that is sure fewer, below ``min_tokens_ratio`` as well.
         threshold_sensitivity: how far ``dynamic_threshold`` goes, in [0, 1].
-        variance_bound: with ``min_tokens_ratio="auto"``, how much variance the selection may add to the gradient, in
-            multiples of that of the batches (VCAS, arXiv 2402.17227). See :class:`cggr_compile.variance.VarianceMeter`.
+        variance_bound: with ``min_tokens_ratio="auto"``, how large the squared error that the selection adds to the
+            gradient may be (variance and squared bias), in multiples of the variance of the batches (VCAS, arXiv
+            2402.17227). See :class:`cggr_compile.variance.VarianceMeter`.
         measure_every: steps from one measurement of that to the next; each costs three training steps.
         fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
             or be ``silent``. The graph is compiled as it is in any case.
@@ -126,7 +128,7 @@ class Options:
     ladder: Sequence[float] | None = None
     dynamic_threshold: bool = False
     threshold_sensitivity: float = 0.5
-    variance_bound: float = 0.5
+    variance_bound: float = 0.3
     measure_every: int = 100
     fallback: Literal["warn", "error", "silent"] = "warn"
     launch_bound: Literal["dense", "select"] = "dense"

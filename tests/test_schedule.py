@@ -27,7 +27,7 @@ FIVE = (1.0, 0.75, 0.5, 0.375, 0.25)
         ({"dynamic_threshold": True, "min_tokens_ratio": 0.8}, (1.0, 0.8, 0.6, 0.4)),
         ({"dynamic_threshold": True, "ladder": [0.3, 0.2]}, (0.3, 0.25, 0.2)),
         ({"dynamic_threshold": True, "warmup_steps": 4}, (*FIVE, 0.1875, 0.125)),
-        ({"min_tokens_ratio": "auto"}, FIVE),
+        ({"min_tokens_ratio": "auto"}, (1.0, 0.5, 0.375, 0.25)),
         ({"min_tokens_ratio": "auto", "ladder": (0.1, 0.4)}, (1.0, 0.4, 0.1)),
     ],
     ids=str,
