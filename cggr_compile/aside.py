@@ -79,16 +79,21 @@ class Aside:
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the loss: the sum of the scalar outputs (times 4096 for float16). Zeros where there is none.
 
+        With CUDA graphs they have to be read before the next compiled call, which may overwrite them.
+
         Args:
             function: a compiled form of the graph, selective or dense. args: its arguments but for the state.
             state: int64 [2]; a dense form has none.
         """
+        restart = compat.cuda_graphs_restart(self.device)
         with self._apart(), torch.enable_grad():
             fresh = self._fresh(args)
             roots = [out for out in function(*fresh, *state) if differentiable(out) and out.dim() == 0]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, self._scale) for root in roots]
-            return list(torch.autograd.grad(roots, leaves, start, materialize_grads=True))
+            grads = torch.autograd.grad(roots, leaves, start, materialize_grads=True)
+        restart()  # or this, and the step behind it, is a chain of graphs to record
+        return list(grads)
 
     def _apart(self) -> AbstractContextManager[None]:
         """Random generators return to what they are."""

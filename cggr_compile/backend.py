@@ -184,19 +184,9 @@ def _measuring(options: Options, owner: Owner) -> Callable[[Ladder, float, Seque
         at = min(ratio, below)  # the dense graph has no selection: the one to go to next
 
         def gradients() -> tuple[Gradient, Gradient]:
-            restart = compat.cuda_graphs_restart(_device(args))
-
-            def beside(gradient: Gradient | None) -> Gradient:
-                assert gradient is not None
-
-                def compute(args: Sequence[Any]) -> list[Tensor]:
-                    found = gradient(args)
-                    restart()  # or every measurement, and the step behind it, is a chain of graphs to record
-                    return found
-
-                return compute
-
-            return beside(ladder.rung(1.0, args).gradient), beside(ladder.rung(at, args).gradient)
+            dense, selected = ladder.rung(1.0, args).gradient, ladder.rung(at, args).gradient
+            assert dense is not None and selected is not None
+            return dense, selected
 
         owner.runtime.measure(meter, args, at, gradients)
 
@@ -291,16 +281,11 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     return Rung(run, None if aside is None else lambda args: aside.gradient(compiled, args))
 
 
-def _device(args: Sequence[Any]) -> torch.device:
-    """Of the (first) trainable argument."""
-    return next(arg.device for arg in args if isinstance(arg, Tensor) and arg.requires_grad)
-
-
 def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
     """For graphs whose gradient is measured. To be made before the graph is compiled, which may change it."""
     if not form.measured:
         return None
-    return Aside(form.graph, _device(inputs))
+    return Aside(form.graph, next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad))
 
 
 def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
