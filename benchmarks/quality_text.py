@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -225,24 +226,23 @@ def gsm8k(
     With ``same_prompt`` the first ``shots`` problems of ``train``, solved, are the prompt of every problem. It has
     labels in ``train``, where it is soon known by heart, and none in ``test``.
     """
-    problems = _encoded(part, tokenizer)
-    fixed = [token for shot in _encoded("train", tokenizer)[:shots] for half in shot for token in half]
+    problems = _encoded(_gsm8k(part), tokenizer)
+    same = _encoded(islice(_gsm8k("train"), shots), tokenizer) if same_prompt else []
     labelled = part == "train" if same_prompt else not answers_only
     ids: list[int] = []
     labels: list[int] = []
     for number, (question, answer) in enumerate(problems):
-        prompt = fixed
-        if not same_prompt:
-            prompt = [token for other in range(number - shots, number) for half in problems[other] for token in half]
+        shown = same if same_prompt else [problems[other] for other in range(number - shots, number)]
+        prompt = [token for shot in shown for half in shot for token in half]
         ids += prompt + question + answer
         labels += prompt if labelled else [IGNORE] * len(prompt)
         labels += ([IGNORE] * len(question) if answers_only else question) + answer
     return Blocks(_cut(np.array(ids), length), _cut(np.array(labels), length))
 
 
-def _encoded(part: str, tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+def _encoded(problems: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """Question and answer of every problem."""
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch([half for pair in _gsm8k(part) for half in pair])]
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch([half for pair in problems for half in pair])]
     return list(zip(encoded[::2], encoded[1::2], strict=True))
 
 
