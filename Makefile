@@ -6,7 +6,7 @@ TORCH  ?= torch==2.13.0
 # Options of the demo: make demo ARGS='--steps 50 --model-size small'
 ARGS   ?=
 # ... and of the benchmark: make bench ARGS='--arms fair,selective --repeats 30'
-# Options of pytest: make test PYTEST_ARGS='-m "not slow"'
+# Options of pytest: make test PYTEST_ARGS='-k llama'
 PYTEST_ARGS ?=
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test lint format clean
+.PHONY: help venv demo bench test test-all lint format clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
@@ -45,7 +45,10 @@ demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and rando
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)
 
-test: lint  ## lint, then the whole test suite
+test: lint  ## lint, then the quick tests, most of the suite: some twenty minutes on two cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+
+test-all: lint  ## lint, then every test: some fifty minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy

@@ -79,7 +79,6 @@ def partition_with_passes(report: GraphReport, dump: GraphDump) -> Callable[...,
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
         run_joint_passes(joint.graph, report, dump)
-        joint.recompile()
         return compat.default_partition(joint, inputs, **kwargs)
 
     return partition

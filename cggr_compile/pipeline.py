@@ -84,7 +84,6 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     for graph_pass in semantic_passes(ctx):
         record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
         if record.matched:
-            work.recompile()
             dump.stage(graph_pass.name, work, record)
         elif graph_pass.required:
             report.reason = f"{graph_pass.name}: {record.reason}"
@@ -137,13 +136,13 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
     """
     if not calls_our_operators(graph):
         return
+    owner = graph.owning_module
+    assert owner is not None
     for joint_pass in joint_passes(report):
         record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
         if record.matched:
-            owner = graph.owning_module
-            assert owner is not None
-            owner.recompile()
             dump.stage(f"joint_{joint_pass.name}", owner, record)
+    owner.recompile()
 
 
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import models
 import pytest
 import torch
 
@@ -18,3 +19,17 @@ def fresh_dynamo():
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+# Of the matrices, the quick tests (-m "not slow") are these.
+QUICK_FAMILIES = {"llama", "gpt2", "gemma2", "mixtral"}
+QUICK_ARCHITECTURE = 90
+
+
+def pytest_collection_modifyitems(items):
+    slow_families = {*models.FAMILIES, *models.OTHER_FAMILIES} - QUICK_FAMILIES
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        families = {value for value in values.values() if isinstance(value, str)} & slow_families
+        if families or values.get("arch", QUICK_ARCHITECTURE) != QUICK_ARCHITECTURE:
+            item.add_marker(pytest.mark.slow)

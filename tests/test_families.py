@@ -111,7 +111,9 @@ def test_other_head_tying(name: str) -> None:
     assert_same(got, hf_reference(model, batch, picks(model)))
 
 
-@pytest.mark.parametrize(("name", "mode"), [("llama", "project"), ("gemma2", "exact")])
+@pytest.mark.parametrize(
+    ("name", "mode"), [("llama", "project"), pytest.param("gemma2", "exact", marks=pytest.mark.slow)]
+)
 def test_inductor_equals_reference(name: str, mode: str) -> None:
     model, batch = family(name, num_hidden_layers=2), make_batch()
     compiled(model, min_tokens_ratio=RATIO, compiler="inductor", **MODES[mode])
@@ -309,6 +311,7 @@ def test_hf_model_with_the_users_own_loss() -> None:
     assert_same(got, hf_reference(model, batch, picks(model)))
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     size=st.integers(1, 4),

@@ -126,6 +126,7 @@ def test_through_inductor():
     assert cggr_compile.runtime(model).reports[0].compiler == "Inductor CPU"
 
 
+@pytest.mark.slow
 def test_sizes_that_change():
     """With the second size Dynamo's sizes become symbolic; every size has rungs of its own."""
     model, batch, other = scheduled(**SHORT), models.make_batch(), models.make_batch(3, 24)
@@ -140,6 +141,7 @@ def test_sizes_that_change():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.slow
 def test_symbolic_sizes_are_compiled_at_the_capture(compilations):
     """Guards on them can only be given to Dynamo then."""
     model = scheduled(row_sparse=False, **SHORT)  # leaves them symbolic
@@ -186,6 +188,7 @@ def test_gradient_accumulation_advances_by_hand():
         assert_same(got, Run(sum(r.loss for r in runs), {n: sum(r.grads[n] for r in runs) for n in got.grads}))
 
 
+@pytest.mark.slow
 def test_resumes_exactly():
     """Ratio, selection and loss of the steps after a checkpoint within a step, with figures under way."""
     options = {"warmup_steps": 2, "dynamic_threshold": True, "threshold_sensitivity": 1.0, "advance": "manual"}

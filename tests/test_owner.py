@@ -41,6 +41,7 @@ def test_the_second_model_of_a_sweep_has_its_own_runtime():
     assert runtimes[0].options == runtimes[1].options
 
 
+@pytest.mark.slow
 def test_the_second_model_begins_its_curriculum_anew():
     ids = torch.randint(0, 50, (2, 16))
     first, second = compiled(warmup_steps=4), compiled(warmup_steps=4)

@@ -41,6 +41,7 @@ def test_dump_dir_from_the_environment(tmp_path, monkeypatch):
     assert (tmp_path / "00_captured.py").exists()
 
 
+@pytest.mark.slow
 def test_further_graphs_get_folders(tmp_path):
     model = models.compiled(models.family("llama"), dump_dir=str(tmp_path))
     model(**models.make_batch())

@@ -61,6 +61,7 @@ def test_control_a_wrong_rule_is_caught(monkeypatch, factor):
     assert rt.metrics()["step"] == 1 and rt.metrics()["verify_steps"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.float16, "autocast"])
 def test_coarse_arithmetic(monkeypatch, kind):
     """Rounding passes, though a tensor's relative error may be 3 %; a factor of 2 in one operator does not."""

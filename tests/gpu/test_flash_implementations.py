@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import models
 import pytest
 import torch
@@ -15,7 +17,13 @@ def calls(monkeypatch):
     """Calls of FlashAttention-4's forward, which is active meanwhile."""
     module = pytest.importorskip("flash_attn.cute.interface", exc_type=ImportError)
     made, forward = [], module._flash_attn_fwd
-    monkeypatch.setattr(module, "_flash_attn_fwd", lambda *args, **more: made.append(1) or forward(*args, **more))
+
+    @functools.wraps(forward)  # its cache of compiled kernels is an attribute
+    def counted(*args, **more):
+        made.append(1)
+        return forward(*args, **more)
+
+    monkeypatch.setattr(module, "_flash_attn_fwd", counted)
     attention.activate_flash_attention_impl("FA4")
     yield made
     attention.restore_flash_attention_impl()

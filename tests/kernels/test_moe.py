@@ -126,6 +126,7 @@ def test_the_comparison_can_fail():
 
 
 @compiled
+@pytest.mark.slow
 def test_under_the_interpreter():
     pass_under_the_interpreter(__file__, at_least=23)
 

@@ -225,6 +225,7 @@ def test_sizes_that_change(selection):
         torch.testing.assert_close(compiled(logits, targets), loss(logits, targets))
 
 
+@pytest.mark.slow
 def test_inductor():
     loss, twin = make(selection="stratified"), make(selection="stratified")
     logits, targets = batch()

@@ -116,6 +116,7 @@ def test_inductor():
     assert plain_size > 1.8 * size, (plain_size, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [{"kv_gradient": "stop"}, {"row_sparse": False}], ids=str)
 def test_dropout_draws_the_same_numbers_again(mode):
     arguments = {"resid_pdrop": 0.3, "attn_pdrop": 0.2, "embd_pdrop": 0.1, "n_layer": 2}

@@ -194,5 +194,6 @@ def test_several_layers_in_a_model():
     model, batch = models.family("mixtral"), models.make_batch()
     captured = Captured(model, **batch, use_cache=False)
     result = captured.run("lower_experts")
-    assert f"{models.LAYERS} of {models.LAYERS}" in result.reason
+    layers = model.config.num_hidden_layers
+    assert f"{layers} of {layers}" in result.reason
     assert captured.run("find_stack").matched

@@ -51,6 +51,7 @@ def records(model):
     return {p.name: p for p in cggr_compile.runtime(model).reports[-1].passes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "checkpoints"])
 def test_one_graph_for_each_size(checkpoints, tmp_path):
     model = models.family("llama", num_hidden_layers=1)
@@ -85,6 +86,7 @@ def test_inductor():
     assert records(step.model)["row_sparse"].matched
 
 
+@pytest.mark.slow
 def test_too_many_sizes(caplog):
     """Near Dynamo's limit the last graph is symbolic, and there is room for one more: evaluation."""
     with torch._dynamo.config.patch(recompile_limit=4), caplog.at_level(logging.WARNING, "cggr_compile"):
@@ -121,6 +123,7 @@ def test_sizes_that_stay_symbolic(why):
     assert why in records(step.model)["static_sizes"].reason
 
 
+@pytest.mark.slow
 def test_numbers_are_not_pinned():
     """A count that differs at every call must not be compiled into the graph."""
     model = models.Decoder()

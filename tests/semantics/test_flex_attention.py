@@ -65,6 +65,7 @@ def test_block_mask():
     assert row_sparse(model).details["dense_attention"] == {}
 
 
+@pytest.mark.slow
 def test_masks_made_by_transformers():
     """They are built under vmap, inside the graph: sliding windows of five keys, then for other lengths as well."""
     if not hasattr(torch._dynamo.config, "ignore_logging_functions"):

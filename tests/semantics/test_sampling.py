@@ -73,6 +73,7 @@ def test_equals_the_weighted_reference(name: str) -> None:
         assert int(mask.sum()) == min(3 * SLOTS, int(valid.sum(1).clamp(max=6).sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["importance", "importance-batch", "labels", "stratified"])
 def test_the_loss_is_unbiased(name: str) -> None:
     """The mean over many selections is the loss over all labels; that of the hardest tokens is not."""

@@ -15,6 +15,7 @@ from training import RATIO, SLOTS, check_against_reference, metrics, padded, pic
 import cggr_compile
 
 
+@pytest.mark.slow
 def test_seed_and_steps() -> None:
     def rows(seed: int, steps: int = 4) -> list[Tensor]:
         torch._dynamo.reset()
@@ -47,6 +48,7 @@ def test_random_selection_is_uniform() -> None:
     assert (counts[:-1] - expected).abs().max() < 5 * math.sqrt(expected), counts
 
 
+@pytest.mark.slow
 def test_runtime_state_resumes_selection() -> None:
     model, batch = small(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, seed=9)
@@ -82,7 +84,7 @@ def test_manual_advance() -> None:
     assert not torch.equal(selected(model), first) and metrics(model)["step"] == 1
 
 
-@pytest.mark.parametrize("layers", ["full", 1])
+@pytest.mark.parametrize("layers", [pytest.param("full", marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("scoring", ["entropy", "margin", "loss", "combined"])
 def test_topk_selects_the_hardest(scoring: str, layers: str | int) -> None:
     model, batch = family("gemma2"), padded("right", size=3)

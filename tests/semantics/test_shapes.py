@@ -11,6 +11,7 @@ from reference import assert_same, assert_zero, backward, hf_reference
 from training import RATIO, check_against_reference, picks, selected, small
 
 
+@pytest.mark.slow
 def test_shapes_and_compilations() -> None:
     model = small()
     compiled(model, min_tokens_ratio=RATIO)

@@ -60,6 +60,7 @@ def test_exact_gradient():
     compare(small("llama"), call_with(models.make_batch()), gradient="exact")
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(
     st.integers(1, 4),
@@ -145,6 +146,7 @@ def test_documents():
     compare(lambda: decoder(documents=True), call, kv_gradient="stop")
 
 
+@pytest.mark.slow
 def test_symbolic_sizes_stay_dense():
     batch = models.make_batch()
     for tensor in batch.values():
