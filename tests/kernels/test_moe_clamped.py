@@ -90,6 +90,7 @@ def test_what_is_no_number_stays_so():
 
 
 @compiled
+@pytest.mark.slow
 def test_under_the_interpreter():
     pass_under_the_interpreter(__file__, at_least=13)
 

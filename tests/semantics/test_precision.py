@@ -10,11 +10,10 @@ from models import compiled, family, make_batch
 from reference import backward, hf_reference, overall
 from training import RATIO, metrics, picks, small
 
-SLOW = pytest.mark.slow
-
 
 @pytest.mark.parametrize(
-    ("mode", "compiler"), [("exact", "eager"), ("routed", "eager"), pytest.param("routed", "inductor", marks=SLOW)]
+    ("mode", "compiler"),
+    [("exact", "eager"), ("routed", "eager"), pytest.param("routed", "inductor", marks=pytest.mark.slow)],
 )
 def test_autocast(mode: str, compiler: str) -> None:
     model, batch = small(), make_batch()

@@ -61,7 +61,11 @@ def test_very_short_sequences(seq: int) -> None:
         assert_same(got, hf_reference(model, batch, picks(model)), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [{"fullgraph": True}, {"dynamic": True}, {"dynamic": False}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{"fullgraph": True}, {"dynamic": False}, pytest.param({"dynamic": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_arguments_of_torch_compile(arguments: dict[str, bool]) -> None:
     model = small()
     options = {"min_tokens_ratio": RATIO, "compiler": "eager", "fallback": "error"}

@@ -84,7 +84,7 @@ def test_batch_equals_length_equals_width():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+@pytest.mark.parametrize("kv_gradient", [pytest.param("stop", marks=pytest.mark.slow), "project"])
 def test_padding(side, kv_gradient):
     batch = models.make_batch(3, 16)
     batch["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
