@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 VOCAB, HIDDEN, LAYERS, HEADS, SEQ = 128, 32, 4, 4, 16
 IGNORE = -100
+_FAMILY_LAYERS = 3
 
-_SIZES = {"vocab_size": VOCAB, "max_position_embeddings": 128, "num_hidden_layers": 3, "hidden_size": HIDDEN}
+_SIZES = {
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "num_hidden_layers": _FAMILY_LAYERS,
+    "hidden_size": HIDDEN,
+}
 _LLAMA = dict(intermediate_size=64, num_attention_heads=HEADS, num_key_value_heads=2, **_SIZES)
-_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": 3, "n_head": HEADS, "n_positions": 128}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": _FAMILY_LAYERS, "n_head": HEADS, "n_positions": 128}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _GRANITE = {
     "embedding_multiplier": 2.0,
