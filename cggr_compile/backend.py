@@ -92,7 +92,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
         patches[compat.CUDA_GRAPHS] = False
-    training = _is_training(gm, inputs)
+    training, unknown_mode = _is_training(gm, inputs)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
     ratios = rungs(options) if training else (1.0,)
 
@@ -102,13 +102,13 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             training=training,
             compiler=engine,
             options=options.as_dict(),
-            reason="not a training graph: gradients are off or the model is in evaluation mode",
+            reason=unknown_mode or "not a training graph: gradients are off or the model is in evaluation mode",
         )
         dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
         at_ratio = dataclasses.replace(options, min_tokens_ratio=ratio)
         ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
         dump.stage("captured", gm)
-        work = rewrite(gm, ctx, report, dump) if report.training else gm
+        work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
         owner.begin(report, options)
         return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches)
 
@@ -236,17 +236,20 @@ def _engine(options: Options, inputs: list[Any]) -> str:
     return "Inductor CUDA" if device == "cuda" else "Inductor CPU"
 
 
-def _is_training(gm: GraphModule, inputs: list[Any]) -> bool:
+def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, str]:
+    """Whether the graph is a training step's, and why that is uncertain where its modules' mode cannot be read."""
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return False
+        return False, ""
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
-        return False  # an optimizer's update, say
+        return False, ""  # an optimizer's update, say
     scopes = compat.frame_scopes()
     paths = {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
     modules = [m for path in paths if (m := compat.module_at(path, scopes)) is not None]
+    if paths and not modules:
+        return True, f"whether it trains or evaluates is unknown: the captured frame has no module {min(paths)}"
     # a frozen part may be in evaluation mode; a functional model has no mode at all
-    return not modules or any(m.training for m in modules)
+    return not modules or any(m.training for m in modules), ""
 
 
 def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:

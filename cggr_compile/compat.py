@@ -175,13 +175,17 @@ def frame_scopes() -> dict[str, dict[str, Any]]:
 
 
 def module_at(path: str, scopes: dict[str, dict[str, Any]]) -> torch.nn.Module | None:
-    """The module that an ``nn_module_stack`` path such as ``L['self'].model.layers.0`` names."""
+    """The module that an ``nn_module_stack`` path names: ``L['self'].model.layers.0``, ``L['args'][0].model``."""
     head = re.match(r"([LG])\['([^']+)'\]", path)
     if head is None or head[1] not in scopes:
         return None
     value: Any = scopes[head[1]].get(head[2])
-    for name in filter(None, path[head.end() :].split(".")):
-        value = getattr(value, name, None)
+    for step in re.finditer(r"\[(\d+)\]|\['([^']+)'\]|([^.\[\]]+)", path[head.end() :]):
+        index, key, name = step.groups()
+        try:
+            value = getattr(value, name) if name else value[int(index) if index else key]
+        except (AttributeError, LookupError, TypeError):
+            return None
     return value if isinstance(value, torch.nn.Module) else None
 
 

@@ -108,6 +108,7 @@ def why_in_pieces(reason: str, scope: Mapping[str, Any]) -> str:
 
     ``scope``: the locals of the captured frame.
     """
-    configs = (getattr(value, "config", None) for value in scope.values())
+    values = (*scope.values(), *scope.get("args", ()))  # a decorated forward has its model there
+    configs = (getattr(value, "config", None) for value in values)
     names = (scope.get("attn_implementation"), *(getattr(config, "_attn_implementation", None) for config in configs))
     return _BREAKS if reason.startswith(_IN_PIECES) and BACKENDS[0] in names else ""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import cggr_compile
-from cggr_compile import backend
+from cggr_compile import backend, compat
 from cggr_compile.options import Options
 from cggr_compile.runtime import FallbackWarning
 
@@ -101,3 +101,15 @@ def test_loss_in_half_precision_graph():
     loss = models.compiled(step)(batch["input_ids"], batch["labels"])
     assert loss.dtype == torch.bfloat16
     loss.backward()
+
+
+def test_a_graph_of_unknown_mode_stays_dense_loudly(monkeypatch):
+    """Where the captured frame does not hold the model, evaluation must not be taken for training."""
+    monkeypatch.setattr(compat, "module_at", lambda path, scopes: None)
+    model, batch = models.family("llama").eval(), models.make_batch()
+    want = model(**batch)
+    models.compiled(model)
+    with pytest.warns(FallbackWarning, match="trains or evaluates is unknown"):
+        got = model(**batch)
+    assert got.logits.shape == want.logits.shape
+    torch.testing.assert_close(got.loss, want.loss)

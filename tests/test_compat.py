@@ -75,10 +75,19 @@ def test_levels_of_vmap_are_left_after_an_exception():
 
 def test_module_at():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
-    scopes = {"L": {"self": model}, "G": {"net": model}}
-    assert compat.module_at("L['self'].layers.0", scopes) is model["layers"][0]
+    scopes = {"L": {"self": model, "args": (model,), "kwargs": {"net": model}}, "G": {"net": model}}
+    # a decorator of forward is the captured frame where it is compiled: the model is its first argument
+    for head in ("L['self']", "L['args'][0]", "L['kwargs']['net']"):
+        assert compat.module_at(f"{head}.layers.0", scopes) is model["layers"][0]
     assert compat.module_at("G['net']", scopes) is model
-    for path in ("L['other']", "L['self'].layers.7", "nonsense", "L['self'].layers.0.weight"):
+    for path in (
+        "L['other']",
+        "L['self'].layers.7",
+        "nonsense",
+        "L['self'].layers.0.weight",
+        "L['args'][1]",
+        "L['self'][0]",
+    ):
         assert compat.module_at(path, scopes) is None
 
 
