@@ -7,8 +7,8 @@ The specification is ``cggr_compile.ops.attention_rows.attention_rows_backward_r
 - ``_dkv_kernel``: a program owns a block of keys (all positions, or gathered at ``rows``) and walks over the selected
   queries.
 
-Both split their walk in two: blocks where something is masked by position or by the end of the sequence, and blocks
-where nothing is. The bounds come from the positions themselves, so they are exact in whatever order the rows are.
+Both mask only blocks where something is masked by position or by the end of the sequence. The bounds come from the
+positions themselves, so they are exact in whatever order the rows are.
 Tensors may have any strides as long as the last one is 1; products of a stride and a position are 64 bits wide.
 """
 
@@ -232,6 +232,8 @@ def _dkv_kernel(
     MASK: tl.constexpr,
     CAP: tl.constexpr,
     ALL_KEYS: tl.constexpr,
+    WHOLE: tl.constexpr,  # there are BLOCK_M queries or more
+    TOGETHER: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -277,56 +279,66 @@ def _dkv_kernel(
             low = tl.minimum(low, tl.min(tl.where(row >= nearest, slot, slots), 0))
             edge = tl.maximum(edge, tl.max(tl.where((row < farthest) & (slot < slots), slot + 1, 0), 0))
         low = low // BLOCK_M * BLOCK_M
-        edge = tl.maximum(low, tl.cdiv(edge, BLOCK_M) * BLOCK_M)
 
     step = tl.arange(0, BLOCK_M)
     q_tile = step[:, None] * q_s + d[None, :]
     grad_tile = step[:, None] * grad_s + d[None, :]
-    mask_row = mask_ptr + batch * mask_b
     mask_tile = step[None, :] * mask_s + position[:, None] * mask_k
+    at = position.to(tl.int32)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        q_head = head * GROUP + member
-        q_row = q_ptr + batch * q_b + q_head * q_h
-        grad_row = grad_ptr + batch * grad_b + q_head * grad_h
-        flat = (batch * heads * GROUP + q_head) * slots
-        for stage in tl.static_range(0 if CAUSAL else 1, 2):
-            if stage == 0:
-                first = low
-                last = tl.minimum(edge, slots)
+    start = low - BLOCK_M
+    q_head = head * GROUP - 1
+    # One loop over the queries of all heads that share the key head, so that loads go on from one head to the next.
+    for _ in range(GROUP * tl.cdiv(slots - low, BLOCK_M)):
+        start += BLOCK_M
+        start = tl.where(start < slots, start, low)
+        q_head = tl.where(start == low, q_head + 1, q_head)
+        begin = start
+        if WHOLE:  # the last block ends with the last query; what it shares with the one before is masked below
+            begin = tl.minimum(start, slots - BLOCK_M)
+        slot = begin + step
+        q_base = q_ptr + batch * q_b + q_head * q_h + begin.to(tl.int64) * q_s
+        grad_base = grad_ptr + batch * grad_b + q_head * grad_h + begin.to(tl.int64) * grad_s
+        flat = (batch * heads * GROUP + q_head) * slots + begin
+        if WHOLE and D == BLOCK_D:  # a mask would cost as many instructions as the products leave time for
+            q = tl.load(q_base + q_tile)
+            grad = tl.load(grad_base + grad_tile)
+        else:
+            loaded = (slot < slots)[:, None] & column
+            q = tl.load(q_base + q_tile, mask=loaded, other=0.0)
+            grad = tl.load(grad_base + grad_tile, mask=loaded, other=0.0)
+        if WHOLE:
+            lse = tl.load(finite_lse_ptr + flat + step)
+            delta = tl.load(delta_ptr + flat + step)
+        else:
+            lse = tl.load(finite_lse_ptr + flat + step, mask=slot < slots, other=float("inf"))
+            delta = tl.load(delta_ptr + flat + step, mask=slot < slots, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        if TOGETHER:  # the second product runs while the first becomes probabilities; it takes registers
+            slope = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        if CAP:
+            scores, bent = _capped(scores, scale, softcap)
+        seen = inside[:, None] & (slot < slots)[None, :]
+        mask_base = mask_ptr + batch * mask_b + q_head * mask_h + begin.to(tl.int64) * mask_s
+        p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, left, MASK)
+        if (start < edge) | (start + BLOCK_M > slots):
+            own = (slot >= start) & (slot < slots)
+            if CAUSAL:
+                row = tl.load(rows_base + slot.to(tl.int64) * rows_s, mask=own, other=-1).to(tl.int32)
+                p = tl.where(row[None, :] >= at[:, None], p, 0.0)
             else:
-                first = edge
-                last = slots
-            q_base = q_row + first.to(tl.int64) * q_s
-            grad_base = grad_row + first.to(tl.int64) * grad_s
-            mask_base = mask_row + q_head * mask_h + first.to(tl.int64) * mask_s
-            for start in range(first, last, BLOCK_M):
-                slot = start + step
-                known = slot < slots
-                loaded = known[:, None] & column
-                q = tl.load(q_base + q_tile, mask=loaded, other=0.0)
-                grad = tl.load(grad_base + grad_tile, mask=loaded, other=0.0)
-                # +inf again: no probability past the last slot
-                lse = tl.load(finite_lse_ptr + flat + slot, mask=known, other=float("inf"))
-                delta = tl.load(delta_ptr + flat + slot, mask=known, other=0.0)
-                seen = inside[:, None] & known[None, :]
-                scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-                if CAP:
-                    scores, bent = _capped(scores, scale, softcap)
-                p = _probabilities(scores, lse[None, :], mask_base + mask_tile, seen, left, MASK)
-                if stage == 0:
-                    row = tl.load(rows_base + slot.to(tl.int64) * rows_s, mask=known, other=-1)
-                    p = tl.where(row[None, :] >= position[:, None], p, 0.0)
-                dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
-                slope = p * (tl.dot(v, tl.trans(grad), input_precision="ieee") - delta[None, :])
-                if CAP:
-                    slope *= bent
-                dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
-                q_base += BLOCK_M * q_s
-                grad_base += BLOCK_M * grad_s
-                mask_base += BLOCK_M * mask_s
+                p = tl.where(own[None, :], p, 0.0)
+        if not TOGETHER:
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+            slope = tl.dot(v, tl.trans(grad), input_precision="ieee")
+        slope = p * (slope - delta[None, :])
+        if TOGETHER:
+            dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
+        if CAP:
+            slope *= bent
+        dk = tl.dot(slope.to(q.dtype), q, dk, input_precision="ieee")
 
     target = ((batch * heads + head) * keys + key)[:, None] * D + d[None, :]
     tl.store(dk_ptr + target, (dk * scale).to(dk_ptr.dtype.element_ty), mask=tile)
@@ -371,26 +383,24 @@ def block_options(
 ) -> tuple[list[dict[str, int]], list[dict[str, int]]]:
     """Block sizes, warps and stages worth trying for the dq and for the dkv kernel, the best guess first.
 
-    In 16 bits up to 128 that is the fastest of a sweep on an H100; else what ptxas fits into registers (float32 above
-    64 spills some).
+    In 16 bits up to 128 that is the fastest of a sweep (dq: H100, dkv: H200); else what ptxas fits into registers
+    (float32 above 64 spills some).
     """
     if dtype == torch.float32:  # no tensor cores: ieee products
         both = [_options(32, 32, 8, 1) if block_d <= 128 else _options(16, 16, 8, 1)]
-        return both, both
-    if block_d <= 64:
-        wide, narrow = _options(32, 128, 4, 2), _options(32, 64, 4, 3)
-        more = [_options(64, 64, 4, 2), _options(64, 128, 8, 2)]
-        return (
-            [_options(64, 64, 4, 3), _options(128, 64, 4, 3), _options(128, 64, 8, 2)],
-            [wide, narrow, *more] if all_keys else [narrow, wide, *more],
-        )
-    if block_d <= 128:
-        return (
-            [_options(64, 32, 4, 3), _options(64, 64, 4, 2), _options(128, 32, 8, 2)],
-            [_options(32, 64, 4, 2), _options(32, 128, 8, 2), _options(64, 64, 8, 2)],
-        )
-    both = [_options(32, 32, 8, 2), _options(32, 32, 4, 2), _options(16, 32, 4, 2)]
-    return both, both
+    elif block_d <= 64:
+        for_dq = [_options(64, 64, 4, 3), _options(128, 64, 4, 3), _options(128, 64, 8, 2)]
+        low, high = _options(32, 64, 4, 3), _options(64, 64, 4, 3)
+        # three blocks share a multiprocessor only without the registers of TOGETHER
+        alone = [{**low, "TOGETHER": False}] if all_keys else []
+        return for_dq, [*alone, *({**option, "TOGETHER": True} for option in (high, low))]
+    elif block_d <= 128:
+        for_dq = [_options(64, 32, 4, 3), _options(64, 64, 4, 2), _options(128, 32, 8, 2)]
+        for_dkv = [_options(32, 64, 4, 3), _options(64, 128, 8, 2), _options(32, 64, 4, 2)]
+        return for_dq, [{**option, "TOGETHER": True} for option in for_dkv]
+    else:
+        both = [_options(32, 32, 8, 2), _options(32, 32, 4, 2), _options(16, 32, 4, 2)]
+    return both, [{**option, "TOGETHER": False} for option in both]
 
 
 def launches(
@@ -409,6 +419,7 @@ def launches(
     constants = dict(GROUP=sizes.heads // sizes.kv_heads, CAUSAL=causal, MASK=mask, CAP=softcap != 0.0)
     constants |= dict(D=sizes.dim, BLOCK_D=block_d)
     for_dq, for_dkv = block_options(dtype, block_d, all_keys)
+    for_dkv = [{**option, "WHOLE": sizes.slots >= option["BLOCK_M"]} for option in for_dkv]
 
     def launch(
         kernel: Any, read: tuple[str, ...], write: tuple[str, ...], heads: int, ways: Any, **more: Any

@@ -13,6 +13,7 @@ import torch
 from torch.library import opcheck
 
 import cggr_compile.ops  # noqa: F401  (registers)
+from cggr_compile.ops import attention_rows
 from cggr_compile.ops.attention_rows import attention_rows_backward, attention_rows_backward_reference
 
 
@@ -132,6 +133,32 @@ def test_reference_equals_autograd(causal, mask, all_keys):
         got = attention_rows_backward_reference(*wide)
         assert [tensor.shape for tensor in got] == [tensor.shape for tensor in expected]
         assert max(errors(got, expected)) < 2e-6, (slots, length)  # scores are float32 in the reference
+
+
+@pytest.mark.parametrize("all_keys", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_queries_equal_autograd(causal, mask, all_keys, monkeypatch):
+    monkeypatch.setattr(attention_rows, "QUERIES", 4)
+    modes = dict(causal=causal, mask=mask, all_keys=all_keys, softcap=0.7 if mask == "bool" else 0.0)
+    for slots, length, unused in [(1, 1, 0), (4, 9, 0), (5, 17, 3), (16, 40, 9), (12, 12, 0)]:
+        arguments, expected = make_case(slots, length, 8, batch=3, heads=4, kv_heads=2, unused=unused, **modes)
+        got = attention_rows_backward(*arguments)
+        assert [(g.shape, g.stride()) for g in got] == [
+            (r.shape, r.stride()) for r in attention_rows_backward_reference(*arguments)
+        ]
+        used = slice(None) if all_keys else slice(slots - unused)  # keys of unused slots take no part
+        got = [got[0], *(g[:, :, used] for g in got[1:])]
+        assert max(errors(got, [expected[0], *(e[:, :, used] for e in expected[1:])])) < 1e-5, (slots, length)
+
+
+@pytest.mark.parametrize("all_keys", [False, True])
+def test_sums_of_blocks_are_rounded_once(all_keys, monkeypatch):
+    arguments, expected = make_case(64, 64, 8, all_keys=all_keys, dtype=torch.bfloat16)
+    whole = errors(attention_rows_backward(*arguments), expected)
+    monkeypatch.setattr(attention_rows, "QUERIES", 2)
+    blocks = errors(attention_rows_backward(*arguments), expected)
+    assert max(blocks) < 1.2 * max(whole)
 
 
 @pytest.mark.parametrize("all_keys", [False, True])
