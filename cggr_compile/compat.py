@@ -192,8 +192,31 @@ def module_at(path: str, scopes: dict[str, dict[str, Any]]) -> torch.nn.Module |
 def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=config_patches)
+    with _quick_minimum_cuts():
+        compiled: Any = inductor_compile_fx(gm, list(inputs), config_patches=config_patches)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _quick_minimum_cuts() -> Iterator[None]:
+    """Let the partitioner cut graphs with Boykov and Kolmogorov's algorithm, a tenth of preflow-push's time or less.
+
+    The cut is the same: networkx takes the one nearest to the sink, whatever flow it found.
+    """
+    import networkx
+    from networkx.algorithms.flow import boykov_kolmogorov
+
+    usual = networkx.minimum_cut
+
+    def minimum_cut(graph: Any, source: Any, sink: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = {} if args else {"flow_func": boykov_kolmogorov}
+        return usual(graph, source, sink, *args, **{**chosen, **kwargs})
+
+    networkx.minimum_cut = minimum_cut
+    try:
+        yield
+    finally:
+        networkx.minimum_cut = usual
 
 
 def register_inductor_lowering(op: Any, lower: Callable[..., Any], eager_strides: bool = False) -> None:

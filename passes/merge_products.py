@@ -1,7 +1,8 @@
-"""Computes narrow products of the backward pass together: those that share an input, those that are summed."""
+"""Computes small products of the backward pass together: those that share an input, those that are summed."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ VIEWS = (aten.view.default, aten._unsafe_view.default)
 # Columns of a product that fill a device by themselves: nothing is won by merging wider ones, and the elementwise
 # kernels in front of them (a gated activation has two outputs) would have to be written into one buffer.
 WIDE = 1024
+# Multiplications of a weight gradient up to which it takes hardly longer than a launch: 2 us on an H100.
+SMALL = 2**29
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Product:
     @property
     def width(self) -> int:
         return int(shape_of(self.grad)[1])
+
+    @property
+    def multiplications(self) -> int:
+        return math.prod((*shape_of(self.grad), shape_of(self.weight_grad)[1]))
 
 
 class MergeProducts:
@@ -50,7 +57,8 @@ class MergeProducts:
         dx = mm(d, cat([Wq, Wk, Wv]))
 
     Exact up to the rounding of a sum: dx is accumulated inside one product instead of rounded three times. Few heads
-    make narrow products that leave most of a device idle, and each is a launch of its own.
+    make narrow products that leave most of a device idle, and each is a launch of its own. Of wide ones (gate and up)
+    only the weight gradients are merged, and only where there are so few rows that their launches count.
     """
 
     name = "merge_products"
@@ -82,9 +90,13 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
         for _, product in sorted(members, key=lambda member: order[member[1].grad]):
             if not any(p.grad is product.grad or _leads_to(p.grad, product.grad, order) for p in products):
                 products.append(product)
-        if len(products) > 1 and min(product.width for product in products) < WIDE:
+        if len(products) > 1 and (_narrow(products) or all(p.multiplications <= SMALL for p in products)):
             found.append((members[0][0], products))
     return found
+
+
+def _narrow(products: list[Product]) -> bool:
+    return min(product.width for product in products) < WIDE
 
 
 def _static(*nodes: Node) -> bool:
@@ -128,7 +140,7 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
         inputs.append(_input_grad(product.grad))
         product.grad.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
         begin = end
-    root = _sum_of(inputs)
+    root = _sum_of(inputs) if _narrow(products) else None  # putting wide weights together takes longer than it saves
     if root is None:
         return False
     with emit.before(root, MergeProducts.name):

@@ -75,7 +75,7 @@ def attention_rows_backward_cpu(
 
     Reading positions costs nothing on a CPU; anywhere else it would wait for the device.
     """
-    batch, heads, slots, dim = query.shape
+    batch, _, slots, dim = query.shape
     kv_heads, length = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)  # sums of blocks
     dq = torch.empty_like(query, memory_format=torch.contiguous_format)

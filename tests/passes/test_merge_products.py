@@ -103,9 +103,15 @@ def test_other_inputs_are_other_products():
     check(backward, *tensors(3, 2), before=2, after=2)
 
 
-def test_wide_products_stay():
+def test_wide_products_stay(monkeypatch):
+    monkeypatch.setattr("cggr_compile.passes.merge_products.SMALL", 2 * WIDE * WIDTH - 1)
     check(linear_backward, *tensors(WIDE, WIDE + 1, rows=2), before=4, after=4)
     check(linear_backward, *tensors(WIDE, WIDE - 1, rows=2), before=4, after=2)
+
+
+def test_of_few_rows_wide_weight_gradients_are_merged_too():
+    _, result = check(linear_backward, *tensors(WIDE, WIDE + 1, rows=2), before=4, after=3)
+    assert result.reason == "2 weight gradients in 1 products; 0 sums of input gradients, each in one"
 
 
 def test_a_gradient_computed_from_another_is_not_merged_with_it():
