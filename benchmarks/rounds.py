@@ -36,6 +36,7 @@ class ShapeRun:
         torch._dynamo.reset()
         self.name, self.args, self.document, self.say = name, args, document, say
         self.model = build_model(shape, device=args.device, dtype=getattr(torch, dtype), layers=args.layers)
+        self.parameters = list(self.model.parameters())
         self.batch = make_batch(shape, device=args.device)
         self.tokens = shape.batch * shape.length
         self.steps: dict[str, Step] = {}  # of the arms that work
@@ -103,11 +104,11 @@ class ShapeRun:
             dump_dir=str(args.dump_dir / self.name / arm) if args.dump_dir else None,
         )
         before, begin = _counts(), time.perf_counter()
-        run_step(step, self.batch, self.model, memory=False)
+        run_step(step, self.batch, self.parameters, memory=False)
         seconds = time.perf_counter() - begin
         if arm in DENSE:
             self.gradients[arm] = first_layer_gradient(self.model)
-        warm = [run_step(step, self.batch, self.model, memory=not args.cuda_graphs) for _ in range(WARM_UP)]
+        warm = [run_step(step, self.batch, self.parameters, memory=not args.cuda_graphs) for _ in range(WARM_UP)]
         counts = _counts()
         self.records[arm] = {
             "status": "ok",
@@ -133,7 +134,7 @@ class ShapeRun:
     def measure(self, arm: str, samples: list[Any]) -> None:
         lead_in = self.args.device == "cuda"
         memory = not self.args.cuda_graphs
-        samples.append(run_step(self.steps[arm], self.batch, self.model, lead_in=lead_in, memory=memory))
+        samples.append(run_step(self.steps[arm], self.batch, self.parameters, lead_in=lead_in, memory=memory))
         self.records[arm] |= summary(samples, self.tokens)
 
     def profile(self, arm: str) -> None:

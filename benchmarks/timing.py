@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:  # benchmarks of layers need no transformers
     from arms import Step
-    from transformers import LlamaForCausalLM
 
 MB = 2**20
 
@@ -36,9 +35,16 @@ class Sample:
 
 
 def run_step(
-    step: Step, batch: tuple[Tensor, Tensor], model: LlamaForCausalLM, *, lead_in: bool = False, memory: bool = True
+    step: Step,
+    batch: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+    *,
+    lead_in: bool = False,
+    memory: bool = True,
 ) -> Sample:
     """Run a step and measure it. On CUDA the device is waited for at the end only.
+
+    ``parameters``: the model's, whose gradients are set to None before, as an optimizer does it.
 
     ``lead_in``: run a step before, not measured, and do not wait for it. On CUDA the measured step then finds the
     queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is bound
@@ -48,16 +54,16 @@ def run_step(
     """
     device = batch[0].device.type
     if lead_in:
-        _begin(model, device)
+        _begin(parameters, device)
         step(*batch).backward()
-    _begin(model, device)
+    _begin(parameters, device)
     static = torch.cuda.memory_allocated() if device == "cuda" else 0
     start = stamp(device)
     loss = step(*batch)
     middle = stamp(device)
     saved = None
     if memory:  # counting takes time on the CPU: neither the forward's nor the backward's
-        inputs = (*model.parameters(), *batch)
+        inputs = (*parameters, *batch)
         saved = (torch.cuda.memory_allocated() - static if device == "cuda" else saved_bytes(loss, inputs)) / MB
     resume = stamp(device) if device == "cpu" else middle
     loss.backward()
@@ -69,8 +75,9 @@ def run_step(
     return Sample(forward, backward, forward + backward, float(loss.detach()), peak, saved)
 
 
-def _begin(model: LlamaForCausalLM, device: str) -> None:
-    model.zero_grad(set_to_none=True)
+def _begin(parameters: Sequence[Tensor], device: str) -> None:
+    for parameter in parameters:
+        parameter.grad = None
     if device == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
         torch.cuda.reset_peak_memory_stats()

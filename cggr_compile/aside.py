@@ -47,11 +47,7 @@ class Aside:
         self.device = device
         inputs = graph.graph.find_nodes(op="placeholder")
         self.names = [compat.source_name(node) for node in inputs]
-        operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
-        written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
-        self._written = [
-            isinstance(value, Tensor) and compat.storage_id(value) in written for value in map(fake_value, inputs)
-        ]
+        self._written = written_inputs(graph)
         values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
         self.dtypes = {value.dtype for value in values if value.requires_grad}
         self._scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
@@ -101,6 +97,14 @@ class Aside:
 
     def _fresh(self, args: Sequence[Any]) -> list[Any]:
         return [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
+
+
+def written_inputs(graph: GraphModule) -> list[bool]:
+    """For every input of a graph, whether it writes into it."""
+    operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
+    written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
+    inputs = map(fake_value, graph.graph.find_nodes(op="placeholder"))
+    return [isinstance(value, Tensor) and compat.storage_id(value) in written for value in inputs]
 
 
 def differentiable(value: Any) -> bool:

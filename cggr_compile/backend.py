@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn import Parameter
 
 from cggr_compile import compat, lowerings, pass_records
-from cggr_compile.aside import Aside
+from cggr_compile.aside import Aside, written_inputs
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.flash_attention import why_in_pieces
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
@@ -25,6 +26,7 @@ from cggr_compile.owner import Owner
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, rewrite
+from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
 from cggr_compile.schedule import round_up, rungs
@@ -305,12 +307,18 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     example = [*inputs, torch.zeros(2, dtype=torch.int64, device=device)]
     semantic = copy_module(gm) if ctx.options.verify else gm  # a compiler may change the graph it gets
     aside = _aside(form, inputs)
+    replayed = _replayed(report, patches)
+    ours = replayed and not any(written_inputs(gm))  # else Inductor's CUDA graphs, which see to what is written
+    if ours:
+        patches = {**patches, compat.CUDA_GRAPHS: False}
     with pass_records.kept(gm, example, ctx.options, report):
         compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
+    if ours:
+        parameters = [i for i, value in enumerate(inputs) if isinstance(value, Parameter)]
+        compiled = Replay(compiled, parameters, device, lambda: owner.runtime, owner.runtime.notify)
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
-    replayed = _replayed(report, patches)
     check = _label_check(gm, ctx)
     check(inputs)
 

@@ -451,6 +451,19 @@ def uses_cuda_graphs(patches: dict[str, Any]) -> bool:
     return bool(patches.get(CUDA_GRAPHS, config.triton.cudagraphs))
 
 
+def same_addresses(tensors: Sequence[Any], addresses: list[int], positions: list[int]) -> bool:
+    """Whether each tensor at one of ``positions`` is where ``addresses`` has it."""
+    check = getattr(torch._C, "_tensors_data_ptrs_at_indices_equal", None)
+    if check is not None:  # PyTorch for CUDA
+        return bool(check(list(tensors), addresses, positions))
+    return all(tensors[i].data_ptr() == addresses[i] for i in positions)
+
+
+def apply_function(function: Any, *args: Any) -> Any:
+    """``function.apply`` of an autograd function, without functorch's look at each of hundreds of arguments."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def reset_cuda_graphs() -> None:
     """Drop the CUDA graphs that Inductor has recorded, and their memory."""
     if "torch._inductor.cudagraph_trees" in sys.modules:

@@ -215,10 +215,10 @@ def test_saved_bytes_counts_each_memory_once_and_no_parameter() -> None:
 def test_a_step_is_forward_and_backward_from_a_clean_slate() -> None:
     model = tiny()
     run = arms.loss_of(model)
-    first = timing.run_step(run, batch(), model)
+    first = timing.run_step(run, batch(), list(model.parameters()))
     gradient = model.lm_head.weight.grad.clone()
-    second = timing.run_step(run, batch(), model, lead_in=True)
+    second = timing.run_step(run, batch(), list(model.parameters()), lead_in=True)
     assert torch.equal(model.lm_head.weight.grad, gradient), "gradients of two steps were added up"
     assert first.loss == second.loss and first.step == first.forward + first.backward > 0
     assert first.peak_mb is None and first.saved_mb == second.saved_mb > 0
-    assert timing.run_step(run, batch(), model, memory=False).saved_mb is None
+    assert timing.run_step(run, batch(), list(model.parameters()), memory=False).saved_mb is None
