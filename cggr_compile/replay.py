@@ -190,7 +190,7 @@ class Replay:
     Args:
         function, parameters: see :class:`Recording`.
         model: gives an object for each model that calls; recordings are kept as long as these.
-        notify: told why there is no recording.
+        notify: told why something is not replayed; it may be told again and again.
     """
 
     def __init__(
@@ -208,7 +208,10 @@ class Replay:
 
     def __call__(self, *args: Any) -> Any:
         recording = None if self._obstacle or _capturing() else self._recording(args)
-        if recording is None or recording.pool.busy or not recording.fits(args):
+        if recording is None or not recording.fits(args):
+            return self._function(*args)
+        if recording.pool.busy:
+            self._notify("a forward before the last one's backward runs without CUDA graphs")
             return self._function(*args)
         return recording.run(args)
 
