@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # benchmarks of layers need no transformers
     from arms import Step
 
 MB = 2**20
+LEAD_IN = 3  # steps
 
 
 @dataclass
@@ -46,14 +47,14 @@ def run_step(
 
     ``parameters``: the model's, whose gradients are set to None before, as an optimizer does it.
 
-    ``lead_in``: run a step before, not measured, and do not wait for it. On CUDA the measured step then finds the
-    queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is bound
-    by launches shows the host's.
+    ``lead_in``: run some steps before, not measured, and do not wait for them. On CUDA the measured step then finds
+    the queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is
+    bound by launches shows the host's. (After one such step the host is not yet ahead of the device.)
 
     ``memory=False`` leaves memory out: what CUDA graphs use is allocated once, not step by step.
     """
     device = batch[0].device.type
-    if lead_in:
+    for _ in range(LEAD_IN if lead_in else 0):
         _begin(parameters, device)
         step(*batch).backward()
     _begin(parameters, device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,7 +20,10 @@ from cggr_compile import compat
 
 
 class Pool:
-    """Memory that the recordings of a device share: only one may be between its forward and its backward."""
+    """Memory that the recordings of a device share: only one may be between its forward and its backward.
+
+    It lasts as long as there are recordings: CUDA gives the memory back with the last graph, and the handle with it.
+    """
 
     def __init__(self) -> None:
         self.handle = torch.cuda.graph_pool_handle()
@@ -56,9 +58,15 @@ class Pool:
                 parameter.grad = grad.clone()
 
 
-@cache
+_POOLS: weakref.WeakValueDictionary[torch.device, Pool] = weakref.WeakValueDictionary()
+
+
 def pool_of(device: torch.device) -> Pool:
-    return Pool()
+    """The pool of the recordings there are, or a new one."""
+    pool = _POOLS.get(device)
+    if pool is None:
+        pool = _POOLS[device] = Pool()
+    return pool
 
 
 def captured(function: Callable[[], Any], pool: Pool, stream: Any) -> tuple[Callable[[], None], Any]:

@@ -12,9 +12,11 @@ from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import PassResult, fake_value, shape_of
-from cggr_compile.passes.fx import Emitter, sort_stably
+from cggr_compile.passes.fx import Emitter, descendants, sort_stably
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.fx import Graph
 
 aten = torch.ops.aten
@@ -68,12 +70,19 @@ class MergeProducts:
         summed = 0
         for x, products in groups:
             summed += _merge(graph, x, products)
-        if groups:
+        sort_stably(graph)
+        sums = _sums(graph)
+        for root, terms in sums:
+            _merge_sum(graph, root, terms)
+        summed += len(sums)
+        if groups or sums:
             sort_stably(graph)
             graph.eliminate_dead_code()
         count = sum(len(products) for _, products in groups)
         reason = f"{count} weight gradients in {len(groups)} products; {summed} sums of input gradients, each in one"
-        return PassResult(bool(groups), reason if groups else "no narrow products share an input")
+        return PassResult(
+            bool(groups or sums), reason if groups or sums else "no small products share an input or a sum"
+        )
 
 
 def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
@@ -126,31 +135,136 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
     """Merges the products; True if the input's gradient became one product too."""
     emit = Emitter(graph, fake_value(x).fake_mode, key="val")
     last = products[-1].weight_grad
+    inputs = [_input_grad(product.grad) for product in products]
     with emit.before(last, MergeProducts.name):
-        together = emit.call(torch.ops.cggr.join_columns.default, [product.grad for product in products])
+        together = _join(emit, [product.grad for product in products])
         weight_grads = emit.call(aten.mm.default, emit.call(aten.permute.default, together, [1, 0]), x)
     begin = 0
-    inputs: list[Node | None] = []
     for product in products:
         end = begin + product.width
         with emit.before(last, MergeProducts.name):
-            columns = emit.call(aten.slice.Tensor, together, 1, begin, end)
             rows = emit.call(aten.slice.Tensor, weight_grads, 0, begin, end)
         product.weight_grad.replace_all_uses_with(rows)
-        inputs.append(_input_grad(product.grad))
-        product.grad.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
         begin = end
     root = _sum_of(inputs) if _narrow(products) else None  # putting wide weights together takes longer than it saves
     if root is None:
         return False
+    _replace_sum(emit, root, together, [node.args[1] for node in inputs if node is not None])
+    return True
+
+
+def _join(emit: Emitter, parts: Sequence[Node]) -> Node:
+    """The parts side by side; whoever else reads one of them reads its columns there."""
+    together = emit.call(torch.ops.cggr.join_columns.default, list(parts))
+    begin = 0
+    for part in parts:
+        end = begin + int(shape_of(part)[1])
+        columns = emit.call(aten.slice.Tensor, together, 1, begin, end)
+        part.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
+        begin = end
+    return together
+
+
+def _replace_sum(emit: Emitter, root: Node, together: Node, weights: Sequence[Any]) -> None:
     with emit.before(root, MergeProducts.name):
-        weights = emit.call(aten.cat.default, [node.args[1] for node in inputs if node is not None])
-        compat.keep_in_backward(weights)
-        product_of_all = emit.call(aten.mm.default, together, weights)
-        if root.target is not aten.mm.default and shape_of(root) != shape_of(product_of_all):
+        joined = emit.call(aten.cat.default, list(weights))
+        compat.keep_in_backward(joined)
+        product_of_all = emit.call(aten.mm.default, together, joined)
+        if shape_of(root) != shape_of(product_of_all):
             product_of_all = emit.call(aten.view.default, product_of_all, list(shape_of(root)))
     root.replace_all_uses_with(product_of_all)
-    return True
+
+
+@dataclass(frozen=True)
+class Term:
+    """``mm(grad, W)``, with those rows set to zero where ``mask`` is False."""
+
+    product: Node
+    mask: Node | None = None  # [R, 1], or with the rows' axes apart
+
+    @property
+    def grad(self) -> Node:
+        return self.product.args[0]  # type: ignore[return-value]
+
+
+def _sums(graph: Graph) -> list[tuple[Node, list[Term]]]:
+    """What adds up narrow products of the backward pass and nothing else: the last addition, and the products.
+
+    Such are left where weight gradients are of other rows than the input's, as those of keys and values are with
+    ``kv_gradient="project"``.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    backward = descendants(node for node in graph.find_nodes(op="placeholder") if "tangents" in node.name)
+    found: dict[Node, list[Term]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if node.kwargs or node not in backward or shape_of(node.args[0]) != shape_of(node.args[1]):
+            continue
+        left, right = (_added(operand, found) for operand in node.args)
+        if left and right:
+            products = {term.product for term in (*left, *right)}
+            for part in [part for part, terms in found.items() if any(term.product in products for term in terms)]:
+                del found[part]  # not the whole sum
+            found[node] = [*left, *right]
+    return [(root, terms) for root, terms in found.items() if _mergeable(terms, order)]
+
+
+def _added(operand: Any, sums: dict[Node, list[Term]]) -> list[Term]:
+    """The products that an operand of an addition is the sum of, if it is, and they are used for nothing else."""
+    node: Any = operand
+    mask: Any = None
+    while isinstance(node, Node) and len(node.users) == 1 and (node.target in VIEWS or _masked(node)):
+        if node.target is aten.where.self:
+            if mask is not None:
+                return []
+            mask, node = node.args[:2]
+        else:
+            node = node.args[0]
+    if not isinstance(node, Node) or len(node.users) != 1:
+        return []
+    if node.target is aten.mm.default:
+        return [Term(node, mask)]
+    terms = sums.get(node, [])
+    if mask is None:
+        return terms
+    return [Term(term.product, mask) for term in terms] if all(term.mask is None for term in terms) else []
+
+
+def _masked(node: Node) -> bool:
+    """Whether a call sets whole rows to zero."""
+    if node.target is not aten.where.self:
+        return False
+    mask, values, zero = node.args
+    rows = math.prod(shape_of(values)[:-1])
+    is_zero = isinstance(zero, Node) and zero.target is aten.full.default and zero.args[1] == 0.0
+    return bool(is_zero) and shape_of(mask)[-1] == 1 and math.prod(shape_of(mask)) == rows
+
+
+def _mergeable(terms: list[Term], order: dict[Node, int]) -> bool:
+    grads = [term.grad for term in terms]
+    if len(set(grads)) < len(grads) or not _static(*grads) or len({shape_of(grad)[0] for grad in grads}) > 1:
+        return False
+    if min(int(shape_of(grad)[1]) for grad in grads) >= WIDE or any(g.target is aten.slice.Tensor for g in grads):
+        return False
+    grads.sort(key=lambda grad: order[grad])
+    return not any(_leads_to(a, b, order) for i, a in enumerate(grads) for b in grads[i + 1 :])
+
+
+def _merge_sum(graph: Graph, root: Node, terms: list[Term]) -> None:
+    emit = Emitter(graph, fake_value(root).fake_mode, key="val")
+    weights = [term.product.args[1] for term in terms]
+    with emit.before(root, MergeProducts.name):
+        together = _join(emit, [_with_zeros(emit, term) for term in terms])
+    _replace_sum(emit, root, together, weights)
+
+
+def _with_zeros(emit: Emitter, term: Term) -> Node:
+    """The gradient itself with zeros where the product is to be zero."""
+    if term.mask is None:
+        return term.grad
+    value = fake_value(term.grad)
+    mask = emit.call(aten.view.default, term.mask, [value.shape[0], 1])
+    zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
+    return emit.call(aten.where.self, mask, term.grad, zero)
 
 
 def _input_grad(grad: Node) -> Node | None:

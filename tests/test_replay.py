@@ -28,9 +28,7 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
-    pool = replay.Pool()
-    monkeypatch.setattr(replay, "pool_of", lambda device: pool)
-    return pool
+    monkeypatch.setattr(replay, "_POOLS", weakref.WeakValueDictionary())
 
 
 @pytest.fixture(autouse=True)
@@ -139,9 +137,9 @@ def test_gradients_that_are_kept_are_added_to(trained, recordings):
     assert recordings.replayed == 2 * 9
 
 
-def test_without_looking_after_gradients_they_would_be_wrong(trained, no_cuda, monkeypatch):
+def test_without_looking_after_gradients_they_would_be_wrong(trained, monkeypatch):
     run, w, _, _ = trained
-    monkeypatch.setattr(type(no_cuda), "keep_gradients", lambda self: None)
+    monkeypatch.setattr(replay.Pool, "keep_gradients", lambda self: None)
     train(run, w, range(3))
     with pytest.raises(AssertionError):
         train(run, w, range(7), accumulate=True)
@@ -215,7 +213,7 @@ def test_parameters_that_move_are_recorded_anew(trained, recordings):
     assert recordings.recorded == 4
 
 
-def test_models_that_share_a_graph(recordings, no_cuda):
+def test_models_that_share_a_graph(recordings):
     function, models = Squares(), [Model(), Model()]
     weights = [weight(1), weight(2)]
     now = 0
@@ -228,6 +226,22 @@ def test_models_that_share_a_graph(recordings, no_cuda):
     del models[0], weights[0]
     gc.collect()
     assert len(run._recordings) == 1 and gone() is None
+
+
+def test_a_pool_lasts_as_long_as_its_recordings():
+    """CUDA takes the handle back with the last of them; recording with it again is an error."""
+    models = [Model(), Model()]
+    runs = [replay.Replay(Squares(), [1], CPU, lambda m=m: m, lambda _: None) for m in models]
+    train(runs[0], weight(), range(3))
+    first = replay.pool_of(CPU).handle
+    train(runs[1], weight(), range(3))
+    assert replay.pool_of(CPU).handle is first
+    del models[0], runs[0]
+    gc.collect()
+    assert replay.pool_of(CPU).handle is first
+    del models[0], runs[0]
+    gc.collect()
+    assert replay.pool_of(CPU).handle is not first
 
 
 def test_gradients_of_inputs(trained, recordings):

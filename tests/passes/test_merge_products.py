@@ -114,6 +114,95 @@ def test_of_few_rows_wide_weight_gradients_are_merged_too():
     assert result.reason == "2 weight gradients in 1 products; 0 sums of input gradients, each in one"
 
 
+def summed(tangents_1, tangents_2, tangents_3, weights, x):
+    """dx of three layers, the weight gradient of one of them: the others' are of other rows."""
+    dx = tangents_1 @ weights[0] + (tangents_2 @ weights[1] + tangents_3 @ weights[2]).view(2, 3, WIDTH).view(ROWS, -1)
+    return tangents_1.permute(1, 0) @ x, dx, tangents_2.sum(0)
+
+
+def test_a_sum_without_the_weight_gradients():
+    grads, weights, x = tensors(3, 2, 4)
+    gm, result = check(summed, *grads, weights, x, before=4, after=2)
+    assert result.reason == "0 weight gradients in 0 products; 1 sums of input gradients, each in one"
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.join_columns.default)) == 1
+
+
+def masked(tangents_1, tangents_2, tangents_3, weights, keep, zero):
+    """Of two of three products some rows are set to zero, as those of unused slots are."""
+    both = (tangents_2 @ weights[1] + tangents_3 @ weights[2]).view(2, 3, WIDTH)
+    return (tangents_1 @ weights[0] + torch.where(keep, both, zero()).view(ROWS, WIDTH),)
+
+
+def test_rows_set_to_zero_are_so_before_the_product():
+    grads, weights, _ = tensors(3, 2, 4)
+    keep = torch.tensor([True, False, True, True, True, False]).view(2, 3, 1)
+
+    def none():
+        return torch.full([], 0.0, dtype=torch.float64)
+
+    def backward(tangents_1, tangents_2, tangents_3, weights, keep):
+        return masked(tangents_1, tangents_2, tangents_3, weights, keep, none)
+
+    check(backward, *grads, weights, keep, before=3, after=1)
+
+    def ones(tangents_1, tangents_2, tangents_3, weights, keep):
+        return masked(tangents_1, tangents_2, tangents_3, weights, keep, lambda: none() + 1)
+
+    check(ones, *grads, weights, keep, before=3, after=2)  # the two inside
+
+    def columns(tangents_1, tangents_2, tangents_3, weights, keep):
+        return masked(tangents_1, tangents_2, tangents_3, weights, keep, none)
+
+    check(columns, *grads, weights, torch.arange(5) < 3, before=3, after=2)
+
+
+def in_the_forward(first, second, weights):
+    return (first @ weights[0] + second @ weights[1],)
+
+
+def plain_sum(tangents_1, tangents_2, weights):
+    return (tangents_1 @ weights[0] + tangents_2 @ weights[1],)
+
+
+def scaled(tangents_1, tangents_2, weights):
+    return (torch.add(tangents_1 @ weights[0], tangents_2 @ weights[1], alpha=2),)
+
+
+def used_elsewhere(tangents_1, tangents_2, weights):
+    product = tangents_1 @ weights[0]
+    return product + tangents_2 @ weights[1], product.relu()
+
+
+def of_one_gradient(tangents_1, tangents_2, weights):
+    return (tangents_1 @ weights[0] + tangents_1 @ (weights[0] * 2),)
+
+
+def one_after_the_other(tangents_1, tangents_2, weights):
+    later = (tangents_1.relu() @ weights[0]).relu()[:, :2] * tangents_2
+    return (tangents_1 @ (weights[0] * 2) + later @ weights[1],)
+
+
+def broadcast(tangents_1, tangents_2, weights):
+    return (tangents_1 @ weights[0] + tangents_2[:1] @ weights[1],)
+
+
+@pytest.mark.parametrize("function", [in_the_forward, scaled, used_elsewhere, of_one_gradient, broadcast])
+def test_sums_that_stay(function):
+    grads, weights, _ = tensors(3, 2)
+    check(function, *grads, weights, before=2, after=2)
+    check(plain_sum, *grads, weights, before=2, after=1)  # the control
+
+
+def test_sums_of_what_depends_on_each_other_stay():
+    grads, weights, _ = tensors(3, 2)
+    check(one_after_the_other, *grads, weights, before=3, after=3)
+
+
+def test_sums_of_wide_products_stay():
+    grads, weights, _ = tensors(WIDE, WIDE + 1, rows=2)
+    check(plain_sum, *grads, weights, before=2, after=2)
+
+
 def test_a_gradient_computed_from_another_is_not_merged_with_it():
     def backward(grads, weights, x):
         later = (grads[0] @ weights[0]).relu() @ weights[1].permute(1, 0)  # the same input again, one layer down
