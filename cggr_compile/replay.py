@@ -121,19 +121,22 @@ class Recording:
         def backward(roots: list[Tensor], start: list[Tensor]) -> list[Tensor | None]:
             return list(torch.autograd.grad(roots, leaves, start, allow_unused=True))
 
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.random.fork_rng([device]), torch.enable_grad():
-            with torch.cuda.stream(stream):  # libraries set up what they need for a stream at its first call
-                outputs, self._roots = forward()
+        stream, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(here)
+        try:
+            # a recording that breaks off leaves its stream the current one: this takes that back
+            with torch.cuda.stream(here), torch.random.fork_rng([device]), torch.enable_grad():
+                with torch.cuda.stream(stream):  # libraries set up what they need for a stream at its first call
+                    outputs, self._roots = forward()
+                    roots = [outputs[i] for i in self._roots]
+                    backward(roots, [torch.ones_like(root) for root in roots])
+                    del outputs, roots
+                self._forward, (outputs, _) = captured(forward, self.pool, stream)
                 roots = [outputs[i] for i in self._roots]
-                backward(roots, [torch.ones_like(root) for root in roots])
-                del outputs, roots
-            self._forward, (outputs, _) = captured(forward, self.pool, stream)
-            roots = [outputs[i] for i in self._roots]
-            self.tangents = [torch.empty_like(root) for root in roots]
-            self.backward, self.gradients = captured(lambda: backward(roots, self.tangents), self.pool, stream)
-        torch.cuda.current_stream(device).wait_stream(stream)
+                self.tangents = [torch.empty_like(root) for root in roots]
+                self.backward, self.gradients = captured(lambda: backward(roots, self.tangents), self.pool, stream)
+        finally:
+            here.wait_stream(stream)
         self.pool.writes(self.gradients)
         self._outputs = [out.detach() if isinstance(out, Tensor) else out for out in outputs]
 
