@@ -73,7 +73,7 @@ def attention_rows_backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attention_rows_backward_reference``, block by block of queries: each leaves out the keys after its last one.
 
-    Reading positions costs nothing on a CPU; anywhere else it would wait for the device.
+    For the CPU, where reading positions costs nothing; anywhere else it would wait for the device.
     """
     batch, _, slots, dim = query.shape
     kv_heads, length = key.shape[1:3]
@@ -83,7 +83,7 @@ def attention_rows_backward_cpu(
     for begin in range(0, slots, QUERIES):
         end = min(begin + QUERIES, slots)
         # rows in use ascend: none of these queries attends to a later key, or to one selected after `end`
-        seen = min(int(rows[:, :end].max()) + 1, length) if causal and rows.numel() else length
+        seen = min(_last_of(rows[:, :end]) + 1, length) if causal and rows.numel() else length
         of_block, keys = (slice(None), slice(None), slice(begin, end)), (slice(None), slice(None), slice(seen))
         weights, slope = _weights_and_slope(
             *(grad[of_block], query[of_block], key[keys], value[keys], out[of_block], logsumexp[of_block]),
@@ -99,6 +99,10 @@ def attention_rows_backward_cpu(
         dk[:, :, :seen] += _summed(slope, query[of_block], kv_heads)
         dv[:, :, :seen] += _summed(weights, grad[of_block], kv_heads)
     return dq, dk.mul_(scale).to(key.dtype), dv.to(value.dtype)
+
+
+def _last_of(rows: Tensor) -> int:
+    return int(rows.max())
 
 
 def _weights_and_slope(
