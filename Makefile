@@ -45,7 +45,7 @@ demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and rando
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)
 
-test: lint  ## lint, then the quick tests, most of the suite: some twenty minutes on two cores
+test: lint  ## lint, then the quick tests, most of the suite: a quarter of an hour on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test: some fifty minutes
