@@ -73,7 +73,8 @@ def captured(function: Callable[[], Any], pool: Pool, stream: Any) -> tuple[Call
     """What runs the kernels of ``function`` again, and its result, which each such run overwrites."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool=pool.handle, stream=stream):
+        # thread_local: a data loader that pins memory meanwhile is no error
+        with torch.cuda.graph(graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
             result = function()
     except RuntimeError:
         # a recording that breaks off leaves the random generators in its state; one that does not takes them out of it
