@@ -49,7 +49,7 @@ class ShapeRun:
             "length": shape.length,
             "layers": self.model.config.num_hidden_layers,
             "shortened": args.layers is not None,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": sum(p.numel() for p in self.parameters),
             "dtype": dtype,
             "ratio": args.ratio,
             "compiler": args.compiler,

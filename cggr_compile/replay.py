@@ -103,10 +103,10 @@ class Recording:
         self.pool = pool_of(device)
         tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
         self._parameters = list(parameters)
-        self._addresses = [args[i].data_ptr() if i in tensors else 0 for i in range(len(args))]
+        self._addresses = [arg.data_ptr() if isinstance(arg, Tensor) else 0 for arg in args]
         self._copied = [i for i in tensors if i not in self._parameters]
         self._leaves = [i for i in tensors if args[i].requires_grad]
-        self._constants = {i: arg for i, arg in enumerate(args) if i not in tensors}
+        self._constants = {i: arg for i, arg in enumerate(args) if not isinstance(arg, Tensor)}
         self._known: Callable[[], Any] = lambda: None  # of the leaves that the pool knows the first, if it is alive
         inputs = list(args)
         for i in tensors:  # leaves of their own, without the hooks of the model's
@@ -219,7 +219,7 @@ class Replay:
         self._obstacle = ""
 
     def __call__(self, *args: Any) -> Any:
-        recording = None if self._obstacle or _capturing() else self._recording(args)
+        recording = None if self._obstacle or torch.cuda.is_current_stream_capturing() else self._recording(args)
         if recording is None or not recording.fits(args):
             return self._function(*args)
         if recording.pool.busy:
@@ -236,7 +236,7 @@ class Replay:
         self._recordings[model] = None  # the memory of one for other parameters is free
         if first:
             return None
-        self._obstacle = self._found(args)
+        self._obstacle = self._unfit_among(args)
         if not self._obstacle:
             try:
                 recording = self._recordings[model] = Recording(self._function, args, self._parameters, self._device)
@@ -246,14 +246,11 @@ class Replay:
         self._notify(f"CUDA graphs are not used: {self._obstacle}")
         return None
 
-    def _found(self, args: Sequence[Any]) -> str:
+    def _unfit_among(self, args: Sequence[Any]) -> str:
+        """The argument that rules a recording out, in words; empty if there is none."""
         for arg in args:
             if isinstance(arg, Tensor) and arg.device != self._device:
                 return f"an input is on {arg.device}, the loss on {self._device}"
             if isinstance(arg, Tensor) and type(arg) not in (Tensor, Parameter):
                 return f"an input is a {type(arg).__name__}"
         return ""
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()

@@ -202,6 +202,12 @@ class Emitter:
     def item(self, node: Node, index: int) -> Node:
         return self.call(operator.getitem, node, index)
 
+    def kept(self, mask: Node, values: Node) -> Node:
+        """``values``, with zeros where ``mask`` is False (ATen graphs)."""
+        value = fake_value(values)
+        zero = self.call(torch.ops.aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
+        return self.call(torch.ops.aten.where.self, mask, values, zero)
+
     def size(self, node: Node, axis: int) -> int | Node:
         """A size as a number where it is static, else as a node."""
         size = shape_of(node)[axis]
@@ -233,6 +239,11 @@ class Emitter:
         fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
         with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode):
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
+
+
+def backward_of(graph: Graph) -> set[Node]:
+    """The backward pass of a joint graph: what depends on a gradient."""
+    return descendants(node for node in graph.find_nodes(op="placeholder") if "tangents" in node.name)
 
 
 def layout_only(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import PassResult, fake_value, shape_of
-from cggr_compile.passes.fx import Emitter, descendants, sort_stably
+from cggr_compile.passes.fx import Emitter, backward_of, sort_stably
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.fx import Graph
 
@@ -34,10 +35,6 @@ class Product:
 
     grad: Node  # [R, N]
     weight_grad: Node  # [N, H]
-
-    @property
-    def width(self) -> int:
-        return int(shape_of(self.grad)[1])
 
     @property
     def multiplications(self) -> int:
@@ -70,19 +67,18 @@ class MergeProducts:
         summed = 0
         for x, products in groups:
             summed += _merge(graph, x, products)
-        sort_stably(graph)
+        if groups:
+            sort_stably(graph)
         sums = _sums(graph)
         for root, terms in sums:
             _merge_sum(graph, root, terms)
-        summed += len(sums)
-        if groups or sums:
-            sort_stably(graph)
-            graph.eliminate_dead_code()
-        count = sum(len(products) for _, products in groups)
+        if not groups and not sums:
+            return PassResult(False, "no small products share an input or a sum")
+        sort_stably(graph)
+        graph.eliminate_dead_code()
+        count, summed = sum(len(products) for _, products in groups), summed + len(sums)
         reason = f"{count} weight gradients in {len(groups)} products; {summed} sums of input gradients, each in one"
-        return PassResult(
-            bool(groups or sums), reason if groups or sums else "no small products share an input or a sum"
-        )
+        return PassResult(True, reason)
 
 
 def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
@@ -99,13 +95,19 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
         for _, product in sorted(members, key=lambda member: order[member[1].grad]):
             if not any(p.grad is product.grad or _leads_to(p.grad, product.grad, order) for p in products):
                 products.append(product)
-        if len(products) > 1 and (_narrow(products) or all(p.multiplications <= SMALL for p in products)):
+        if len(products) > 1 and (
+            _narrow(p.grad for p in products) or all(p.multiplications <= SMALL for p in products)
+        ):
             found.append((members[0][0], products))
     return found
 
 
-def _narrow(products: list[Product]) -> bool:
-    return min(product.width for product in products) < WIDE
+def _width(grad: Node) -> int:
+    return int(shape_of(grad)[1])
+
+
+def _narrow(grads: Iterable[Node]) -> bool:
+    return min(_width(grad) for grad in grads) < WIDE
 
 
 def _static(*nodes: Node) -> bool:
@@ -135,18 +137,15 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
     """Merges the products; True if the input's gradient became one product too."""
     emit = Emitter(graph, fake_value(x).fake_mode, key="val")
     last = products[-1].weight_grad
-    inputs = [_input_grad(product.grad) for product in products]
+    grads = [product.grad for product in products]
+    inputs = [_input_grad(grad) for grad in grads]
     with emit.before(last, MergeProducts.name):
-        together = _join(emit, [product.grad for product in products])
+        together = _join(emit, grads)
         weight_grads = emit.call(aten.mm.default, emit.call(aten.permute.default, together, [1, 0]), x)
-    begin = 0
-    for product in products:
-        end = begin + product.width
-        with emit.before(last, MergeProducts.name):
-            rows = emit.call(aten.slice.Tensor, weight_grads, 0, begin, end)
+        rows_of_each = _split(emit, weight_grads, 0, grads)
+    for product, rows in zip(products, rows_of_each, strict=True):
         product.weight_grad.replace_all_uses_with(rows)
-        begin = end
-    root = _sum_of(inputs) if _narrow(products) else None  # putting wide weights together takes longer than it saves
+    root = _sum_of(inputs) if _narrow(grads) else None  # putting wide weights together takes longer than it saves
     if root is None:
         return False
     _replace_sum(emit, root, together, [node.args[1] for node in inputs if node is not None])
@@ -156,13 +155,15 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
 def _join(emit: Emitter, parts: Sequence[Node]) -> Node:
     """The parts side by side; whoever else reads one of them reads its columns there."""
     together = emit.call(torch.ops.cggr.join_columns.default, list(parts))
-    begin = 0
-    for part in parts:
-        end = begin + int(shape_of(part)[1])
-        columns = emit.call(aten.slice.Tensor, together, 1, begin, end)
+    for part, columns in zip(parts, _split(emit, together, 1, parts), strict=True):
         part.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
-        begin = end
     return together
+
+
+def _split(emit: Emitter, whole: Node, axis: int, grads: Sequence[Node]) -> list[Node]:
+    """``whole`` cut along ``axis`` into one piece for every gradient, as long as that is wide."""
+    ends = list(itertools.accumulate(map(_width, grads)))
+    return [emit.call(aten.slice.Tensor, whole, axis, *ends_of) for ends_of in itertools.pairwise([0, *ends])]
 
 
 def _replace_sum(emit: Emitter, root: Node, together: Node, weights: Sequence[Any]) -> None:
@@ -194,7 +195,7 @@ def _sums(graph: Graph) -> list[tuple[Node, list[Term]]]:
     ``kv_gradient="project"``.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
-    backward = descendants(node for node in graph.find_nodes(op="placeholder") if "tangents" in node.name)
+    backward = backward_of(graph)
     found: dict[Node, list[Term]] = {}
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         if node.kwargs or node not in backward or shape_of(node.args[0]) != shape_of(node.args[1]):
@@ -243,7 +244,7 @@ def _mergeable(terms: list[Term], order: dict[Node, int]) -> bool:
     grads = [term.grad for term in terms]
     if len(set(grads)) < len(grads) or not _static(*grads) or len({shape_of(grad)[0] for grad in grads}) > 1:
         return False
-    if min(int(shape_of(grad)[1]) for grad in grads) >= WIDE or any(g.target is aten.slice.Tensor for g in grads):
+    if not _narrow(grads) or any(g.target is aten.slice.Tensor for g in grads):
         return False
     grads.sort(key=lambda grad: order[grad])
     return not any(_leads_to(a, b, order) for i, a in enumerate(grads) for b in grads[i + 1 :])
@@ -261,10 +262,7 @@ def _with_zeros(emit: Emitter, term: Term) -> Node:
     """The gradient itself with zeros where the product is to be zero."""
     if term.mask is None:
         return term.grad
-    value = fake_value(term.grad)
-    mask = emit.call(aten.view.default, term.mask, [value.shape[0], 1])
-    zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
-    return emit.call(aten.where.self, mask, term.grad, zero)
+    return emit.kept(emit.call(aten.view.default, term.mask, [shape_of(term.grad)[0], 1]), term.grad)
 
 
 def _input_grad(grad: Node) -> Node | None:

@@ -88,10 +88,9 @@ def weighed(emit: Emitter, grad: Node, factors: Node) -> Node:
 def _mask(emit: Emitter, node: Node, selected: Node, factor: Node | None) -> Node:
     grad: Any = node.args[0]
     axis: Any = node.args[1]
-    value = fake_value(grad)
-    zero = emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
-    stopped = emit.call(aten.where.self, _on_axis(emit, selected, axis, value.dim()), grad, zero)
-    return stopped if factor is None else weighed(emit, stopped, _on_axis(emit, factor, axis, value.dim()))
+    rank = fake_value(grad).dim()
+    stopped = emit.kept(_on_axis(emit, selected, axis, rank), grad)
+    return stopped if factor is None else weighed(emit, stopped, _on_axis(emit, factor, axis, rank))
 
 
 def _on_axis(emit: Emitter, tensor: Node, axis: int, rank: int) -> Node:

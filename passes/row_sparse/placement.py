@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.fx import backward_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,7 +20,7 @@ def place_early(graph: Graph, made: Collection[Node]) -> None:
     in the forward pass they would be saved, which is what the checkpoint is to avoid.
     """
     placeholders = graph.find_nodes(op="placeholder")
-    backward = descendants(node for node in placeholders if "tangents" in node.name)
+    backward = backward_of(graph)
     order = {node: (index, 0) for index, node in enumerate(graph.nodes)}
     last_at = {index: node for node, (index, _) in order.items()}
     recomputed: set[Node] = set()

@@ -111,10 +111,7 @@ class RowValues:
 
     def kept(self, values: Node, layout: Layout) -> Node:
         """``values`` with unused slots set to zero."""
-        mask = self.on_slots(self.keep, layout, values)
-        value = fake_value(values)
-        zero = self.emit.call(aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
-        return self.emit.call(aten.where.self, mask, values, zero)
+        return self.emit.kept(self.on_slots(self.keep, layout, values), values)
 
     def on_slots(self, each: Node, layout: Layout, values: Node) -> Node:
         """``each`` [B, K], one number per slot, in a shape that broadcasts to ``values``."""

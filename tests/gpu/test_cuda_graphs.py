@@ -44,15 +44,20 @@ def train(model, steps=STEPS):
     return history
 
 
+def assert_close(found, expected):
+    """Gradients by name; each to 1e-4 of the norm of them all."""
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    for name, grad in expected.items():
+        assert (found[name] - grad).norm() <= 1e-4 * whole, name
+
+
 def assert_same(history, expected):
     assert len(history) == len(expected)
     for (loss, grads, selected, metrics), (loss_0, grads_0, selected_0, metrics_0) in zip(
         history, expected, strict=True
     ):
         torch.testing.assert_close(loss, loss_0, rtol=1e-4, atol=1e-6)
-        whole = torch.stack([g.norm() for g in grads_0.values()]).norm()
-        for name, grad in grads_0.items():
-            assert (grads[name] - grad).norm() <= 1e-4 * whole, name
+        assert_close(grads, grads_0)
         assert torch.equal(selected, selected_0)
         for key in metrics_0.keys() - {"verify_steps", "verify_max_error", "verify_worst"}:
             wanted = metrics_0[key]
@@ -160,12 +165,6 @@ def test_a_replayed_step_does_not_synchronise(replays):
     assert replays[before:] == ["ours"] * 2 * len(data)
 
 
-def assert_close(found, expected):
-    whole = torch.stack([g.norm() for g in expected.values()]).norm()
-    for name, grad in expected.items():
-        assert (found[name] - grad).norm() <= 1e-4 * whole, name
-
-
 @pytest.mark.parametrize("allocated", [False, True])
 def test_accumulation(allocated, replays):
     """Gradients that are not set to None are added to, whoever allocated them."""
@@ -223,7 +222,7 @@ def test_dropout_draws_anew_at_every_replay(replays):
     assert first == again and len({*first, *other}) == 8
 
 
-def test_a_step_that_waits_for_the_device_is_not_recorded(replays, caplog):
+def test_a_step_that_waits_for_the_device_is_not_recorded(replays):
     """A label check on the host, say: the recording fails, the training does not."""
 
     def waits(x, w):
