@@ -264,6 +264,12 @@ def stored(node: Any, last_contiguous: bool = False, contiguous: bool = False) -
     return ir.TensorBox(storage.data if isinstance(storage, ir.TensorBox) else storage)
 
 
+def realized(node: Any) -> Any:
+    """In a lowering: ``node`` as a buffer, which the kernel writes that computes it."""
+    node.realize()
+    return node
+
+
 def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
     """In a lowering: uninitialised memory, contiguous."""
     from torch._inductor.lowering import empty_strided

@@ -27,6 +27,7 @@ from cggr_compile.passes.insert_router import InsertRouter
 from cggr_compile.passes.launch_bound import LaunchBound
 from cggr_compile.passes.lower_experts import LowerExperts
 from cggr_compile.passes.merge_products import MergeProducts
+from cggr_compile.passes.merge_sums import MergeSums
 from cggr_compile.passes.observe_router import ObserveRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
@@ -66,6 +67,7 @@ OBSERVING_PASSES: tuple[GraphPass, ...] = (AlignTargets(), InsertRouter(), Obser
 JOINT_PASSES: tuple[JointPass, ...] = (
     RowSparseBackward(),
     MergeProducts(),
+    MergeSums(),
     ComputeAnglesOnce(),
     ResolveMarkers(),
 )

@@ -51,7 +51,7 @@ class MergeProducts:
 
     After::
 
-        d = cggr.join_columns([dq, dk, dv])
+        d = cggr.join([dq, dk, dv], 1)
         dWq, dWk, dWv = split(mm(d.T, x))
         dx = mm(d, cat([Wq, Wk, Wv]))
 
@@ -154,7 +154,7 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
 
 def _join(emit: Emitter, parts: Sequence[Node]) -> Node:
     """The parts side by side; whoever else reads one of them reads its columns there."""
-    together = emit.call(torch.ops.cggr.join_columns.default, list(parts))
+    together = emit.call(torch.ops.cggr.join.default, list(parts), 1)
     for part, columns in zip(parts, _split(emit, together, 1, parts), strict=True):
         part.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
     return together

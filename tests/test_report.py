@@ -10,7 +10,7 @@ import torch
 STAGES = [
     *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "launch_bound", "align_targets"),
     *("insert_router", "select_rows", "rewrite_loss", "route_gradient", "detach_outputs", "rewritten"),
-    *("joint_row_sparse", "joint_merge_products", "joint_angles_once", "joint_resolve_markers"),
+    *("joint_row_sparse", "joint_merge_products", "joint_merge_sums", "joint_angles_once", "joint_resolve_markers"),
 ]
 
 
@@ -30,9 +30,9 @@ def test_dump(tmp_path):
     )
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    joint = ["row_sparse", "merge_products", "angles_once", "resolve_markers"]
-    assert [p["name"] for p in report["passes"][-4:]] == joint
-    assert report["passes"][-4]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
+    joint = ["row_sparse", "merge_products", "merge_sums", "angles_once", "resolve_markers"]
+    assert [p["name"] for p in report["passes"][-5:]] == joint
+    assert report["passes"][-5]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
 
 
 def test_dump_dir_from_the_environment(tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ from functools import cache
 from cggr_compile import compat
 from cggr_compile.lowerings.attention_rows import lower_attention_rows_backward
 from cggr_compile.lowerings.fence import lower_fence
-from cggr_compile.lowerings.join_columns import lower_join_columns
+from cggr_compile.lowerings.join import lower_in_memory, lower_join
 from cggr_compile.lowerings.moe import lower_moe_mlp, lower_moe_mlp_backward
 from cggr_compile.lowerings.score import lower_score_partials
 from cggr_compile.ops.attention_rows import attention_rows_backward
-from cggr_compile.ops.join_columns import join_columns
+from cggr_compile.ops.join import in_memory, join
 from cggr_compile.ops.moe import moe_mlp, moe_mlp_backward
 from cggr_compile.ops.rows import fence
 from cggr_compile.ops.score import score_partials
@@ -25,7 +25,8 @@ from cggr_compile.ops.score import score_partials
 def register() -> None:
     """Makes Inductor use these lowerings. Only operators of our own are concerned."""
     compat.register_inductor_lowering(attention_rows_backward, lower_attention_rows_backward)
-    compat.register_inductor_lowering(join_columns, lower_join_columns)
+    compat.register_inductor_lowering(join, lower_join)
+    compat.register_inductor_lowering(in_memory, lower_in_memory)
     compat.register_inductor_lowering(fence, lower_fence)
     compat.register_inductor_lowering(score_partials, lower_score_partials, eager_strides=True)
     compat.register_inductor_lowering(moe_mlp, lower_moe_mlp, eager_strides=True)

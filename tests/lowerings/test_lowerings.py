@@ -9,7 +9,7 @@ from torch._inductor.utils import run_and_get_code
 
 from cggr_compile import compat, lowerings
 from cggr_compile.ops.attention_rows import attention_rows_backward, attention_rows_backward_reference
-from cggr_compile.ops.join_columns import join_columns
+from cggr_compile.ops.join import join
 from cggr_compile.ops.rows import fence
 
 pytestmark = pytest.mark.skipif(compat.cpp_compiler() is None, reason="needs a C++ compiler")
@@ -25,7 +25,7 @@ def _registered():
 
 def test_joined_columns_are_written_in_place():
     def function(a, b, weight):
-        joined = join_columns([a.exp(), (b * 2).sin()])
+        joined = join([a.exp(), (b * 2).sin()], 1)
         return joined @ weight, joined[:, 3:]
 
     a, b, weight = torch.randn(5, 3), torch.randn(5, 4), torch.randn(7, 2)
@@ -33,14 +33,14 @@ def test_joined_columns_are_written_in_place():
     expected = function(a, b, weight)
     for have, want in zip(got, expected, strict=True):
         torch.testing.assert_close(have, want)
-    assert "cggr.join_columns" not in code.split("def call(")[1]  # no call of the operator
+    assert "cggr.join" not in code.split("def call(")[1]  # no call of the operator
     assert "aten.cat" not in code.split("def call(")[1]
 
 
 def test_the_same_part_twice():
     def function(a):
         part = a.cos()
-        return join_columns([part, part]), part.sum()
+        return join([part, part], 1), part.sum()
 
     a = torch.randn(4, 3)
     for have, want in zip(torch.compile(function)(a), function(a), strict=True):
