@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -468,6 +468,17 @@ def same_addresses(tensors: Sequence[Any], addresses: list[int], positions: list
 def apply_function(function: Any, *args: Any) -> Any:
     """``function.apply`` of an autograd function, without functorch's look at each of hundreds of arguments."""
     return super(torch.autograd.Function, function).apply(*args)
+
+
+def own_cublas_workspace() -> AbstractContextManager[None]:
+    """Around the recording of a CUDA graph: cuBLAS takes its workspace from the graph's memory, and it stays there.
+
+    Otherwise the graph would hold the address of one that PyTorch keeps for the stream, and frees with the next graph
+    that Inductor records.
+    """
+    from torch._inductor.cudagraph_trees import clear_cublas_manager
+
+    return clear_cublas_manager()
 
 
 def reset_cuda_graphs() -> None:

@@ -74,7 +74,8 @@ def captured(function: Callable[[], Any], pool: Pool, stream: Any) -> tuple[Call
     graph = torch.cuda.CUDAGraph()
     try:
         # thread_local: a data loader that pins memory meanwhile is no error
-        with torch.cuda.graph(graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local"):
+        record = torch.cuda.graph(graph, pool=pool.handle, stream=stream, capture_error_mode="thread_local")
+        with compat.own_cublas_workspace(), record:
             result = function()
     except RuntimeError:
         # a recording that breaks off leaves the random generators in its state; one that does not takes them out of it

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from cggr_compile import replay
 
 CPU = torch.device("cpu")
+captured = replay.captured
 
 
 @pytest.fixture(autouse=True)
@@ -295,3 +296,27 @@ def test_a_recording_that_fails_is_told_once(trained, monkeypatch):
     monkeypatch.setattr(replay, "captured", captured)
     train(run, w, range(4))
     assert told == ["CUDA graphs are not used: recording failed: operation not permitted when stream is capturing"]
+
+
+def test_a_graph_has_a_cublas_workspace_of_its_own(monkeypatch):
+    """Inductor frees the one of the stream when it records; a graph that holds its address would read freed memory."""
+    done = []
+
+    class Graph:
+        def __init__(self, *_, **__):
+            pass
+
+        def replay(self):
+            pass
+
+        def __enter__(self):
+            done.append("begin")
+
+        def __exit__(self, *_):
+            done.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("clear"), raising=False)
+    _, result = captured(lambda: done.append("record"), replay.Pool(), None)
+    assert done == ["clear", "begin", "record", "end", "clear"] and result is None

@@ -144,6 +144,28 @@ def test_the_last_figures_survive_other_replays(replays):
     assert torch.equal(runtime.selected.cpu(), selected) and runtime.metrics() == metrics
 
 
+def test_other_recordings_leave_ours_their_memory(replays):
+    """PyTorch frees cuBLAS's workspaces whenever Inductor records, and empties its cache whenever anything records."""
+    model = models.family("llama")
+    expected = train(compiled(model))
+    model = compiled(model, options={"cuda_graphs": True})
+    runtime, first = cggr_compile.runtime(model), copy.deepcopy(model.state_dict())
+    train(model, 3)
+    model.eval()
+    for batch in batches(3):
+        with torch.no_grad():
+            model(**batch)
+    assert "Inductor" in replays
+    torch.cuda.empty_cache()
+    junk = torch.full((2**28,), float("nan"), device="cuda")  # where the freed memory was
+    model.train()
+    model.load_state_dict(first)
+    runtime.load_state_dict({"version": 1, "step": 0, "seed": 0})
+    before = len(replays)
+    assert_same(train(model), expected)
+    assert replays[before:] == ["ours"] * 2 * STEPS and junk.isnan().all()
+
+
 def test_a_replayed_step_does_not_synchronise(replays):
     model = compiled(models.family("llama"), options={"cuda_graphs": True})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
