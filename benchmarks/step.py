@@ -2,10 +2,11 @@
 
 The arms (see arms.py) share one model and one batch and take turns, one step each in every round; the figures are
 medians over the rounds after the warm-up, and so are the ratios, `fair` over the arm within a round: how many times
-faster, or smaller. Peak memory is over what is allocated between steps; "saved" is what the forward keeps for the
-backward. Compile time is the first step; what another arm, or an earlier process with the same TORCHINDUCTOR_CACHE_DIR,
-has compiled already is not compiled again, so compile times compare only between processes with one arm and an empty
-cache each.
+faster, or smaller. On CUDA a measured step follows others without waiting, as in a training loop, and its time is the
+period from the end of the one before to its own. Peak memory is over what is allocated between steps; "saved" is what
+the forward keeps for the backward. Compile time is the first step; what another arm, or an earlier process with the
+same TORCHINDUCTOR_CACHE_DIR, has compiled already is not compiled again, so compile times compare only between
+processes with one arm and an empty cache each.
 
 The JSON file is written after every arm and every round, so that an interrupted run leaves what it measured.
 

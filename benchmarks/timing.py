@@ -21,6 +21,8 @@ LEAD_IN = 3  # steps
 class Sample:
     """Milliseconds and megabytes of one step.
 
+    step: from the end of the step before, if one led in, to the end of this one, as in a training loop; else the sum
+        of forward and backward.
     peak_mb: CUDA only: most memory allocated during the step less what was allocated before it (parameters, batch,
         whatever else lives between steps; gradients are None then, so the new gradients count).
     saved_mb: what the forward keeps for the backward. CUDA: allocated after the forward less before it. CPU: the
@@ -49,7 +51,9 @@ def run_step(
 
     ``lead_in``: run some steps before, not measured, and do not wait for them. On CUDA the measured step then finds
     the queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is
-    bound by launches shows the host's. (After one such step the host is not yet ahead of the device.)
+    bound by launches shows the host's. (After one such step the host is not yet ahead of the device.) Of a host that
+    is behind, the forward shows what passes between the call and its first kernel, although in a loop the device
+    spends a part of that on the backward before: the step is measured over the whole period.
 
     ``memory=False`` leaves memory out: what CUDA graphs use is allocated once, not step by step.
     """
@@ -57,6 +61,7 @@ def run_step(
     for _ in range(LEAD_IN if lead_in else 0):
         _begin(parameters, device)
         step(*batch).backward()
+    before = stamp(device) if lead_in else None
     _begin(parameters, device)
     static = torch.cuda.memory_allocated() if device == "cuda" else 0
     start = stamp(device)
@@ -73,7 +78,8 @@ def run_step(
         torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - static) / MB if memory and device == "cuda" else None
     forward, backward = milliseconds(start, middle), milliseconds(resume, end)
-    return Sample(forward, backward, forward + backward, float(loss.detach()), peak, saved)
+    period = forward + backward if before is None else milliseconds(before, end)
+    return Sample(forward, backward, period, float(loss.detach()), peak, saved)
 
 
 def _begin(parameters: Sequence[Tensor], device: str) -> None:

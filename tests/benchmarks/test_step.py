@@ -220,5 +220,6 @@ def test_a_step_is_forward_and_backward_from_a_clean_slate() -> None:
     second = timing.run_step(run, batch(), list(model.parameters()), lead_in=True)
     assert torch.equal(model.lm_head.weight.grad, gradient), "gradients of two steps were added up"
     assert first.loss == second.loss and first.step == first.forward + first.backward > 0
+    assert second.step > second.forward + second.backward, "what comes between two steps is missing"
     assert first.peak_mb is None and first.saved_mb == second.saved_mb > 0
     assert timing.run_step(run, batch(), list(model.parameters()), memory=False).saved_mb is None
