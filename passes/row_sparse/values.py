@@ -153,6 +153,8 @@ class RowValues:
         return self.emit.call(aten.permute.default, packed, inverse)
 
     def view(self, node: Node, shape: list[int]) -> Node:
+        if list(shape_of(node)) == shape:
+            return node  # as it is in memory: a copy would be a kernel of its own in front of the row attention
         if not fake_value(node).is_contiguous():
             node = self.emit.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return self.emit.call(aten.view.default, node, shape)
