@@ -35,7 +35,8 @@ class RowSum:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What sums have in common that are computed together."""
-        return shape_of(self.terms), fake_value(self.terms).dtype, fake_value(self.result).dtype
+        terms = fake_value(self.terms)
+        return tuple(terms.shape), terms.dtype, fake_value(self.result).dtype, terms.device
 
 
 class MergeSums:
@@ -74,7 +75,7 @@ def _groups(graph: Graph) -> Iterator[list[RowSum]]:
             kinds[found.kind].append(found)
     for sums in kinds.values():
         terms = fake_value(sums[0].terms)
-        fitting = ROOM // (terms.numel() * terms.element_size())
+        fitting = ROOM // max(1, terms.numel() * terms.element_size())
         if fitting >= FEWEST:
             groups = (sums[begin : begin + fitting] for begin in range(0, len(sums), fitting))
             yield from (group for group in groups if len(group) > 1)
@@ -88,6 +89,8 @@ def _row_sum(node: Node) -> RowSum | None:
     static = all(isinstance(size, int) for size in shape)
     if node.kwargs or not every_row or not static or not fake_value(terms).is_floating_point():
         return None
+    if terms.op == "placeholder":
+        return None  # in memory already, and no call may stand between the placeholders
     result, casts = node, 0
     while len(result.users) == 1 and (user := next(iter(result.users))).target in (aten.view.default, CAST):
         result = user
@@ -99,7 +102,7 @@ def _row_sum(node: Node) -> RowSum | None:
 
 def _merge(graph: Graph, sums: Sequence[RowSum]) -> None:
     emit = Emitter(graph, fake_value(sums[0].terms).fake_mode, key="val")
-    shape, dtype, result_dtype = sums[0].kind
+    shape, dtype, result_dtype, _ = sums[0].kind
     parts = []
     for each in sums:
         with emit.before(each.terms.next, MergeSums.name):

@@ -127,17 +127,31 @@ def counted(tangents, a, b):
     return (tangents > a).sum([0, 1]), (tangents > b).sum([0, 1])
 
 
+def of_arguments(tangents_1, tangents_2, tangents_3):
+    return tangents_1.sum([0, 1]), tangents_2.sum([0, 1]), tangents_3.sum([0, 1])
+
+
 @pytest.mark.parametrize(
     ("function", "count"),
     [
         *((forward_only, 3), (of_some_axes, 2), (of_the_last_axis, 2), (scaled, 2), (read_again, 3)),
         *((of_other_shapes, 2), (of_other_types, 2), (in_another_type, 2), (of_everything, 2), (counted, 2)),
+        (of_arguments, 3),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_sums_that_stay(function, count):
     check(function, *grads(3), before=count, after=count)
     check(lambda tangents, a, b: [(tangents * x).sum([0, 1]) for x in (a, b)], *grads(3), before=2, after=1)  # control
+
+
+def test_devices_are_kept_apart():
+    def backward(tangents_1, tangents_2, a, b):
+        return [(t * x).sum([0, 1]) for t in (tangents_1, tangents_2) for x in (a.to(t.device), b.to(t.device))]
+
+    here, a, b = grads(3)
+    gm = traced(backward, here, here.to("meta"), a, b)
+    assert MergeSums()(gm.graph).reason == "4 sums over rows, as 2"
 
 
 def test_one_tensor_summed_twice():
