@@ -21,8 +21,7 @@ LEAD_IN = 3  # steps
 class Sample:
     """Milliseconds and megabytes of one step.
 
-    step: from the end of the step before, if one led in, to the end of this one, as in a training loop; else the sum
-        of forward and backward.
+    step: the sum of forward and backward; of ``run_step`` with steps before it, the period of the loop.
     peak_mb: CUDA only: most memory allocated during the step less what was allocated before it (parameters, batch,
         whatever else lives between steps; gradients are None then, so the new gradients count).
     saved_mb: what the forward keeps for the backward. CUDA: allocated after the forward less before it. CPU: the
@@ -53,7 +52,7 @@ def run_step(
     the queue as a training loop leaves it: a step that is bound by the device shows the device's time, one that is
     bound by launches shows the host's. (After one such step the host is not yet ahead of the device.) Of a host that
     is behind, the forward shows what passes between the call and its first kernel, although in a loop the device
-    spends a part of that on the backward before: the step is measured over the whole period.
+    spends a part of that on the backward before. So the step is measured from the end of the one before to its own.
 
     ``memory=False`` leaves memory out: what CUDA graphs use is allocated once, not step by step.
     """

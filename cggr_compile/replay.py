@@ -128,7 +128,7 @@ class Recording:
         try:
             # a recording that breaks off leaves its stream the current one: this takes that back
             with torch.cuda.stream(here), torch.random.fork_rng([device]), torch.enable_grad():
-                with torch.cuda.stream(stream):  # libraries set up what they need for a stream at its first call
+                with torch.cuda.stream(stream):  # libraries set up what they need at their first call
                     outputs, self._roots = forward()
                     roots = [outputs[i] for i in self._roots]
                     backward(roots, [torch.ones_like(root) for root in roots])

@@ -208,6 +208,10 @@ class Emitter:
         zero = self.call(torch.ops.aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
         return self.call(torch.ops.aten.where.self, mask, values, zero)
 
+    def shaped(self, node: Node, shape: Sequence[int]) -> Node:
+        """``node`` viewed in ``shape``, if it has another (ATen graphs)."""
+        return node if shape_of(node) == tuple(shape) else self.call(torch.ops.aten.view.default, node, list(shape))
+
     def size(self, node: Node, axis: int) -> int | Node:
         """A size as a number where it is static, else as a node."""
         size = shape_of(node)[axis]
@@ -244,6 +248,11 @@ class Emitter:
 def backward_of(graph: Graph) -> set[Node]:
     """The backward pass of a joint graph: what depends on a gradient."""
     return descendants(node for node in graph.find_nodes(op="placeholder") if "tangents" in node.name)
+
+
+def is_static(*nodes: Node) -> bool:
+    """Whether every size of these tensors is a number."""
+    return all(isinstance(size, int) for node in nodes for size in shape_of(node))
 
 
 def layout_only(node: Node) -> bool:

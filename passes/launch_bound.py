@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype
-from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.fx import is_static, op_name
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
 # this long, however little its kernels do.
@@ -37,9 +37,10 @@ class LaunchBound:
             return PassResult(True, "launches do not count: not on CUDA, or CUDA graphs")
         if ctx.options.launch_bound == "select":
             return PassResult(True, "launch_bound='select': not estimated")
-        layers, stream = len(ctx.stack.blocks), fake_value(ctx.stack.blocks[0].output)
-        if not all(isinstance(size, int) for size in stream.shape):
+        layers, output = len(ctx.stack.blocks), ctx.stack.blocks[0].output
+        if not is_static(output):
             return PassResult(True, "symbolic sizes: not estimated")
+        stream = fake_value(output)
         batch, length, width = stream.shape
         flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * width
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count

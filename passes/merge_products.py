@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import PassResult, fake_value, shape_of
-from cggr_compile.passes.fx import Emitter, backward_of, sort_stably
+from cggr_compile.passes.fx import Emitter, backward_of, is_static, sort_stably
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -86,7 +86,7 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
     sharing: dict[tuple[Node, tuple[int, ...], torch.dtype], list[tuple[Node, Product]]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         left, x = node.args
-        if left.target is aten.permute.default and list(left.args[1]) == [1, 0] and _static(left, x):
+        if left.target is aten.permute.default and list(left.args[1]) == [1, 0] and is_static(left, x):
             key = (_behind_views(x), tuple(shape_of(x)), fake_value(x).dtype)
             sharing[key].append((x, Product(left.args[0], node)))
     found = []
@@ -108,10 +108,6 @@ def _width(grad: Node) -> int:
 
 def _narrow(grads: Iterable[Node]) -> bool:
     return min(_width(grad) for grad in grads) < WIDE
-
-
-def _static(*nodes: Node) -> bool:
-    return all(isinstance(size, int) for node in nodes for size in shape_of(node))
 
 
 def _behind_views(node: Node) -> Node:
@@ -170,9 +166,7 @@ def _replace_sum(emit: Emitter, root: Node, together: Node, weights: Sequence[An
     with emit.before(root, MergeProducts.name):
         joined = emit.call(aten.cat.default, list(weights))
         compat.keep_in_backward(joined)
-        product_of_all = emit.call(aten.mm.default, together, joined)
-        if shape_of(root) != shape_of(product_of_all):
-            product_of_all = emit.call(aten.view.default, product_of_all, list(shape_of(root)))
+        product_of_all = emit.shaped(emit.call(aten.mm.default, together, joined), shape_of(root))
     root.replace_all_uses_with(product_of_all)
 
 
@@ -242,7 +236,7 @@ def _masked(node: Node) -> bool:
 
 def _mergeable(terms: list[Term], order: dict[Node, int]) -> bool:
     grads = [term.grad for term in terms]
-    if len(set(grads)) < len(grads) or not _static(*grads) or len({shape_of(grad)[0] for grad in grads}) > 1:
+    if len(set(grads)) < len(grads) or not is_static(*grads) or len({shape_of(grad)[0] for grad in grads}) > 1:
         return False
     if not _narrow(grads) or any(g.target is aten.slice.Tensor for g in grads):
         return False

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cggr_compile.passes.base import PassResult, fake_value, shape_of
-from cggr_compile.passes.fx import Emitter, backward_of
+from cggr_compile.passes.fx import Emitter, backward_of, is_static
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,8 +86,7 @@ def _row_sum(node: Node) -> RowSum | None:
     axes: Any = node.args[1]
     shape = shape_of(terms)
     every_row = len(shape) > 1 and sorted(axis % len(shape) for axis in axes) == list(range(len(shape) - 1))
-    static = all(isinstance(size, int) for size in shape)
-    if node.kwargs or not every_row or not static or not fake_value(terms).is_floating_point():
+    if node.kwargs or not every_row or not is_static(terms) or not fake_value(terms).is_floating_point():
         return None
     if terms.op == "placeholder":
         return None  # in memory already, and no call may stand between the placeholders
@@ -115,6 +114,4 @@ def _merge(graph: Graph, sums: Sequence[RowSum]) -> None:
             summed = emit.call(CAST, summed, result_dtype)
         for index, each in enumerate(sums):
             result = emit.call(aten.select.int, summed, 0, index)
-            if shape_of(each.result) != shape_of(result):
-                result = emit.call(aten.view.default, result, list(shape_of(each.result)))
-            each.result.replace_all_uses_with(result)
+            each.result.replace_all_uses_with(emit.shaped(result, shape_of(each.result)))

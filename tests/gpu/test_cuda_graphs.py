@@ -27,6 +27,15 @@ def compiled(model, **arguments):
     return model
 
 
+def warmed_up(model, options, steps):
+    """Compiled, after some steps; the selection stays the first step's."""
+    model = compiled(model, options={"advance": "manual", **options})
+    for batch in batches(steps):
+        model.zero_grad()
+        model(**batch).loss.backward()
+    return model
+
+
 def train(model, steps=STEPS):
     """Loss, gradients, selected positions and metrics of every step."""
     runtime = cggr_compile.runtime(model)
@@ -192,10 +201,7 @@ def test_accumulation(allocated, replays):
     """Gradients that are not set to None are added to, whoever allocated them."""
     model, sums = models.family("llama"), []
     for options in ({}, {"cuda_graphs": True}):
-        trained = compiled(model, options={"advance": "manual", **options})
-        for batch in batches(2):
-            trained.zero_grad()
-            trained(**batch).loss.backward()
+        trained = warmed_up(model, options, 2)
         for p in trained.parameters() if allocated else ():
             p.grad = torch.zeros_like(p)
         for batch in batches():
@@ -208,10 +214,7 @@ def test_accumulation(allocated, replays):
 def test_two_forwards_before_their_backwards(replays):
     model, found = models.family("llama"), []
     for options in ({}, {"cuda_graphs": True}):
-        trained = compiled(model, options={"advance": "manual", **options})
-        for batch in batches(3):
-            trained.zero_grad()
-            trained(**batch).loss.backward()
+        trained = warmed_up(model, options, 3)
         trained.zero_grad()
         losses = [trained(**batch).loss for batch in batches(2)]
         for loss in losses:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 
+import merging
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from cggr_compile.passes.fx import sort_stably
 from cggr_compile.passes.merge_products import WIDE, MergeProducts
@@ -22,31 +21,7 @@ def tensors(*widths, rows=ROWS, seed=0):
     return grads, weights, torch.randn(rows, WIDTH, generator=generator, dtype=torch.float64)
 
 
-def traced(function, *arguments):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        return make_fx(function, tracing_mode="fake")(*arguments)
-
-
-def products(gm):
-    return len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default))
-
-
-def check(function, *arguments, before, after):
-    """The pass leaves ``after`` products; the graph computes what it did, twice is once."""
-    gm = traced(function, *arguments)
-    assert products(gm) == before
-    result = MergeProducts()(gm.graph)
-    assert result.matched == (after < before), result.reason
-    gm.graph.lint()
-    gm.recompile()
-    assert products(gm) == after
-    assert all("val" in node.meta for node in gm.graph.nodes if node.op == "call_function")
-    expected, got = function(*arguments), gm(*arguments)
-    for want, have in zip(expected, got, strict=True):
-        assert want.shape == have.shape
-        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
-    assert not MergeProducts()(gm.graph).matched
-    return gm, result
+check = functools.partial(merging.check, MergeProducts(), torch.ops.aten.mm.default)
 
 
 def linear_backward(grads, weights, x):
@@ -218,7 +193,7 @@ def test_the_check_can_fail(monkeypatch):
 
 
 def test_sort_stably_keeps_an_order_that_is_right():
-    gm = traced(linear_backward, *tensors(3, 2))
+    gm = merging.traced(linear_backward, *tensors(3, 2))
     names = [node.name for node in gm.graph.nodes]
     sort_stably(gm.graph)
     assert [node.name for node in gm.graph.nodes] == names
