@@ -9,7 +9,8 @@ ARGS   ?=
 # Options of pytest: make test PYTEST_ARGS='-k llama'
 PYTEST_ARGS ?=
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Not for the benchmark: waking them takes a tenth of a backward pass of small operations.
+demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 # One stamp for each torch requirement, so that another TORCH installs again.
