@@ -9,7 +9,7 @@ ARGS   ?=
 # Options of pytest: make test PYTEST_ARGS='-k llama'
 PYTEST_ARGS ?=
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
-# Not for the benchmark: waking them takes a tenth of a backward pass of small operations.
+# Not for the benchmark: with passive threads its selective backward passes take 12 to 22 % longer.
 demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin

@@ -16,7 +16,7 @@ import torch
 
 def describe(device: str) -> dict[str, Any]:
     """Names and versions; the load average says how quiet the machine was when the run began."""
-    policy = os.environ.get("OMP_WAIT_POLICY")  # passive: what waits for a thread to wake is up to a tenth slower
+    policy = os.environ.get("OMP_WAIT_POLICY")  # passive: the selective arms are slower
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": f"{torch.get_num_threads()} CPU threads{f' (OMP_WAIT_POLICY={policy})' if policy else ''}",

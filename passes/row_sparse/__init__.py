@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.base import PassResult, shape_of
-from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.fx import descendants, is_static
 from cggr_compile.passes.resolve_markers import stop_factors, weighed
 from cggr_compile.passes.row_sparse.attention import attention
 from cggr_compile.passes.row_sparse.experts import experts
@@ -51,11 +51,10 @@ class RowSparseBackward:
             return PassResult(False, f"{len(seeds)} cggr::scatter_rows in the joint graph, expected one")
         (seed,) = seeds
         _, rows, keep, length = seed.args
-        sizes = (*shape_of(seed), *shape_of(rows))
-        if not all(isinstance(size, int) for size in (*sizes, length)):
+        if not is_static(seed, rows) or not isinstance(length, int):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
         nodes = list(graph.nodes)
-        rv = RowValues(graph, rows, keep, batch=sizes[0], length=sizes[1])
+        rv = RowValues(graph, rows, keep, batch=shape_of(seed)[0], length=length)
         with rv.emit.before(seed, self.name):
             rv.rows = rv.emit.call(ops.fence.default, rows)
         rv.backward = descendants([seed])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import merging
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import cggr_compile.ops  # noqa: F401
 from cggr_compile.passes.angles_once import MANY, ComputeAnglesOnce
@@ -33,8 +32,7 @@ def fences(graph):
 
 
 def check(function, inputs, expected):
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        gm = make_fx(function, tracing_mode="fake")(*inputs)
+    gm = merging.traced(function, *inputs)
     result = ComputeAnglesOnce()(gm.graph)
     gm.graph.lint()
     gm.recompile()
