@@ -55,8 +55,8 @@ class Attention:
     """One attention call of a block.
 
     Attributes:
-        node: the scaled_dot_product_attention, flex_attention or flash-attn call, or the softmax of a hand-written
-            attention.
+        kind: the operator's family, an adapter's ``kind`` (``passes/patterns/attention``).
+        node: the operator's call, or the softmax of a hand-written attention.
         key, value: the tensors whose rows later positions attend to.
         key_dim, value_dim: the token axis of each.
         key_user, value_user: the calls that read them (the same one but for a hand-written attention and for packed
@@ -64,7 +64,7 @@ class Attention:
         mask: the attn_mask argument, if any; a BlockMask is none.
     """
 
-    kind: Literal["sdpa", "flex", "flash", "softmax"]
+    kind: str
     node: Node
     key: Node
     value: Node

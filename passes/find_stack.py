@@ -10,7 +10,6 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
-from cggr_compile.passes.attention import find_attention
 from cggr_compile.passes.base import (
     Attention,
     Block,
@@ -24,6 +23,7 @@ from cggr_compile.passes.base import (
 from cggr_compile.passes.find_loss import ROUTER_LOGITS
 from cggr_compile.passes.fx import ancestors, argument, bottlenecks, descendants, in_order, mutated_operand, op_name
 from cggr_compile.passes.lower_experts import GROUPED
+from cggr_compile.passes.patterns.attention import find_attention
 from cggr_compile.passes.tail import tail_start
 
 if TYPE_CHECKING:

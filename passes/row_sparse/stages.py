@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile.passes.row_sparse.attention import is_forward
+from cggr_compile.passes.patterns.attention import is_attention
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -35,7 +35,7 @@ def stages(forward: Sequence[Node], rows: Node) -> dict[Node, int]:
     selected, layers = False, LAYERS - 1
     for node in forward:
         selected = selected or node is rows
-        layers += selected and is_forward(node)
+        layers += selected and is_attention(node)
         found[node] = layers // LAYERS
     return found
 

@@ -20,7 +20,7 @@ POSITIONS = torch.where(DOCUMENTS, torch.arange(LENGTH) - 70, torch.arange(LENGT
 @pytest.mark.parametrize("kv_gradient", ["stop", "project"])
 @pytest.mark.parametrize("devices", [(), ("cuda",)], ids=["dense", "rows"])
 def test_equals_the_reference(devices, kv_gradient, monkeypatch):
-    monkeypatch.setattr("cggr_compile.passes.row_sparse.flex.DEVICES", devices)
+    monkeypatch.setattr("cggr_compile.passes.patterns.attention.flex.DEVICES", devices)
     sizes = dict(num_hidden_layers=2, head_dim=16, use_cache=False, max_position_embeddings=256)
     reference = models.family("llama", attn_implementation="sdpa", **sizes)
     model = copy.deepcopy(reference).cuda()

@@ -83,7 +83,7 @@ def test_masks_made_by_transformers():
 
 def test_dense_attention_is_named(monkeypatch):
     """As where the row form was never checked: all but attention is on rows, and what is computed stays the same."""
-    monkeypatch.setattr("cggr_compile.passes.row_sparse.flex.DEVICES", ())
+    monkeypatch.setattr("cggr_compile.passes.patterns.attention.flex.DEVICES", ())
     with pytest.warns(FallbackWarning, match="attention in 2 layers: FlexAttention on cpu"):
         model = make("flex_attention", fallback="warn", kv_gradient="stop")
         run = train(model, **BATCH, position_ids=POSITIONS, attention_mask=block_mask())

@@ -261,7 +261,7 @@ def test_flex_attention_stays_dense_by_name(flexible, why, kv_gradient="stop"):
 
 
 def test_flex_attention_stays_dense_on_devices_without_evidence(flexible, monkeypatch):
-    monkeypatch.setattr("cggr_compile.passes.row_sparse.flex.DEVICES", ())
+    monkeypatch.setattr("cggr_compile.passes.patterns.attention.flex.DEVICES", ())
     layer = Layer(flexibly(FLEX["causal"][0]))
     got, result = layer.optimised("project")
     layer.attend = causal

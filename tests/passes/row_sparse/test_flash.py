@@ -124,7 +124,7 @@ def test_padded_heads():
 def test_the_comparison_can_fail(monkeypatch):
     """A backward that forgets the window."""
     attend, expected = FORMS["window"]
-    monkeypatch.setattr("cggr_compile.passes.row_sparse.flash.mask", lambda rv, node: (None, True))
+    monkeypatch.setattr("cggr_compile.passes.patterns.attention.flash._mask", lambda rv, node: (None, True))
     with pytest.raises(AssertionError):
         check(Layer(attend, kv_heads=2), expected, "stop")
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Graph
 
 from cggr_compile.passes import row_sparse
-from cggr_compile.passes.row_sparse.attention import FORWARDS
+from cggr_compile.passes.patterns.attention import is_attention
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.stages import LAYERS, stages
 
@@ -36,7 +36,7 @@ def program(before, after, recompute=False):
 
 
 def test_stages_begin_with_the_selection():
-    assert ATTENTION in FORWARDS and LAYERS == 2
+    assert LAYERS == 2
     assert program(3, 5) == [0, 0, 0, 1, 1, 2, 2, 3]
 
 
@@ -70,7 +70,7 @@ def layers_by_index(graph):
     for node in graph.nodes:
         if node.target is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             break
-        current += node.target in FORWARDS
+        current += is_attention(node)
         if node.target in (torch.ops.aten.gather.default, torch.ops.aten.index.Tensor):
             index = node.all_input_nodes[1]
             while index.all_input_nodes and index.target is not FENCE:

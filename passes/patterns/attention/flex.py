@@ -1,8 +1,9 @@
-"""FlexAttention's backward (arXiv 2412.05496) seen as an ordinary one: its mask, computed at the selected queries."""
+"""FlexAttention (arXiv 2412.05496): its mask is computed at the selected queries, its scores may not be modified."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from cggr_compile.passes.base import fake_value, shape_of
+from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
 if TYPE_CHECKING:
     from cggr_compile.passes.row_sparse.layout import Layout
@@ -30,44 +33,64 @@ CONSTANTS = {aten.new_ones.default, aten.new_zeros.default, aten.new_full.defaul
 CASTS = {aten._to_copy.default, prims.convert_element_type.default, aten.detach.default, aten.alias.default}
 
 
-def arguments(node: Node) -> dict[str, Any]:
+class Flex(AttentionAdapter):
+    """``flex_attention`` with any elementwise ``mask_mod`` and no ``score_mod``."""
+
+    kind = "flex"
+
+    def recognise(self, node: Node, stream: Collection[Node]) -> Forward | None:
+        if op_name(node) != "flex_attention":
+            return None
+        query, key, value = node.args[:3]
+        # its BlockMask is no tensor of the scores' shape: it stays as it is
+        return Forward(query, key, value, -2, -2, node, node)  # type: ignore[arg-type]
+
+    def backward(self, node: Node) -> Backward | None:
+        return _Backward(node, _given(node)["grad"]) if str(node.target) == BACKWARD else None
+
+
+class _Backward(Backward):
+    def obstacle(self, batch: int) -> str | None:
+        given = _given(self.node)
+        query, key = shape_of(given["query"]), shape_of(given["key"])
+        device = fake_value(given["query"]).device.type
+        if device not in DEVICES:
+            return f"FlexAttention on {device}"
+        if not _identity(_subgraph(given["score_mod"])):
+            return "FlexAttention with a score_mod"
+        if given["grad_logsumexp"] is not None:
+            return "FlexAttention with a gradient of its log-sum-exp"
+        if given["kernel_options"].get("BACKEND") == "FLASH":  # its log-sum-exp is to base e
+            return "FlexAttention by FlashAttention"
+        tables = {shape_of(table)[:2] for table in given["block_mask"][2:6] if table is not None}
+        if key[0] != query[0] or any(table[i] not in (1, query[i]) for table in tables for i in (0, 1)):
+            return "FlexAttention over keys or masks that sequences share in groups"
+        if not _elementwise(_subgraph(given["block_mask"][-1])):
+            return "FlexAttention with a mask_mod that is not elementwise"
+        return None
+
+    def arguments(self, rv: RowValues, heads: Layout) -> Arguments:
+        given = _given(self.node)
+        rows = rv.gather(given["logsumexp"], heads[:3])
+        return Arguments(
+            *(given["query"], given["key"], given["value"], given["out"]),
+            logsumexp=rv.emit.call(aten.mul.Tensor, rows, math.log(2.0)),  # the operator's own is to base 2
+            mask=_mask(rv, given),
+            causal=False,
+            scale=given["scale"],
+        )
+
+
+def _given(node: Node) -> dict[str, Any]:
     return dict(zip(PARAMETERS, node.args, strict=False)) | node.kwargs
 
 
-def obstacle(node: Node) -> str | None:
-    """Why the gradient of these calls cannot be computed from the selected queries."""
-    given = arguments(node)
-    query, key = shape_of(given["query"]), shape_of(given["key"])
-    device = fake_value(given["query"]).device.type
-    if device not in DEVICES:
-        return f"FlexAttention on {device}"
-    if not _identity(_subgraph(given["score_mod"])):
-        return "FlexAttention with a score_mod"
-    if given["grad_logsumexp"] is not None:
-        return "FlexAttention with a gradient of its log-sum-exp"
-    if given["kernel_options"].get("BACKEND") == "FLASH":  # its log-sum-exp is to base e
-        return "FlexAttention by FlashAttention"
-    tables = {shape_of(table)[:2] for table in given["block_mask"][2:6] if table is not None}
-    if key[0] != query[0] or any(table[i] not in (1, query[i]) for table in tables for i in (0, 1)):
-        return "FlexAttention over keys or masks that sequences share in groups"
-    if not _elementwise(_subgraph(given["block_mask"][-1])):
-        return "FlexAttention with a mask_mod that is not elementwise"
-    return None
-
-
-def logsumexp(rv: RowValues, node: Node, heads: Layout) -> Node:
-    """float32 [B, heads, K] at the selected queries, natural logarithm: the operator's own is to base 2."""
-    rows = rv.gather(arguments(node)["logsumexp"], heads[:3])
-    return rv.emit.call(aten.mul.Tensor, rows, math.log(2.0))
-
-
-def mask(rv: RowValues, node: Node) -> Node | None:
+def _mask(rv: RowValues, given: dict[str, Any]) -> Node | None:
     """bool [B or 1, heads or 1, K, keys]: which keys the selected queries attend to; None for all.
 
     The kernels compute only the blocks that the BlockMask lists, and apply ``mask_mod`` only in those that it does
     not list as full, so the same is done here: ``listed & mask_mod | full``.
     """
-    given = arguments(node)
     query, key = shape_of(given["query"]), shape_of(given["key"])
     _, _, partial, partial_at, full, full_at, *_, query_block, key_block, mask_mod = given["block_mask"]
     device = fake_value(given["query"]).device

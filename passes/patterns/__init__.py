@@ -1,0 +1,1 @@
+"""What passes recognise in a graph."""

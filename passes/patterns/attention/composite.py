@@ -1,0 +1,84 @@
+"""Attention written out: ``softmax(q k^T) v``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch.fx import Node
+
+from cggr_compile.passes.base import shape_of
+from cggr_compile.passes.fx import argument, op_name
+from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forward
+
+# what may stand between softmax and the two products
+_BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
+_AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+
+
+class Composite(AttentionAdapter):
+    """Two products around a softmax over the last axis.
+
+    In the joint graph it is ordinary operators, which the rules for products, sums and elementwise calls carry.
+    """
+
+    kind = "softmax"
+
+    def recognise(self, node: Node, stream: Collection[Node]) -> Forward | None:
+        products = _products_around(node, stream) if op_name(node) == "softmax" else None
+        if products is None:
+            return None
+        scores, weighted, mask = products
+        query, key, value = (
+            argument(scores, 0, "input"),
+            argument(scores, 1, "other"),
+            argument(weighted, 1, "other"),
+        )
+        return Forward(query, key, value, -1, -2, scores, weighted, mask)  # the key arrives transposed
+
+
+def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, Node | None] | None:
+    """The products q k^T before a softmax over the last axis and p v after it, and what is added in between."""
+    axis = argument(node, 1, "dim")
+    if axis is None or axis % max(1, len(shape_of(node))) != len(shape_of(node)) - 1:
+        return None
+    scores = _without_sinks(node.all_input_nodes[0])
+    sinks = scores is not node.all_input_nodes[0]
+    mask: Node | None = None
+    while op_name(scores) != "matmul":
+        sources = [n for n in scores.all_input_nodes if n in stream]
+        if op_name(scores) not in _BEFORE_SOFTMAX or len(sources) != 1:
+            return None
+        added = [n for n in scores.all_input_nodes if n not in stream and len(shape_of(n)) >= 2]
+        if op_name(scores) == "add" and added:
+            mask = added[0]
+        scores = sources[0]
+    weights = node
+    while True:
+        users = [user for user in weights.users if user in stream]
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if op_name(user) == "matmul":
+            break
+        dropped = sinks and op_name(user) == "getitem" and user.args[1] == (..., slice(None, -1))
+        if op_name(user) not in _AFTER_SOFTMAX and not dropped:
+            return None
+        weights = user
+    if argument(user, 0, "input") is not weights:
+        return None
+    return scores, user, mask
+
+
+def _without_sinks(scores: Node) -> Node:
+    """x of ``z - z.max(-1, keepdim=True).values`` with ``z = cat([x, sinks], -1)``, as in gpt-oss; else ``scores``."""
+    if op_name(scores) != "sub" or not all(isinstance(n, Node) for n in scores.args):
+        return scores
+    joined, largest = scores.args
+    found = largest.args[0] if op_name(largest) == "getitem" else None  # type: ignore[arg-type, union-attr]
+    if not isinstance(found, Node) or op_name(found) != "max" or found.args[0] is not joined:
+        return scores
+    parts = argument(joined, 0, "tensors")  # type: ignore[arg-type]
+    last = argument(joined, 1, "dim") in (-1, len(shape_of(joined)) - 1)  # type: ignore[arg-type]
+    if op_name(joined) != "cat" or not last or len(parts) != 2 or shape_of(parts[1])[-1] != 1:  # type: ignore[arg-type]
+        return scores
+    return parts[0]  # type: ignore[no-any-return]

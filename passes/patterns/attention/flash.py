@@ -1,0 +1,196 @@
+"""The package flash-attn (FlashAttention-2, arXiv 2307.08691): dense sequences, and packed ones.
+
+Its operators read and write [B, S, heads, D], or [tokens, heads, D] where sequences are packed. Dynamo sees an autograd
+function around one of them; the joint graph has its backward functionalized::
+
+    _, dq, dk, dv = auto_functionalized_v2(flash_attn._flash_attn_backward, dout=..., q=..., _all_bases=[...])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from cggr_compile.passes.base import fake_value, same_size, shape_of
+from cggr_compile.passes.fx import argument, op_name
+from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
+
+if TYPE_CHECKING:
+    from cggr_compile.passes.row_sparse.layout import Layout
+    from cggr_compile.passes.row_sparse.values import RowValues
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# known by name: the package need not be installed, nor imported before this module
+DENSE, PACKED = "flash_attn._flash_attn_forward", "flash_attn._flash_attn_varlen_forward"
+FORWARDS = (f"{DENSE}.default", f"{PACKED}.default")
+PACKED_BACKWARD = "flash_attn._flash_attn_varlen_backward.default"
+BACKWARDS = ("flash_attn._flash_attn_backward.default", PACKED_BACKWARD)
+GRADIENTS = ("dq", "dk", "dv")
+
+
+class FlashAttn(AttentionAdapter):
+    """``flash_attn_func`` and ``flash_attn_varlen_func``: causal, windows on both sides, soft-capped scores."""
+
+    kind = "flash"
+
+    def recognise(self, node: Node, stream: Collection[Node]) -> Forward | None:
+        found = _operands(node)
+        if found is None:
+            return None
+        query, key, value, packed = found
+        if not packed:
+            return Forward(query, key, value, -3, -3, node, node)
+        # [tokens, heads, D], of all sequences: a marker needs them apart
+        return Forward(query, _before_packing(key), _before_packing(value), -3, -3, key, value)
+
+    def is_forward(self, node: Node) -> bool:
+        return str(node.target) in FORWARDS
+
+    def backward(self, node: Node) -> Backward | None:
+        if str(node.target) != "auto_functionalized_v2" or str(node.args[0]) not in BACKWARDS:
+            return None
+        grad: Any = node.kwargs["dout"]
+        keys = [key for key in node.kwargs if key.startswith(tuple(f"_{name}_" for name in GRADIENTS))]
+        found = {node.kwargs.get(f"_{name}_base_index"): i for i, name in enumerate(GRADIENTS)}
+        if len(keys) != len(GRADIENTS) or len(found) != len(GRADIENTS) or None in found:
+            return None  # they are written into parts of other tensors
+        gradients = {1 + int(base): i for base, i in found.items()}  # type: ignore[arg-type]  # result 0 is its own
+        return _Backward(node, grad, gradients, ("BS", None, None) if _packed(node) else ("B", "S", None, None))
+
+
+class _Backward(Backward):
+    def obstacle(self, batch: int) -> str | None:
+        given = self.node.kwargs
+        if given["dropout_p"]:
+            return f"attention dropout {given['dropout_p']:g}"
+        if given["alibi_slopes"] is not None:
+            return "flash-attn with ALiBi slopes"
+        if _packed(self.node) and batch > 1:
+            return "flash-attn over packed sequences, in a batch of more than one"
+        return None
+
+    def arguments(self, rv: RowValues, heads: Layout) -> Arguments:
+        given: Any = self.node.kwargs
+        mask, causal = _mask(rv, self.node)
+        query, key, value, out = (self.to_heads(rv, given[name]) for name in ("q", "k", "v", "out"))
+        statistics = given["softmax_lse"]
+        if _packed(self.node):
+            statistics = rv.emit.call(aten.unsqueeze.default, statistics, 0)
+        return Arguments(
+            *(query, key, value, out),
+            logsumexp=rv.gather(statistics, heads[:3]),
+            mask=mask,
+            causal=causal,
+            scale=given["softmax_scale"],
+            softcap=given["softcap"],
+        )
+
+    def to_heads(self, rv: RowValues, tensor: Node) -> Node:
+        if _packed(self.node):
+            tensor = rv.emit.call(aten.unsqueeze.default, tensor, 0)
+        return rv.emit.call(aten.permute.default, tensor, [0, 2, 1, 3])
+
+    def from_heads(self, rv: RowValues, tensor: Node) -> Node:
+        tensor = rv.emit.call(aten.permute.default, tensor, [0, 2, 1, 3])
+        return rv.emit.call(aten.squeeze.dim, tensor, 0) if _packed(self.node) else tensor
+
+
+def _operands(node: Node) -> tuple[Node, Node, Node, bool] | None:
+    """Query, key and value of the autograd function at ``node`` of Dynamo's graph, and whether they are packed."""
+    body = _body(node) if op_name(node) == "autograd_function_apply" else None
+    if body is None:
+        return None
+    inside = [n for n in body.graph.nodes if _operator(n) in (DENSE, PACKED)]
+    if len(inside) != 1:
+        return None
+    inputs, operands = body.graph.find_nodes(op="placeholder"), node.args[2:]
+    inputs = inputs[len(inputs) - len(operands) :]  # older releases give the context first
+    given = dict(zip(inputs, operands, strict=True))
+    found = [given.get(_unpadded(argument(inside[0], i, name))) for i, name in enumerate("qkv")]
+    if not all(isinstance(tensor, Node) for tensor in found):
+        return None
+    return *found, _operator(inside[0]) == PACKED  # type: ignore[return-value]
+
+
+def _body(node: Node) -> GraphModule | None:
+    held = node.args[0]
+    name = str(held.target) if isinstance(held, Node) and held.op == "get_attr" else ""
+    found = getattr(node.graph.owning_module, name, None)
+    return found if isinstance(found, GraphModule) else None
+
+
+def _operator(node: Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else ""
+
+
+def _unpadded(tensor: Node) -> Node:
+    """The package pads heads to a multiple of 8."""
+    return tensor.args[0] if op_name(tensor) == "pad" else tensor  # type: ignore[return-value]
+
+
+def _before_packing(node: Node) -> Node:
+    """x [B, S, heads, D] where ``node`` is a view of it as [B * S, heads, D]; else ``node``."""
+    if op_name(node) not in ("view", "reshape"):
+        return node
+    source: Node = argument(node, 0, "input")
+    before, after = shape_of(source), shape_of(node)
+    alike = len(before) == 4 and len(after) == 3 and all(map(same_size, before[2:], after[1:]))
+    return source if alike else node
+
+
+def _packed(node: Node) -> bool:
+    return str(node.args[0]) == PACKED_BACKWARD
+
+
+def _mask(rv: RowValues, node: Node) -> tuple[Node | None, bool]:
+    """What the selected queries attend to: bool [B, 1, K, keys] (None: everything), and whether causally as well.
+
+    A query sees ``window_size_left`` keys before and ``window_size_right`` after its own; -1 is no bound. The last
+    query's own key is the last one, of each sequence.
+    """
+    given: Any = node.kwargs
+    left, right = given["window_size_left"], 0 if given["causal"] else given["window_size_right"]
+    tokens = 0 if _packed(node) else 1
+    queries, keys = shape_of(given["q"])[tokens], shape_of(given["k"])[tokens]
+    call, device = rv.emit.call, fake_value(rv.rows).device
+    row = call(aten.view.default, rv.rows, [rv.batch, 1, rv.slots, 1])
+    column = call(prims.iota.default, keys, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
+    seen = None
+    aligned = queries == keys
+    if _packed(node):
+        aligned = given["cu_seqlens_q"] is given["cu_seqlens_k"]
+        sequence, row = _from_the_end(rv, row, given["cu_seqlens_q"])
+        other, column = _from_the_end(rv, column, given["cu_seqlens_k"])
+        seen = call(aten.eq.Tensor, sequence, other)
+    elif not aligned:
+        column = call(aten.sub.Tensor, column, keys - queries)
+    causal = aligned and right == 0
+    if right >= 0 and not causal:
+        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, column, row), right))
+    if 0 <= left < keys - 1:
+        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, row, column), left))
+    return None if seen is None else call(aten.expand.default, seen, [rv.batch, 1, rv.slots, keys]), causal
+
+
+def _from_the_end(rv: RowValues, tokens: Node, cumulative: Node) -> tuple[Node, Node]:
+    """The packed sequence of each token, and the token's place in it counted from its end (-1 is the last).
+
+    ``cumulative`` [sequences + 1]: where each begins, and the end. Tokens behind the last one belong to it.
+    """
+    call, (count,) = rv.emit.call, shape_of(cumulative)
+    ends = call(prims.convert_element_type.default, call(aten.slice.Tensor, cumulative, 0, 1), torch.int64)
+    passed = call(aten.ge.Tensor, call(aten.unsqueeze.default, tokens, -1), ends)
+    sequence = call(aten.clamp_max.default, call(aten.sum.dim_IntList, passed, [-1]), count - 2)
+    return sequence, call(aten.sub.Tensor, tokens, call(aten.index.Tensor, ends, [sequence]))
+
+
+def _both(rv: RowValues, left: Node | None, right: Node) -> Node:
+    return right if left is None else rv.emit.call(aten.bitwise_and.Tensor, left, right)
