@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.passes.fx import memory, mutated_operands, overlap
 
 # Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
 _FLOAT16_SCALE = 4096.0
@@ -101,10 +101,9 @@ class Aside:
 
 def written_inputs(graph: GraphModule) -> list[bool]:
     """For every input of a graph, whether it writes into it."""
-    operands = [operand for node in graph.graph.nodes if (operand := mutated_operand(node)) is not None]
-    written = {compat.storage_id(value) for value in map(fake_value, operands) if isinstance(value, Tensor)}
-    inputs = map(fake_value, graph.graph.find_nodes(op="placeholder"))
-    return [isinstance(value, Tensor) and compat.storage_id(value) in written for value in inputs]
+    written = [memory(operand) for node in graph.graph.nodes for operand in mutated_operands(node)]
+    inputs = [memory(node) for node in graph.graph.find_nodes(op="placeholder")]
+    return [any(overlap(operand, own) for operand in written) for own in inputs]
 
 
 def differentiable(value: Any) -> bool:

@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,32 @@ def enters_or_leaves_vmap(node: Node) -> bool:
     return node.op == "call_function" and getattr(target, "__module__", "") == "torch._functorch.predispatch"
 
 
+# what a Dynamo graph calls to change the state that its later nodes run in
+SET_GRAD = torch._C._set_grad_enabled
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
+
+
 @contextmanager
-def vmap_levels_kept() -> Iterator[None]:
-    """Leave the levels of ``torch.vmap`` that are still open at the end, as after an exception."""
+def modes_kept() -> Iterator[None]:
+    """Around nodes of a graph that are run: what they change and do not undo, as after an exception, is undone.
+
+    Grad mode, autocast, and levels of ``torch.vmap``; not inference mode, which ends with the object that began it.
+    """
     from torch._C._functorch import _vmap_decrement_nesting, get_dynamic_layer_stack_depth
 
     depth = get_dynamic_layer_stack_depth()
-    try:
-        yield
-    finally:
-        while get_dynamic_layer_stack_depth() > depth:
-            _vmap_decrement_nesting()
+    with ExitStack() as state:
+        state.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+        for kind in ("cpu", "cuda"):
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            state.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+        try:
+            yield
+        finally:
+            while get_dynamic_layer_stack_depth() > depth:
+                _vmap_decrement_nesting()
 
 
 def symbols(value: Any) -> set[Any]:
@@ -589,9 +604,21 @@ def has_triton() -> bool:
     return bool(available())
 
 
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of the whole batch behind what a function under ``torch.vmap`` sees."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def storage_id(tensor: torch.Tensor) -> int:
-    """The same number for tensors (fake ones too) that share memory."""
-    return int(tensor.untyped_storage()._cdata)
+    """The same number for tensors (fake ones too) that share memory.
+
+    Raises:
+        NotImplementedError, RuntimeError: a wrapper subclass, which has no memory of its own.
+    """
+    return int(unwrapped(tensor).untyped_storage()._cdata)
 
 
 def source_name(placeholder: Node) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from cggr_compile import compat
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
 from cggr_compile.passes.angles_once import ComputeAnglesOnce
@@ -28,6 +28,7 @@ from cggr_compile.passes.launch_bound import LaunchBound
 from cggr_compile.passes.lower_experts import LowerExperts
 from cggr_compile.passes.merge_products import MergeProducts
 from cggr_compile.passes.merge_sums import MergeSums
+from cggr_compile.passes.modes import changes_modes
 from cggr_compile.passes.observe_router import ObserveRouter
 from cggr_compile.passes.resolve_markers import ResolveMarkers
 from cggr_compile.passes.rewrite_loss import RewriteLoss
@@ -73,8 +74,24 @@ JOINT_PASSES: tuple[JointPass, ...] = (
 )
 
 
-def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump) -> GraphModule:
+# What the graph is without an optional pass, where that is not the same model.
+_WITHOUT = {
+    RouteGradient.name: "the gradient of the selected loss is not routed: as gradient='exact' has it",
+    DetachOutputs.name: "outputs besides the loss keep their gradient",
+}
+
+
+def rewrite(
+    gm: GraphModule,
+    ctx: GraphContext,
+    report: GraphReport,
+    dump: GraphDump,
+    failed: Mapping[str, str] | None = None,
+) -> GraphModule:
     """Run the semantic passes over a copy of ``gm``.
+
+    A pass that raises may leave a graph half rewritten. Everything then begins anew without it, if it is optional;
+    ``failed`` says which did, and why. ``ctx.warnings`` tells the user.
 
     Returns:
         the rewritten copy, or ``gm`` itself if a required pass did not match; ``report`` says which and why.
@@ -82,9 +99,24 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     Raises:
         OptionError: an option that does not fit this model.
     """
-    work = copy_module(gm)
+    failed = failed or {}
+    work, begin = copy_module(gm), copy.copy(ctx)
+    begin.notices, begin.warnings = [], []
     for graph_pass in semantic_passes(ctx):
-        record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        try:
+            record = _run_semantic(graph_pass, work, ctx, report, failed)
+        except (OptionError, UnresolvedMarkerError):
+            raise
+        except Exception as error:
+            why = f"internal error: {type(error).__name__}: {error}"
+            if graph_pass.required:
+                log.exception("pass %s failed; the graph is compiled as it was captured", graph_pass.name)
+                record = _note(report, PassRecord(graph_pass.name, "dynamo", False, why))
+            else:
+                log.exception("pass %s failed; the graph is rewritten without it", graph_pass.name)
+                vars(ctx).update(vars(begin))
+                report.passes.clear()
+                return rewrite(gm, ctx, report, dump, {**failed, graph_pass.name: why})
         if record.matched:
             dump.stage(graph_pass.name, work, record)
         elif graph_pass.required:
@@ -105,8 +137,27 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     return work
 
 
+def _run_semantic(
+    graph_pass: GraphPass, work: GraphModule, ctx: GraphContext, report: GraphReport, failed: Mapping[str, str]
+) -> PassRecord:
+    name = graph_pass.name
+    if name not in failed:
+        return run_pass(name, "dynamo", work.graph, report, lambda: graph_pass(work, ctx))
+    why = f"{failed[name]}. This is a bug of cggr_compile"
+    if name == InsertRouter.name:
+        ctx.unrouted = why  # select_rows says what becomes of the selection
+    else:
+        ctx.warnings.append(f"{_WITHOUT.get(name, 'the graph is rewritten without it')}: pass {name} failed: {why}")
+    return _note(report, PassRecord(name, "dynamo", False, failed[name]))
+
+
+def _note(report: GraphReport, record: PassRecord) -> PassRecord:
+    report.passes.append(record)
+    return record
+
+
 def _has_effect(node: Node) -> bool:
-    return node.is_impure() or mutated_operand(node) is not None or compat.enters_or_leaves_vmap(node)
+    return node.is_impure() or mutated_operand(node) is not None or changes_modes(node)
 
 
 def semantic_passes(ctx: GraphContext) -> tuple[GraphPass, ...]:
@@ -148,17 +199,10 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
 
 
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
+    """Run one pass and record what it did. What it raises is raised: its graph may be half rewritten."""
     before, begin = operator_counts(graph), time.perf_counter()
-    try:
-        result = call()
-        graph.lint()
-    except (OptionError, UnresolvedMarkerError):
-        raise
-    except Exception as error:
-        if stage == "joint":
-            raise  # a half-rewritten backward must not run
-        log.exception("pass %s failed; the graph is compiled as it was captured", name)
-        result = PassResult(False, f"internal error: {type(error).__name__}: {error}")
+    result = call()
+    graph.lint()
     after = operator_counts(graph)
     record = PassRecord(
         name,
@@ -170,9 +214,8 @@ def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Cal
         removed=dict(before - after),
         seconds=time.perf_counter() - begin,
     )
-    report.passes.append(record)
     log.info("%s: %s, %s", name, "matched" if record.matched else "no match", record.reason)
-    return record
+    return _note(report, record)
 
 
 def copy_module(gm: GraphModule) -> GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,5 +176,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _confidence(figures: list[float] | None, otherwise: float | None) -> float | None:
-    """Mean confidence, from figures that have arrived and are about at least one candidate."""
-    return otherwise if figures is None or not figures[_TOTAL] else figures[_CONFIDENCE]
+    """Mean confidence, from figures that have arrived and are about at least one candidate. NaN is no router's."""
+    if figures is None or not figures[_TOTAL] or math.isnan(figures[_CONFIDENCE]):
+        return otherwise
+    return figures[_CONFIDENCE]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
-
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule, Node
 
@@ -222,8 +220,11 @@ class GraphContext:
     rung: bool = False
     # what ObserveRouter added
     observed: Node | None = None
-    # what the user should hear once
+    # why there is no router, though the options ask for one
+    unrouted: str = ""
+    # what the user should hear once: in the log, or as a warning where something is not as the options ask
     notices: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def dense(self) -> bool:
@@ -240,12 +241,6 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 def fake_value(node: Any) -> Any:
     """The fake tensor that the capture recorded for a node (Dynamo: example_value, AOTAutograd: val)."""
     return node.meta.get("example_value", node.meta.get("val"))
-
-
-def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype that products of ``tensor`` run in: autocast's, where it is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile import compat
 from cggr_compile.options import OptionError
 from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, shape_of
-from cggr_compile.passes.fx import Emitter, ancestors, hoist, mutated_operand, op_name
+from cggr_compile.passes.fx import Emitter, op_name
+from cggr_compile.passes.hoist import Hoist
+from cggr_compile.passes.modes import modes_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 
 class AlignTargets:
-    """Moves the target in front of the router and brings it to one entry per position.
+    """Brings the target in front of the router and brings it to one entry per position.
 
     Before, with logits for positions 0..S-2 only::
 
@@ -35,22 +36,24 @@ class AlignTargets:
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         assert ctx.loss is not None and ctx.stack is not None
         stack, loss = ctx.stack, ctx.loss
+        if not fake_value(loss.loss).requires_grad:
+            return PassResult(False, "the cross-entropy has no gradient: it, or all below it, runs under no_grad")
         after = router_output(ctx)
-        anchor = after.next
-        obstacle = _written_late(gm, ctx, anchor)
-        if obstacle is not None:
-            return PassResult(
-                False, f"{op_name(obstacle)!r} ({obstacle}) writes into the labels after the first blocks"
-            )
-        hoist(loss.target, anchor)
+        anchor = _anchor(gm, ctx, after)
+        if anchor is None:
+            return PassResult(False, "inference mode or torch.vmap encloses everything behind the router's block")
+        hoist = Hoist(gm.graph, anchor)
+        if obstacle := hoist.obstacle(loss.target, loss.loss, stack.stream):
+            return PassResult(False, f"the targets are not known when the selection is made: {obstacle}")
         start = stack.tail_start + loss.start
         rest = _positions_after(ctx, start)
         if rest is None:
             return PassResult(False, "cannot line the targets up with the positions of the sequence")
         emit = Emitter(gm.graph, ctx.fake_mode)
+        target = hoist.bring(emit, loss.target, self.name)
         with emit.before(anchor, self.name):
             length = emit.minus(emit.size(after, 1), start + rest)
-            target = emit.method("reshape", loss.target, emit.size(after, 0), length)
+            target = emit.method("reshape", target, emit.size(after, 0), length)
             if start or rest:
                 target = emit.call(torch.nn.functional.pad, target, (start, rest), "constant", loss.ignore_index)
             valid = emit.call(torch.ne, target, loss.ignore_index)
@@ -77,18 +80,20 @@ def _positions_after(ctx: GraphContext, start: int) -> int | None:
     return int(expression) if expression.is_Integer and expression >= 0 else None
 
 
-def _written_late(gm: GraphModule, ctx: GraphContext, anchor: Node) -> Node | None:
-    """An in-place write, from ``anchor`` on, to a tensor that the target is computed from."""
-    assert ctx.loss is not None
-    memory = {
-        compat.storage_id(v) for n in ancestors([ctx.loss.target]) if isinstance(v := fake_value(n), torch.Tensor)
-    }
+def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
+    """The node in front of which router and selection go: as early as possible, in the modes that the graph begins in.
+
+    In inference mode, or a function under ``torch.vmap``, they cannot be: what is computed there cannot be saved for
+    the backward pass. Without a place in the right grad mode, any other will do: neither has a gradient of its own.
+    """
+    assert ctx.stack is not None and ctx.loss is not None
+    modes = modes_of(gm.graph)
     nodes: list[Node] = list(gm.graph.nodes)
-    for node in nodes[nodes.index(anchor) :]:
-        operand = mutated_operand(node)
-        if operand is not None and compat.storage_id(fake_value(operand)) in memory:
-            return node
-    return None
+    gather = ctx.stack.tail[0] if ctx.stack.tail else ctx.loss.head
+    places = nodes[nodes.index(after) + 1 : nodes.index(gather) + 1]
+    places = [node for node in places if not modes[node].inference and not modes[node].levels]
+    recording = (node for node in places if modes[node].grad == modes[nodes[0]].grad)
+    return next(recording, next(iter(places), None))
 
 
 def router_output(ctx: GraphContext) -> Node:

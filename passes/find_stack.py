@@ -21,7 +21,7 @@ from cggr_compile.passes.base import (
     shape_of,
 )
 from cggr_compile.passes.find_loss import ROUTER_LOGITS
-from cggr_compile.passes.fx import ancestors, argument, bottlenecks, descendants, in_order, mutated_operand, op_name
+from cggr_compile.passes.fx import ancestors, argument, bottlenecks, descendants, in_order, mutated_operands, op_name
 from cggr_compile.passes.lower_experts import GROUPED
 from cggr_compile.passes.patterns.attention import find_attention
 from cggr_compile.passes.tail import tail_start
@@ -80,11 +80,11 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     roots = _roots(gm, reaching)
     carrying = _carrying(roots)
     for node in gm.graph.nodes:
-        target = mutated_operand(node)
-        if target is None or not any(n in carrying for n in node.all_input_nodes):
+        targets = mutated_operands(node)
+        if not targets or not any(n in carrying for n in node.all_input_nodes):
             continue
         # what a layer keeps about itself in a buffer, such as a metric, is not read on the way to the head
-        if target.op != "placeholder" or target in reaching or target in carrying or node.users:
+        if node.users or any(t.op != "placeholder" or t in reaching or t in carrying for t in targets):
             raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
     stream = carrying & reaching
     ordered = in_order(gm.graph, stream)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
-from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
-from cggr_compile.passes.fx import Emitter, inplace_position, mutated_operand, op_name
+from cggr_compile.passes.fx import (
+    Emitter,
+    inplace_position,
+    memory,
+    mutated_operand,
+    mutated_operands,
+    op_name,
+    overlap,
+)
+from cggr_compile.passes.modes import Modes, modes_of
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
@@ -44,21 +51,22 @@ class Functionalize:
     analysis = False
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        replaced = [
-            f"{node} (filled by parts)" for node in list(gm.graph.nodes) if _join(gm.graph, node, ctx.fake_mode)
-        ]
+        emit = Emitter(gm.graph, ctx.fake_mode)
+        modes = modes_of(gm.graph)
+        replaced = [f"{node} (filled by parts)" for node in list(gm.graph.nodes) if _join(emit, node, modes)]
         for node in list(gm.graph.nodes):
-            if mutated_operand(node) is not None and _replace(gm.graph, node, ctx.fake_mode):
+            if mutated_operand(node) is not None and not modes[node].levels and _replace(emit, node):
                 replaced.append(f"{node} ({op_name(node)})")
         if not replaced:
             return PassResult(False, "no in-place operation to replace")
         return PassResult(True, f"{len(replaced)} in-place operations replaced", {"operations": replaced})
 
 
-def _replace(graph: Graph, node: Node, fake_mode: Any) -> bool:
-    target = mutated_operand(node)
+def _replace(emit: Emitter, node: Node) -> bool:
+    graph = emit.graph
+    target, *others = mutated_operands(node)
     twin = _out_of_place(node)
-    if target is None or twin is None or not isinstance(fake_value(node), torch.Tensor):
+    if others or twin is None or not isinstance(fake_value(node), torch.Tensor):
         return False
     order = {n: i for i, n in enumerate(graph.nodes)}
     here = order[node]
@@ -68,13 +76,12 @@ def _replace(graph: Graph, node: Node, fake_mode: Any) -> bool:
         if alias is not target and order[alias] < here and any(order[user] > here for user in alias.users):
             return False  # somebody reads the new value through another name
     kind, function, args, kwargs = twin
-    emit = Emitter(graph, fake_mode)
     with emit.before(node, Functionalize.name):
         new = (emit.method if kind == "call_method" else emit.call)(function, *args, **kwargs)
     new.meta = {**node.meta, emit.key: new.meta[emit.key]}
     old, now = fake_value(node), fake_value(new)
-    if (now.dtype, now.shape) != (old.dtype, old.shape):
-        graph.erase_node(new)  # writing in place also casts
+    if (now.dtype, now.shape, now.requires_grad) != (old.dtype, old.shape, old.requires_grad):
+        graph.erase_node(new)  # writing in place also casts, and under no_grad leaves the gradient as it is
         return False
     for user in list(target.users):
         if order.get(user, -1) > here:
@@ -87,10 +94,11 @@ def _replace(graph: Graph, node: Node, fake_mode: Any) -> bool:
 _EMPTY = ("empty", "new_empty", "empty_like")
 
 
-def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
+def _join(emit: Emitter, base: Node, modes: dict[Node, Modes]) -> bool:
     """Replace an empty tensor, and the copies that fill its parts side by side, by the parts' concatenation."""
     if op_name(base) not in _EMPTY or not isinstance(fake_value(base), torch.Tensor):
         return False
+    graph = emit.graph
     views: list[tuple[int, int, int, Node]] = []  # axis, begin, end, the copy into that part
     users = sorted(base.users)
     for view in users:
@@ -107,8 +115,8 @@ def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
     writes = {write for *_, write in views}
     last = max(writes)
     between = (n for n in graph.nodes if min(writes) < n < last and n not in writes)
-    if any(mutated_operand(n) is not None for n in between):
-        return False  # what was copied may change before the end
+    if any(mutated_operand(n) is not None for n in between) or len({modes[write] for write in writes}) > 1:
+        return False  # what was copied may change before the end, or some of it has no gradient
     views.sort(key=lambda view: view[1])
     axis, shape = views[0][0], fake_value(base).shape
     edges = [0, *(end for _, _, end, _ in views)]
@@ -121,7 +129,6 @@ def _join(graph: Graph, base: Node, fake_mode: Any) -> bool:
         for source, (*_, write) in zip(sources, views, strict=True)
     ):
         return False  # a number, or a part that is spread out
-    emit = Emitter(graph, fake_mode)
     with emit.before(last, Functionalize.name):
         dtype = fake_value(base).dtype  # which copying casts to
         parts = [s if fake_value(s).dtype == dtype else emit.method("to", s, dtype) for s in sources]
@@ -182,12 +189,8 @@ def _out_of_place(node: Node) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]
 
 def _aliases(graph: Graph, target: Node) -> list[Node]:
     """Nodes whose (fake) tensor shares memory with the target's."""
-    by_storage: dict[int, list[Node]] = defaultdict(list)
-    for node in graph.nodes:
-        value = fake_value(node)
-        if isinstance(value, torch.Tensor):
-            by_storage[compat.storage_id(value)].append(node)
-    return by_storage[compat.storage_id(fake_value(target))]
+    own = memory(target)
+    return [node for node in graph.nodes if overlap(memory(node), own)]
 
 
 _OPERATORS = {

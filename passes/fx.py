@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Graph, Node
+from torch._ops import HigherOrderOperator
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value, shape_of
+from cggr_compile.passes.modes import Modes, modes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,24 +53,119 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
 
 
 def mutated_operand(node: Node) -> Node | None:
-    """The tensor a call writes into: ``x.add_()``, ``x += y``, ``x[i] = y``, ``relu(x, inplace=True)``, ``out=x``."""
-    if node.op not in ("call_method", "call_function"):
-        return None
-    first = node.args[0] if node.args else None
-    operand = first if isinstance(first, Node) else None
-    if node.op == "call_method":
-        name = str(node.target)
-        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-        return operand if writes else None
+    """The (first) tensor a call writes into, if it writes into any; see :func:`mutated_operands`."""
+    return next(iter(mutated_operands(node)), None)
+
+
+def mutated_operands(node: Node) -> list[Node]:
+    """The tensors a call writes into: ``x.add_()``, ``x += y``, ``x[i] = y``, ``relu(x, inplace=True)``, ``out=x``.
+
+    Lists of them too (``torch._foreach_add_``), the arguments that an operator's schema says are written, and all
+    inputs of a Triton kernel or of a body that writes to its inputs.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return []
     target: Any = node.target
-    if isinstance(node.kwargs.get("out"), Node):
-        return node.kwargs["out"]  # type: ignore[return-value]
-    if isinstance(target, torch._ops.OpOverload):
-        return operand if target._schema.is_mutable else None
+    first = node.args[:1]
+    if node.op == "call_method":
+        name = str(target)
+        suffix = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return _nodes(first) if suffix or getattr(operator, name, None) in _WRITING_OPERATORS else []
+    if isinstance(target, HigherOrderOperator):
+        return list(node.all_input_nodes) if _body_writes(node) else []
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _nodes(_written_arguments(node))
     name = getattr(target, "__name__", "")
-    if target in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__") and not name.startswith("_")):
-        return operand
-    return operand if _inplace_flag(node) else None
+    suffix = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
+    writes = suffix or target in _WRITING_OPERATORS or _inplace_flag(node)
+    return list(dict.fromkeys([*_nodes(node.kwargs.get("out")), *_nodes(first if writes else ())]))
+
+
+def _nodes(arguments: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(arguments, found.append)
+    return list(dict.fromkeys(found))
+
+
+def _written_arguments(node: Node) -> list[Any]:
+    """The arguments that an operator's schema says it writes to: of every overload where none is named."""
+    found = []
+    for overload in _overloads(node.target):
+        for i, spec in enumerate(overload._schema.arguments):
+            if spec.alias_info is not None and spec.alias_info.is_write:
+                found.append(node.args[i] if i < len(node.args) else node.kwargs.get(spec.name))
+    return found
+
+
+def bodies(node: Node) -> list[Graph]:
+    """The graphs that a higher-order operator is given."""
+    owner = node.graph.owning_module
+    attributes = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    held = [getattr(owner, str(attribute.target), None) for attribute in attributes]
+    return [body.graph for body in held if isinstance(body, GraphModule)]
+
+
+def _body_writes(node: Node) -> bool:
+    if op_name(node).startswith("triton_kernel_wrapper_mutation"):
+        return True
+    for body in bodies(node):
+        inputs = [memory(n) for n in body.find_nodes(op="placeholder")]
+        written = [memory(operand) for inner in body.nodes for operand in mutated_operands(inner)]
+        if any(overlap(one, other) for one in written for other in inputs):
+            return True
+    return False
+
+
+Memory = frozenset[int] | None
+
+
+def memory(node: Node) -> Memory:
+    """Numbers of the storages behind a node's tensors, which its views share; None where that cannot be told."""
+    found: set[int] = set()
+    value = fake_value(node)
+    for tensor in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(tensor, torch.Tensor):
+            try:
+                found.add(compat.storage_id(tensor))
+            except (NotImplementedError, RuntimeError):  # a wrapper subclass
+                return None
+    return frozenset(found)
+
+
+def overlap(one: Memory, other: Memory) -> bool:
+    """Whether a write to one may be seen in the other."""
+    if one is None or other is None:
+        return one != frozenset() and other != frozenset()
+    return not one.isdisjoint(other)
+
+
+def draws(node: Node) -> bool:
+    """Whether a call draws random numbers."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return any(draws(inner) for body in bodies(node) for inner in body.nodes)
+    name = op_name(node).partition(".")[0]
+    if name == "scaled_dot_product_attention":
+        return bool(argument(node, 4, "dropout_p", 0.0))
+    if "dropout" in name:
+        return bool(argument(node, 1, "p", 0.5)) and argument(node, 2, "training", True) is not False
+    if name == "rrelu":
+        return argument(node, 3, "training", False) is not False
+    target: Any = node.target
+    if not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        target = getattr(torch.ops.aten, name, None)
+    tagged = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(target))
+    return name in _RANDOM or tagged
+
+
+def _overloads(target: Any) -> list[torch._ops.OpOverload]:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, name) for name in target.overloads()]
+    return [target] if isinstance(target, torch._ops.OpOverload) else []
+
+
+_RANDOM = {"gumbel_softmax", "uniform", "random", "exponential", "cauchy", "geometric", "log_normal"}
 
 
 def _inplace_flag(node: Node) -> bool:
@@ -90,6 +188,7 @@ def inplace_position(function: Any) -> int | None:
 _WRITING_OPERATORS = {
     *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv),
     *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul),
+    *(operator.ilshift, operator.irshift),
 }
 
 
@@ -141,20 +240,6 @@ def bottlenecks(ordered: Sequence[Node]) -> list[Node]:
     return found
 
 
-def hoist(node: Node, anchor: Node) -> None:
-    """Move ``node`` and whatever it needs in front of ``anchor`` (pure nodes that do not depend on it)."""
-    before: set[Node] = set()
-    for earlier in node.graph.nodes:
-        if earlier is anchor:
-            break
-        before.add(earlier)
-    wanted = ancestors([node]) - before
-    if anchor in wanted:
-        raise ValueError(f"{node} depends on {anchor}")
-    for moved in [n for n in node.graph.nodes if n in wanted]:
-        anchor.prepend(moved)
-
-
 def sort_stably(graph: Graph) -> None:
     """Put every node behind its inputs again, otherwise keeping the order."""
     placed: set[Node] = set()
@@ -183,13 +268,51 @@ class Emitter:
         self.fake_mode = fake_mode
         self.key = key
         self.origin: dict[str, Any] = {}
+        self._places: dict[Node, Modes] = {}
+        self._modes: Modes | None = None
 
     @contextmanager
     def before(self, anchor: Node, origin: str) -> Iterator[Emitter]:
         """Insert in front of ``anchor``; ``origin`` names the pass in the dumped graph's comments."""
         self.origin = {"stack_trace": f'File "cggr_compile/passes", line 0, in {origin}\n    {origin}'}
-        with self.graph.inserting_before(anchor):
-            yield self
+        outer = self._modes
+        if self.key == "example_value":  # an ATen graph has no modes
+            if anchor not in self._places:
+                self._places = modes_of(self.graph)
+            self._modes = self._places[anchor]
+        try:
+            with self.graph.inserting_before(anchor):
+                yield self
+        finally:
+            self._modes = outer
+
+    @property
+    def modes(self) -> Modes:
+        """What nodes run in where they are inserted now (Dynamo graphs)."""
+        assert self._modes is not None
+        return self._modes
+
+    @contextmanager
+    def under(self, modes: Modes) -> Iterator[None]:
+        """Insert under another grad mode and autocast: between nodes that enter and leave them, where they differ."""
+        outer, entered = self.modes, []
+        if modes.grad != outer.grad:
+            self._switch(compat.SET_GRAD, modes.grad)
+        for kind, enabled, dtype in modes.casts_unlike(outer):
+            entered.append(self._switch(compat.ENTER_AUTOCAST, kind, dtype, enabled, None))
+        self._modes = replace(outer, grad=modes.grad, casts=modes.casts)
+        yield
+        self._modes = outer
+        for node in reversed(entered):
+            self._switch(compat.EXIT_AUTOCAST, node)
+        if modes.grad != outer.grad:
+            self._switch(compat.SET_GRAD, outer.grad)
+
+    def _switch(self, target: Any, *args: Any) -> Node:
+        node = self.graph.call_function(target, args)
+        node.meta.update(self.origin)
+        node.meta[self.key] = None
+        return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
@@ -241,7 +364,8 @@ class Emitter:
 
     def _evaluate(self, node: Node, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
-        with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode):
+        modes = nullcontext() if self._modes is None else self._modes.applied()
+        with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode), modes:
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
 
 

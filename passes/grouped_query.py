@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, product_dtype, same_size, shape_of
+from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, same_size, shape_of
 from cggr_compile.passes.fx import argument, op_name
+from cggr_compile.passes.modes import Modes, modes_of
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_DIM = 256
@@ -38,8 +39,9 @@ class GroupQueries:
             return PassResult(False, "no layer stack")
         blocks = []
         reasons: dict[str, None] = {}
+        modes = modes_of(gm.graph)
         for block in ctx.stack.blocks:
-            found = _shared(block.attention)
+            found = _shared(block.attention, modes[block.attention.node])
             if isinstance(found, str):
                 reasons[found] = None
             else:
@@ -56,7 +58,7 @@ class GroupQueries:
         return PassResult(True, f"{changed} of {len(blocks)} attentions share key and value heads{kept}")
 
 
-def _shared(attention: Attention) -> tuple[Node, Node] | str:
+def _shared(attention: Attention, modes: Modes) -> tuple[Node, Node] | str:
     """The keys and values before their repetition, or why there are none."""
     node = attention.node
     if attention.kind != "sdpa":
@@ -71,8 +73,8 @@ def _shared(attention: Attention) -> tuple[Node, Node] | str:
     device = query.device.type
     if device not in ("cpu", "cuda"):
         return f"not every kernel shares heads on {device}"
-    if device == "cuda" and product_dtype(query) not in _FLASH_DTYPES:
-        return f"not every kernel shares heads on cuda in {product_dtype(query)}"
+    if device == "cuda" and modes.product_dtype(query) not in _FLASH_DTYPES:
+        return f"not every kernel shares heads on cuda in {modes.product_dtype(query)}"
     if not all(
         isinstance(size := shape_of(n)[-1], int) and size <= _FLASH_DIM for n in (attention.key, attention.value)
     ):
@@ -82,6 +84,9 @@ def _shared(attention: Attention) -> tuple[Node, Node] | str:
         return "no repeated heads"
     if shape_of(key)[1] != shape_of(value)[1]:
         return "keys and values have different numbers of heads"
+    repeated = ((attention.key, key), (attention.value, value))
+    if any(fake_value(many).requires_grad != fake_value(few).requires_grad for many, few in repeated):
+        return "heads are repeated under no_grad"
     return key, value
 
 

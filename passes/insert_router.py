@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
-from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value, product_dtype
+from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value
 from cggr_compile.passes.candidates import router_output
 from cggr_compile.passes.difficulty import STATISTICS, difficulty
-from cggr_compile.passes.fx import Emitter, hoist
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.hoist import Hoist
+from cggr_compile.passes.modes import Modes
 from cggr_compile.passes.tail import copy_tail
 
 if TYPE_CHECKING:
@@ -34,26 +37,24 @@ class InsertRouter:
         assert ctx.loss is not None and ctx.stack is not None and ctx.candidates is not None
         if not ctx.options.needs_router:
             return PassResult(False, "scoring='random' needs no router")
-        stack, loss = ctx.stack, ctx.loss
+        stack, loss, anchor = ctx.stack, ctx.loss, ctx.candidates.anchor
         source = router_output(ctx)
-        inside = {stack.blocks[-1].output, *stack.tail}
-        for node in stack.tail:
-            for other in node.all_input_nodes:
-                if other not in inside:
-                    hoist(other, ctx.candidates.anchor)  # such as Gemma's 1 + weight
-        for parameter in filter(None, (loss.weight, loss.bias)):
-            hoist(parameter, ctx.candidates.anchor)
+        hoist = Hoist(gm.graph, anchor)
+        if obstacle := _obstacle(ctx, hoist):
+            ctx.unrouted = f"{obstacle}, between the block that the router reads and the head"
+            return PassResult(False, f"no router: {ctx.unrouted}")
         emit = Emitter(gm.graph, ctx.fake_mode)
-        with emit.before(ctx.candidates.anchor, self.name):
-            hidden = copy_tail(emit, stack, loss, emit.method("detach", source), in_place=False)[loss.hidden]
-            weight = emit.method("detach", loss.weight)
+        there = {node: hoist.bring(emit, node, self.name) for node, _ in _needed(ctx)}
+        with emit.before(anchor, self.name), emit.under(_without_gradient(emit.modes, hoist.modes[source])):
+            hidden = copy_tail(emit, stack, loss, emit.method("detach", source), in_place=False, replaced=there)
+            weight = emit.method("detach", there[loss.weight])
             if loss.transposed:
                 weight = emit.method("t", weight)
-            bias = emit.method("detach", loss.bias) if loss.bias is not None else None
-            dtype = _compute_dtype(fake_value(loss.weight), ctx.options.router_precision)
+            bias = emit.method("detach", there[loss.bias]) if loss.bias is not None else None
+            dtype = _compute_dtype(fake_value(loss.weight), ctx.options.router_precision, hoist.modes[loss.head])
             operands = [
                 node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)
-                for node in (emit.method("detach", hidden), weight, bias)
+                for node in (emit.method("detach", hidden[loss.hidden]), weight, bias)
             ]
 
             target = ctx.candidates.target
@@ -73,9 +74,34 @@ class InsertRouter:
         return PassResult(True, f"{ctx.options.scoring_name} difficulty after block {number} of {len(stack.blocks)}")
 
 
-def _compute_dtype(weight: torch.Tensor, precision: str) -> torch.dtype:
+def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:
+    """What the router needs besides the hidden states, such as Gemma's ``1 + weight``, and what reads it last."""
+    assert ctx.loss is not None and ctx.stack is not None
+    inside = {ctx.stack.blocks[-1].output, *ctx.stack.tail}
+    found = {other: node for node in ctx.stack.tail for other in node.all_input_nodes if other not in inside}
+    found |= {node: ctx.loss.head for node in (ctx.loss.weight, ctx.loss.bias) if node is not None}
+    return list(found.items())
+
+
+def _obstacle(ctx: GraphContext, hoist: Hoist) -> str:
+    """Why the router cannot be inserted."""
+    assert ctx.stack is not None
+    here = hoist.modes[hoist.anchor]
+    for node in ctx.stack.tail:
+        if (hoist.modes[node].unknown, hoist.modes[node].levels) != (here.unknown, here.levels):
+            return f"the final norm runs behind {hoist.modes[node].unknown}, whose effect on it is unknown"
+    found = (hoist.obstacle(node, reader, ctx.stack.stream) for node, reader in _needed(ctx))
+    return next(filter(None, found), "")
+
+
+def _without_gradient(modes: Modes, source: Modes) -> Modes:
+    """No gradient is recorded of what comes out of inference mode: it cannot be saved for the backward pass."""
+    return replace(modes, grad=modes.grad and not source.inference)
+
+
+def _compute_dtype(weight: torch.Tensor, precision: str, modes: Modes) -> torch.dtype:
     """The dtype of what the router's head is given; ``model`` is that of the model's own, autocast's where it is on."""
     kind = weight.device.type
     if precision == "bf16" or (precision == "auto" and kind == "cpu" and compat.cpu_multiplies_bf16()):
         return torch.bfloat16
-    return product_dtype(weight)
+    return modes.product_dtype(weight)

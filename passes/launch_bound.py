@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value
 from cggr_compile.passes.fx import is_static, op_name
+from cggr_compile.passes.modes import modes_of
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
 # this long, however little its kernels do.
@@ -41,10 +42,11 @@ class LaunchBound:
         if not is_static(output):
             return PassResult(True, "symbolic sizes: not estimated")
         stream = fake_value(output)
-        batch, length, width = stream.shape
-        flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * width
+        batch, length, hidden = stream.shape
+        flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * hidden
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
-        arithmetic = flops / (processors * TFLOPS_PER_SM[2 if product_dtype(stream).itemsize <= 2 else 4] * 1e9)
+        width = modes_of(gm.graph)[output].product_dtype(stream).itemsize
+        arithmetic = flops / (processors * TFLOPS_PER_SM[2 if width <= 2 else 4] * 1e9)
         launches = LAUNCH_MS + LAUNCH_MS_PER_LAYER * layers
         found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
         if arithmetic > launches:

@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from cggr_compile.ops.library import runs_kernels
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import Emitter, argument, descendants, op_name
+from cggr_compile.passes.fx import Emitter, ancestors, argument, descendants, memory, mutated_operands, op_name, overlap
+from cggr_compile.passes.modes import modes_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -72,7 +73,9 @@ class LowerExperts:
         lowered, reasons = 0, dict[str, None]()
         for products in layers.values():
             try:
-                _replace(gm, ctx, _match(products))
+                found = _match(products)
+                _check_place(gm, found)
+                _replace(gm, ctx, found)
                 lowered += 1
             except NotExpertsError as why:
                 reasons[str(why)] = None
@@ -303,6 +306,21 @@ def _check_device(hidden: Any, *matrices: Any) -> None:
         raise NotExpertsError("tokens and weights have different dtypes")
     if value.device.type != "cpu" and not (value.device.type == "cuda" and runs_kernels(value)):
         raise NotExpertsError(f"no kernel for {value.dtype} on {value.device.type}")
+
+
+def _check_place(gm: GraphModule, found: Experts) -> None:
+    """The operator reads where the sum stands, and under its autocast, what its parts read from the sort on."""
+    inside = descendants([found.sort], stop=[found.total]) & ancestors([found.total])
+    modes = modes_of(gm.graph)
+    if len({modes[node] for node in inside}) > 1:
+        raise NotExpertsError("some of it runs under another grad mode or autocast")
+    (gate_up, _), (down, _) = found.matrices
+    operands = [found.hidden, gate_up, down, found.weights, found.experts, *(found.clamped or ())[:2]]
+    read = [memory(node) for node in operands]
+    nodes = list(gm.graph.nodes)
+    for node in nodes[nodes.index(found.sort) : nodes.index(found.total)]:
+        if any(overlap(memory(operand), own) for operand in mutated_operands(node) for own in read):
+            raise NotExpertsError(f"{op_name(node)!r} ({node}) writes in place to what they are computed from")
 
 
 def _replace(gm: GraphModule, ctx: GraphContext, found: Experts) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from cggr_compile.passes.base import Attention, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import argument
+from cggr_compile.passes.fx import argument, memory, mutated_operands, overlap
 from cggr_compile.passes.mask_program import MaskProgram, Sizes, Undecided, concrete
 
 # An additive mask entry at or below this blocks: exp(-65000 + any sane score difference) is 0 (fp16's -inf is -65504).
@@ -92,6 +92,9 @@ def _padding_input(program: MaskProgram, queries: tuple[Any, ...]) -> Node | Non
     )
     if not plausible:
         raise Undecided(f"it depends on {', '.join(n.name for n in program.inputs)}", "data")
+    written = (memory(operand) for n in node.graph.nodes for operand in mutated_operands(n))
+    if any(overlap(operand, memory(node)) for operand in written):
+        raise Undecided(f"it depends on {node.name}, which the graph writes to", "data")
     return node
 
 

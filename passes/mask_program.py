@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import in_order, op_name
+from cggr_compile.passes.fx import Memory, in_order, memory, mutated_operands, op_name, overlap
 
 Sizes = Mapping[Any, int]  # sympy symbol -> size
 
@@ -25,11 +23,6 @@ MEMORY_LIMIT = 3 << 30
 
 # These read only the dtype, and maybe the shape, of their first argument.
 _METADATA_ONLY = ("new_ones", "new_zeros", "new_full", "ones_like", "zeros_like", "full_like")
-_IN_PLACE = (
-    *(operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv),
-    *(operator.ifloordiv, operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor),
-    *(operator.ilshift, operator.irshift),
-)
 
 
 class Undecided(Exception):
@@ -64,7 +57,9 @@ class MaskProgram:
         """The program of ``mask`` as it is when ``uses`` (attention nodes) read it."""
         order = {node: i for i, node in enumerate(mask.graph.nodes)}
         first, last = min(order[use] for use in uses), max(order[use] for use in uses)
-        writes = [(node, target) for node in mask.graph.nodes if order[node] < last for target in _written(node)]
+        writes = [
+            (node, target) for node in mask.graph.nodes if order[node] < last for target in mutated_operands(node)
+        ]
         found: set[Node] = set()
         todo = [mask]
         while todo:
@@ -73,8 +68,9 @@ class MaskProgram:
                 if node not in found:
                     found.add(node)
                     todo.extend(_inputs(node))
-            storages = {_storage(node) for node in found} - {None}
-            todo = [w for w, target in writes if w not in found and (target in found or _storage(target) in storages)]
+            shared: Memory = frozenset().union(*(memory(node) or () for node in found))
+            inside = (w for w, target in writes if target in found or overlap(memory(target), shared))
+            todo = [w for w in inside if w not in found]
             late = [w for w in todo if order[w] > first]
             if late:
                 raise Undecided(f"{late[0].name} changes it in place between two attentions")
@@ -169,35 +165,6 @@ def _inputs(node: Node) -> Sequence[Node]:
         map_arg((node.args[1:], dict(node.kwargs)), found.append)
         return found
     return node.all_input_nodes
-
-
-def _written(node: Node) -> list[Node]:
-    """The tensors that a node changes in place."""
-    if node.op not in ("call_function", "call_method"):
-        return []
-    target = node.target
-    written: list[Any] = [node.kwargs.get("out")]
-    if isinstance(target, OpOverload):
-        for i, spec in enumerate(target._schema.arguments):
-            if spec.alias_info is not None and spec.alias_info.is_write:
-                written.append(node.args[i] if i < len(node.args) else node.kwargs.get(spec.name))
-    else:
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        suffix = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
-        if node.args and (target in _IN_PLACE or suffix or node.kwargs.get("inplace") is True):
-            written.append(node.args[0])
-    return [arg for arg in written if isinstance(arg, Node)]
-
-
-def _storage(node: Node) -> int | None:
-    """Identity of the memory behind a node's tensor; views share it."""
-    value = fake_value(node)
-    if not isinstance(value, Tensor):
-        return None
-    try:
-        return compat.storage_id(value)
-    except (NotImplementedError, RuntimeError):  # wrapper subclasses have none
-        return None
 
 
 def _symbols(graph: Graph) -> dict[Any, torch.SymInt]:

@@ -23,12 +23,14 @@ class ObserveRouter:
     """
 
     name = "observe_router"
-    required = True
+    required = False
     analysis = False
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         candidates, router = ctx.candidates, ctx.router
-        assert candidates is not None and router is not None  # Options refuses scoring="random" here
+        assert candidates is not None
+        if router is None:
+            return PassResult(False, f"the schedule gets no figures: no router: {ctx.unrouted}")
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
             measured = (router.top1, router.entropy, router.difficulty)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import TYPE_CHECKING, Any
 
@@ -49,14 +50,18 @@ class RewriteLoss:
         stack, loss, candidates, selection = ctx.stack, ctx.loss, ctx.candidates, ctx.selection
         assert stack is not None and loss is not None and candidates is not None and selection is not None
         emit = Emitter(gm.graph, ctx.fake_mode)
-        with emit.before(stack.tail[0] if stack.tail else loss.head, self.name):
-            hidden = emit.call(
-                torch.ops.cggr.gather_rows.default, stack.blocks[-1].output, selection.rows, selection.keep
-            )
+        last = stack.blocks[-1].output
+        with (
+            emit.before(stack.tail[0] if stack.tail else loss.head, self.name),
+            # the first of several readers may run under no_grad
+            emit.under(dataclasses.replace(emit.modes, grad=emit.modes.grad or fake_value(last).requires_grad)),
+        ):
+            hidden = emit.call(torch.ops.cggr.gather_rows.default, last, selection.rows, selection.keep)
         mapping = copy_tail(emit, stack, loss, hidden, in_place=True)
         dtype = fake_value(loss.loss).dtype
         logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
-        with emit.before(loss.loss, self.name):
+        # a fused head reads its weights where the head does: a write, or another autocast, may come after it
+        with emit.before(loss.loss if logits is not None else loss.head, self.name):
             target = emit.call(torch.gather, candidates.target, 1, selection.rows)
             target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
             if logits is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile.options import RANKED, Options
 from cggr_compile.passes.base import GraphContext, PassResult, Selection
 from cggr_compile.passes.fx import Emitter
 
@@ -37,13 +39,14 @@ class SelectRows:
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         assert ctx.candidates is not None
-        options, candidates, router = ctx.options, ctx.candidates, ctx.router
+        candidates, router = ctx.candidates, ctx.router
+        options = _without_scores(ctx) if ctx.unrouted else ctx.options
         valid = candidates.valid
         state = _add_state_input(gm, ctx)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
             slots = _share_of(emit, emit.size(valid, 1), options.most_slots)
-            mask, probabilities = _select(emit, ctx, state, slots)
+            mask, probabilities = _select(emit, ctx, options, state, slots)
             packed = emit.call(ops.pack_rows.default, mask, slots)
             rows, keep = emit.item(packed, 0), emit.item(packed, 1)
             weights = emit.call(ops.row_weights.default, rows, keep, valid, probabilities)
@@ -63,13 +66,34 @@ class SelectRows:
             )
         most = options.most_slots
         number = f"ceil({most} * S)" if isinstance(most, Fraction) else f"min({most}, S)"
-        return PassResult(True, f"{options.selection}, {number} slots per sequence", {"slots": str(slots)})
+        unranked = ", without a router" if ctx.unrouted else ""
+        return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence", {"slots": str(slots)})
 
 
-def _select(emit: Emitter, ctx: GraphContext, state: Node, slots: int | Node) -> tuple[Node, Node | None]:
+def _without_scores(ctx: GraphContext) -> Options:
+    """The options, with a selection that needs no score; says so."""
+    options, why = ctx.options, f"the router is left out: {ctx.unrouted}"
+    told = []
+    if options.selection in RANKED:
+        # what has no rank is drawn, weighted, with the same slots
+        options = replace(options, selection="random", scope="batch" if options.whole_batch else "sequence")
+        told.append(f"selection={ctx.options.selection!r} has nothing to rank by and becomes 'random'")
+    elif options.selection == "importance":
+        told.append("selection='importance' draws every candidate with the same probability, like 'random'")
+    if options.dynamic_threshold:
+        told.append("dynamic_threshold does nothing")
+    if told:
+        remedy = "Compute it before the first block, or ask for scoring='random' and selection='random'"
+        ctx.warnings.append(f"{' and '.join(told)}: {why}. {remedy}")
+    return options
+
+
+def _select(
+    emit: Emitter, ctx: GraphContext, options: Options, state: Node, slots: int | Node
+) -> tuple[Node, Node | None]:
     """The selection, bool [B, S], with at most ``slots`` per sequence, and for random ones its probabilities."""
     assert ctx.candidates is not None
-    options, valid = ctx.options, ctx.candidates.valid
+    valid = ctx.candidates.valid
     scores = ctx.router.difficulty if ctx.router and options.selection not in ("random", "labels") else None
     if options.selection == "stratified":
         drawn = emit.call(ops.stratified_sample.default, scores, valid, state, slots, options.num_strata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.fx.node import map_arg
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, StaticSizes, fake_value
 from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.modes import modes_of, switches_recording
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -120,15 +120,12 @@ def _obstacle(gm: GraphModule, ctx: GraphContext, inputs: list[Node], symbolic: 
 def _evaluate(gm: GraphModule, examples: dict[Node, Any], mode: Any) -> dict[Node, Any]:
     """The value of every node: fake tensors with numbers for sizes, and the numbers themselves."""
     values: dict[Node, Any] = {}
-    with mode, ExitStack() as state:
-        # contexts that the graph enters it also leaves, unless an operator raises
-        state.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
-        state.enter_context(compat.vmap_levels_kept())
-        for kind in {x.device.type for x in examples.values() if isinstance(x, torch.Tensor)}:
-            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            state.enter_context(torch.autocast(kind, dtype, enabled=enabled))
+    modes = modes_of(gm.graph)
+    with mode, compat.modes_kept():
         for node in gm.graph.nodes:
-            if node.op == "placeholder":
+            if switches_recording(node):
+                values[node] = None  # below, every node gets its own
+            elif node.op == "placeholder":
                 example = examples[node]
                 is_tensor = isinstance(example, torch.Tensor)
                 values[node] = mode.from_tensor(example) if is_tensor else compat.hint(example)
@@ -138,7 +135,8 @@ def _evaluate(gm: GraphModule, examples: dict[Node, Any], mode: Any) -> dict[Nod
             elif node.op != "output":
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 function: Any = getattr(type(args[0]), str(node.target)) if node.op == "call_method" else node.target
-                values[node] = function(*args, **kwargs)
+                with torch.set_grad_enabled(modes[node].records):
+                    values[node] = function(*args, **kwargs)
     return values
 
 

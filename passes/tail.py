@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from cggr_compile.passes.base import LayerStack, LossSite, fake_value, shape_of
 from cggr_compile.passes.find_loss import CASTS, token_slice
 from cggr_compile.passes.fx import Emitter, argument, layout_only, op_name
+from cggr_compile.passes.modes import cast_as, modes_of
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -52,24 +54,37 @@ def _reduces_last_axis(node: Node) -> bool:
     return all(isinstance(axis, int) and axis % rank == rank - 1 for axis in axes)
 
 
-def copy_tail(emit: Emitter, stack: LayerStack, loss: LossSite, source: Node, in_place: bool) -> dict[Node, Node]:
+def copy_tail(
+    emit: Emitter,
+    stack: LayerStack,
+    loss: LossSite,
+    source: Node,
+    in_place: bool,
+    replaced: Mapping[Node, Node] | None = None,
+) -> dict[Node, Node]:
     """Apply the tail to ``source`` [B, *, H] instead of the last block's output.
 
     Args:
-        in_place: put each copy beside its original (so that it runs under the same autocast state), or all of
-            them where the emitter stands.
+        in_place: put each copy beside its original, in whose modes it then runs; or all of them where the emitter
+            stands, under the autocast of the originals.
+        replaced: what stands for other inputs of the tail.
 
     Returns:
         Where each original's value now comes from; the head's input is among the keys.
     """
-    mapping = {stack.blocks[-1].output: source}
+    mapping = {**(replaced or {}), stack.blocks[-1].output: source}
+    modes = modes_of(emit.graph)
     for node in stack.tail:
         inputs = [n for n in node.all_input_nodes if n in mapping]
         if op_name(node) == "getitem" or layout_only(node):
             mapping[node] = mapping[inputs[0]]  # all rows stay; leading axes do not matter
+            if in_place and fake_value(inputs[0]).requires_grad and not fake_value(node).requires_grad:
+                with emit.before(node, "rewrite_loss"):  # under no_grad
+                    mapping[node] = emit.method("detach", mapping[node])
         elif in_place:
             with emit.before(node, "rewrite_loss"):
                 mapping[node] = emit.copy(node, mapping)
         else:
-            mapping[node] = emit.copy(node, mapping)
+            with emit.under(cast_as(emit.modes, modes[node])):
+                mapping[node] = emit.copy(node, mapping)
     return mapping

@@ -72,10 +72,10 @@ def test_levels_of_vmap_are_left_after_an_exception():
     torch.compile(torch.vmap(lambda x: x + 1), backend=keep)(torch.zeros(2))
     calls = [node for node in graphs[0].graph.nodes if compat.enters_or_leaves_vmap(node)]
     entering = next(node for node in calls if "increment" in node.name)
-    with pytest.raises(ValueError), compat.vmap_levels_kept():
+    with pytest.raises(ValueError), compat.modes_kept():
         assert entering.target(*entering.args) == 1
         raise ValueError
-    with compat.vmap_levels_kept():
+    with compat.modes_kept():
         assert entering.target(*entering.args) == 1
 
 
