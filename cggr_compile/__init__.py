@@ -9,8 +9,9 @@ from cggr_compile.modules.router import TruncatedRouter, create_truncated_router
 from cggr_compile.modules.scorer import CGGRScorer
 from cggr_compile.options import Options
 from cggr_compile.reference_loss import with_reference_loss
+from cggr_compile.registry import runtime
 from cggr_compile.report import Explanation
-from cggr_compile.runtime import Runtime, runtime
+from cggr_compile.runtime import Runtime
 from cggr_compile.train_step import train_step
 from cggr_compile.verify import VerificationError
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +91,12 @@ class Aside:
         restart()  # or this, and the step behind it, is a chain of graphs to record
         return list(grads)
 
-    def _apart(self) -> AbstractContextManager[None]:
-        """Random generators return to what they are."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Random generators return to what they are; saved-tensors hooks see nothing."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), compat.no_saved_tensors_hooks():
+            yield
 
     def _fresh(self, args: Sequence[Any]) -> list[Any]:
         return [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]

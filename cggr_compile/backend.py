@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from cggr_compile.flash_attention import why_in_pieces
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
-from cggr_compile.owner import Owner
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, rewrite
 from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, GraphReport, Verification
-from cggr_compile.runtime import Runtime, runtime_of
+from cggr_compile.runtime import Runtime
+from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.schedule import round_up, rungs
 from cggr_compile.variance import Gradient, VarianceMeter
 from cggr_compile.verify import Verifier, unverifiable
@@ -56,7 +57,8 @@ def cggr(
     would reach the user wrapped by Dynamo.
     """
     try:
-        return _compile(gm, list(example_inputs), Options.parse(options), mode)
+        with compat.no_saved_tensors_hooks():
+            return _compile(gm, list(example_inputs), Options.parse(options), mode)
     except OptionError as error:
         return _raiser(error)
 
@@ -86,8 +88,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     unknown = sorted(set(patches) - compat.inductor_option_names())
     if unknown:
         raise OptionError(f"inductor: unknown Inductor settings {unknown}")
-    runtime = runtime_of(t for t in inputs if isinstance(t, Tensor) and t.requires_grad)
-    owner = Owner(runtime, inputs)
+    resolver = RuntimeResolver(gm, inputs)
+    runtime = resolver.runtime
     engine = _engine(options, inputs)
     if engine != "eager":
         lowerings.register()
@@ -111,8 +113,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
-        owner.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches)
+        resolver.begin(report, options)
+        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, resolver, patches)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -128,9 +130,9 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             _nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
     if not report.matched or len(ratios) == 1:
         _pin_sizes(form)
-        return owner.before(_at_capture(form, inputs).run)
+        return resolver.before(_at_capture(form, inputs).run)
     forms = {**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}
-    return owner.before(_ladder(forms, inputs, options))
+    return resolver.before(_ladder(forms, inputs, options))
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Form:
     static: StaticSizes | None
     report: GraphReport
     dump: GraphDump
-    owner: Owner
+    resolver: RuntimeResolver
     patches: dict[str, Any]
     measured: bool = False
 
@@ -159,8 +161,8 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
     for form in forms.values():
         _pin_sizes(form)
         form.measured = measuring
-    owner = next(iter(forms.values())).owner
-    first = round_up(owner.runtime.ratio(options), tuple(forms))
+    resolver = next(iter(forms.values())).resolver
+    first = round_up(resolver.runtime.ratio(options), tuple(forms))
     compiled = {first: _at_capture(forms[first], inputs)}
     waiting = {}
     compilation = compat.compilation_id()
@@ -175,13 +177,13 @@ def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> C
             form.dump.finish()
             form.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
             waiting[ratio] = partial(_after_capture, form, compilation)
-    measure = _measuring(options, owner) if measuring else None
-    return Ladder(compiled, waiting, lambda: owner.runtime.ratio(options), measure).run
+    measure = _measuring(options, resolver) if measuring else None
+    return Ladder(compiled, waiting, lambda: resolver.call.ratio(options), measure).run
 
 
-def _measuring(options: Options, owner: Owner) -> Callable[[Ladder, float, Sequence[Any]], None]:
+def _measuring(options: Options, resolver: RuntimeResolver) -> Callable[[Ladder, float, Sequence[Any]], None]:
     """What measures, before some steps, the error that the selection adds to the gradient."""
-    meter = VarianceMeter(options.measure_every)
+    meters: WeakKeyDictionary[Runtime, VarianceMeter] = WeakKeyDictionary()  # batches of two models are not compared
 
     def measure(ladder: Ladder, ratio: float, args: Sequence[Any]) -> None:
         below = next(r for r in ladder.ratios if r < 1.0)
@@ -192,7 +194,8 @@ def _measuring(options: Options, owner: Owner) -> Callable[[Ladder, float, Seque
             assert dense is not None and selected is not None
             return dense, selected
 
-        owner.runtime.measure(meter, args, at, gradients)
+        meter = meters.setdefault(resolver.runtime, VarianceMeter(options.measure_every))
+        resolver.call.measure(meter, args, at, gradients)
 
     return measure
 
@@ -212,7 +215,8 @@ def _at_capture(form: _Form, inputs: Sequence[Any]) -> Rung:
 
 def _after_capture(form: _Form, compilation: Any, inputs: Sequence[Any]) -> Rung:
     """Compile a form at the first step that needs it."""
-    with compat.compiling_later(compilation, form.ctx.fake_mode if form.static is not None else None):
+    fake_mode = form.ctx.fake_mode if form.static is not None else None
+    with compat.compiling_later(compilation, fake_mode), compat.no_saved_tensors_hooks():
         return _compiled(form, inputs)
 
 
@@ -266,7 +270,7 @@ def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, A
 
 def _dense(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on every position, or does not train."""
-    ctx, owner, report, patches = form.ctx, form.owner, form.report, form.patches
+    ctx, resolver, report, patches = form.ctx, form.resolver, form.report, form.patches
     observed, rung = ctx.observed is not None, ctx.rung
     aside = _aside(form, inputs)
     compiled = _lower(form.graph, inputs, report.compiler, patches)
@@ -275,14 +279,13 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     replayed = _replayed(report, patches)
 
     def run(*args: Any) -> Any:
-        runtime = owner.runtime
         if rung:
-            runtime.advance()
+            resolver.call.advance()
         outputs, stats = compiled(*args), None
         if observed:
             *outputs, stats = outputs
             stats = stats.clone() if replayed else stats
-        runtime.record(report, None, None, stats)
+        resolver.call.record(report, None, None, stats)
         return tuple(outputs)
 
     return Rung(run, None if aside is None else lambda args: aside.gradient(compiled, args))
@@ -302,7 +305,7 @@ def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
 
 def _selective(form: _Form, inputs: list[Any]) -> Rung:
     """Compile a graph that trains on selected positions."""
-    gm, ctx, owner = form.graph, form.ctx, form.owner
+    gm, ctx, resolver = form.graph, form.ctx, form.resolver
     report, patches = form.report, form.patches
     assert ctx.selection is not None and ctx.loss is not None and ctx.stack is not None
     device = ctx.loss.target.meta["example_value"].device
@@ -317,32 +320,34 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         compiled = _lower_selective(gm, example, ctx.options, report, form.dump, patches)
     if ours:
         parameters = [i for i, value in enumerate(inputs) if isinstance(value, Parameter)]
-        compiled = Replay(compiled, parameters, device, lambda: owner.runtime, owner.runtime.notify)
+        compiled = Replay(
+            compiled, parameters, device, lambda: resolver.runtime, lambda why: resolver.runtime.notify(why)
+        )
     if message := dense_layers(report, ctx.stack.blocks):
-        owner.runtime.warn(message)
-    verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
+        resolver.runtime.warn(message)
+    verifier = _verifier(compiled, semantic, example, ctx.options, resolver.runtime, report, patches)
     check = _label_check(gm, ctx)
     check(inputs)
 
     def run(*args: Any) -> Any:
         nonlocal verifier
-        runtime = owner.runtime
+        call = resolver.call
         if _checks_labels_every_step(device):
             check(args)
-        if (checking := verifier) is not None:
+        if (checking := verifier) is not None and not call.repeats:
             if checking.remaining <= 1:
                 verifier = None  # and with it, after this step, the dense backward
-            checking.step(args, runtime, report)
-            del checking
-        *outputs, weights, selected, stats = compiled(*args, runtime.next_state(device))
+            checking.step(args, call.runtime, report)
+        del checking
+        *outputs, weights, selected, stats = compiled(*args, call.state(device))
         if replayed:
             weights, selected, stats = weights.clone(), selected.clone(), stats.clone()
-        runtime.record(report, selected, weights, stats)
+        call.record(report, selected, weights, stats)
         return tuple(outputs)
 
     if aside is None:
         return Rung(run)
-    return Rung(run, lambda args: aside.gradient(compiled, args, owner.runtime.other_state(device)))
+    return Rung(run, lambda args: aside.gradient(compiled, args, resolver.runtime.other_state(device)))
 
 
 def _lower_selective(

@@ -8,7 +8,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -165,43 +167,146 @@ def compiling_later(compilation: Any, fake_mode: Any = None) -> Iterator[None]:
         yield
 
 
+def _translator() -> Any:
+    """Dynamo's translator of the frame that it is compiling; None outside a capture."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:  # the thread-local is unset outside a capture (2.13; 2.11 returns None)
+        return None
+
+
 def recompilations_left() -> int | None:
     """How many more graphs Dynamo compiles for the frame it is capturing, this one included; None outside."""
     from torch._dynamo import config
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    try:
-        tx = InstructionTranslator.current_tx()
-    except AttributeError:
-        tx = None
+    tx = _translator()
     return None if tx is None else int(config.recompile_limit) - len(_debug_get_cache_entry_list(tx.f_code))
 
 
 def frame_scopes() -> dict[str, dict[str, Any]]:
     """Locals (L) and globals (G) of the frame that Dynamo is compiling; empty outside a capture."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        tx = InstructionTranslator.current_tx()
-    except AttributeError:  # the thread-local is unset outside a capture (2.13; 2.11 returns None)
-        tx = None
+    tx = _translator()
     return {} if tx is None else {"L": tx.f_locals, "G": tx.f_globals}
+
+
+def captured_code() -> CodeType | None:
+    """The code that Dynamo is compiling; None outside a capture. What it makes of that has the same name and place."""
+    tx = _translator()
+    return None if tx is None else tx.f_code
+
+
+_EVAL_FRAME = "compile_wrapper"  # the function that torch.compile returns
+_MODULE_CALLS = ("_call_impl", "_wrapped_call_impl")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who runs a compiled graph.
+
+    Attributes:
+        module: what was given to ``torch.compile``, if that is a module or a method of one; else the outermost module
+            that is called under it, which a graph break may have left in pieces; None if there is none.
+        captured: the frame that Dynamo captured, running; None at the capture itself.
+    """
+
+    module: torch.nn.Module | None
+    captured: FrameType | None
+
+    @property
+    def scopes(self) -> dict[str, dict[str, Any]]:
+        """Locals (L) and globals (G) of the captured frame."""
+        if self.captured is None:
+            return frame_scopes()
+        return {"L": self.captured.f_locals, "G": self.captured.f_globals}
+
+
+def caller(code: CodeType | None) -> Caller:
+    """Who runs the graph that was captured in a frame with this code, read off the stack of Python frames."""
+    wrappers, calls = _landmarks()
+    captured = called = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name, file = frame.f_code.co_name, frame.f_code.co_filename
+        if name == _EVAL_FRAME and file == wrappers:
+            break
+        if name in _MODULE_CALLS and file == calls:
+            called = frame
+        elif captured is None and code is not None and name == code.co_name and file == code.co_filename:
+            captured = frame if frame.f_code.co_firstlineno == code.co_firstlineno else None
+        frame = frame.f_back
+    if frame is None:  # no torch.compile: the modules further out are anybody's
+        return Caller(None, captured)
+    module = _module_of(frame.f_locals.get("fn"))
+    if module is None and called is not None:
+        module = called.f_locals.get("self")
+    return Caller(module, captured)
+
+
+@functools.cache
+def _landmarks() -> tuple[str, str]:
+    """The files of the function that ``torch.compile`` returns and of a module's call."""
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+
+    return _TorchDynamoContext.__call__.__code__.co_filename, torch.nn.Module._call_impl.__code__.co_filename
+
+
+def _module_of(function: Any) -> torch.nn.Module | None:
+    """The module that a function is, or is a method of; Dynamo wraps some functions in another."""
+    while function is not None:
+        owner = function if isinstance(function, torch.nn.Module) else getattr(function, "__self__", None)
+        if isinstance(owner, torch.nn.Module):
+            return original_module(owner)
+        function = getattr(function, "__wrapped__", None)
+    return None
+
+
+def original_module(module: torch.nn.Module) -> torch.nn.Module:
+    """What ``torch.compile(module)`` was given, or the module itself."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    while isinstance(module, OptimizedModule):
+        module = module._orig_mod
+    return module
 
 
 def module_at(path: str, scopes: dict[str, dict[str, Any]]) -> torch.nn.Module | None:
     """The module that an ``nn_module_stack`` path names: ``L['self'].model.layers.0``, ``L['args'][0].model``."""
-    head = re.match(r"([LG])\['([^']+)'\]", path)
-    if head is None or head[1] not in scopes:
-        return None
-    value: Any = scopes[head[1]].get(head[2])
-    for step in re.finditer(r"\[(\d+)\]|\['([^']+)'\]|([^.\[\]]+)", path[head.end() :]):
-        index, key, name = step.groups()
+    *_, (_, value) = (None, None), *_along(path, scopes)
+    return value if isinstance(value, torch.nn.Module) else None
+
+
+def outermost_module(path: str, scopes: dict[str, dict[str, Any]]) -> str | None:
+    """The shortest beginning of a path (as of :func:`module_at`, or of a source) that is a module's."""
+    return next((begin for begin, value in _along(path, scopes) if isinstance(value, torch.nn.Module)), None)
+
+
+def _along(path: str, scopes: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Every beginning of a path with its value; the whole path with None if it leads nowhere."""
+    head, steps = _parsed(path)
+    if head is None or head[0] not in scopes:
+        return
+    value: Any = scopes[head[0]].get(head[1])
+    yield f"{head[0]}['{head[1]}']", value
+    for end, index, key, name in steps:
         try:
             value = getattr(value, name) if name else value[int(index) if index else key]
         except (AttributeError, LookupError, TypeError):
-            return None
-    return value if isinstance(value, torch.nn.Module) else None
+            yield path, None
+            return
+        yield path[:end], value
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(path: str) -> tuple[tuple[str, str] | None, list[tuple[int, str, str, str]]]:
+    """The variable that a path begins with, and its steps: where each ends, its index, key or name."""
+    head = re.match(r"([LG])\['([^']+)'\]", path)
+    if head is None:
+        return None, []
+    steps = re.compile(r"\[(\d+)\]|\['([^']+)'\]|([^.\[\]]+)").finditer(path, head.end())
+    return (head[1], head[2]), [(step.end(), step[1], step[2], step[3]) for step in steps]
 
 
 def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
@@ -623,12 +728,19 @@ def storage_id(tensor: torch.Tensor) -> int:
 
 def source_name(placeholder: Node) -> str:
     """What the user calls a graph input: ``model.layers.0.mlp.up_proj.weight``, or the expression Dynamo has for it."""
+    name = source_path(placeholder)
+    if name is None:
+        return str(placeholder)
+    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
+    return ".".join(parts) or name
+
+
+def source_path(placeholder: Node) -> str | None:
+    """The expression that Dynamo has for a graph input: ``L['self']._modules['head']._parameters['weight']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
-        return str(placeholder)
-    name = source.name() if callable(source.name) else source.name  # a method before 2.13
-    parts = re.findall(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", name)
-    return ".".join(parts) or str(name)
+        return None
+    return str(source.name() if callable(source.name) else source.name)  # a method before 2.13
 
 
 @contextmanager
@@ -650,6 +762,64 @@ def weak_tensor_dict() -> Any:
     from torch.utils.weak import WeakTensorKeyDictionary
 
     return WeakTensorKeyDictionary()
+
+
+def weak_identity_dict() -> Any:
+    """A mapping from objects, by identity whatever they define as equal, that does not keep them alive."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    return WeakIdKeyDictionary()
+
+
+def no_saved_tensors_hooks() -> AbstractContextManager[None]:
+    """Around what is no part of the user's forward: the saved-tensors hooks in force get none of its tensors."""
+    from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
+
+    return _disable_saved_tensors_hooks_during_tracing()
+
+
+def under_saved_tensors_hooks() -> bool:
+    """Whether a forward hands what it saves to hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def saved_tensors_packers() -> list[Callable[..., Any]]:
+    """The pack functions of the saved-tensors hooks in force, the innermost first."""
+    autograd: Any = torch._C._autograd
+    found = []
+    if autograd._saved_tensors_hooks_get_disabled_error_message() is not None:
+        return []  # none may be set again
+    try:
+        while (hooks := autograd._top_saved_tensors_default_hooks(True)) is not None:
+            autograd._pop_saved_tensors_default_hooks()
+            found.append(hooks)
+    finally:
+        for hooks in reversed(found):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+    return [pack for pack, _ in found]
+
+
+def checkpoint_of(pack: Callable[..., Any]) -> tuple[Any, bool] | None:
+    """The call of ``torch.utils.checkpoint`` that a pack function belongs to, and whether it recomputes.
+
+    An object that lives as long as what the checkpoint has to recompute; None for other hooks.
+    """
+    pack = getattr(pack, "_torchdynamo_orig_callable", pack)  # torch 2.13 disables Dynamo in the recomputation's
+    code = getattr(pack, "__code__", None)
+    if code is None or code.co_filename != _checkpoint_file():
+        return None
+    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in pack.__closure__ or ()), strict=True))
+    if "frame" in cells:
+        return cells["frame"], False
+    frame = cells["target_frame_ref"]() if "target_frame_ref" in cells else None
+    return None if frame is None else (frame, True)
+
+
+@functools.cache
+def _checkpoint_file() -> str:
+    from torch.utils.checkpoint import _checkpoint_hook
+
+    return _checkpoint_hook.__init__.__code__.co_filename
 
 
 def trace_structured(name: str, text: str) -> None:

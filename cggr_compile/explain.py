@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from cggr_compile import compat
 from cggr_compile.options import Options
+from cggr_compile.registry import registry
 from cggr_compile.report import Explanation
-from cggr_compile.runtime import runtime
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -30,15 +32,21 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         ValueError: for unusable options.
     """
     settings = Options.parse(options)
-    target = getattr(model, "_orig_mod", model)
-    rt = runtime(target)
-    call: Callable[..., Any] = model
-    if not (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
-        # a compile of its own, so that nothing stays behind on the model
-        from cggr_compile.backend import cggr
+    target = compat.original_module(model)
+    with ExitStack() as stack:
+        call: Callable[..., Any] = model
+        if model is not target or model._compiled_call_impl is not None:
+            own = registry.of_module(target)
+        else:
+            # a compile of its own, so that nothing stays behind on the model
+            from cggr_compile.backend import cggr
 
-        aside = {**settings.as_dict(), "compiler": "eager", "fallback": "silent"}
-        call = torch.compile(model.forward, backend=cggr, options=aside)
-    with rt.observed() as seen, torch.random.fork_rng():
+            own = stack.enter_context(registry.replaced(target))
+            aside = {**settings.as_dict(), "compiler": "eager", "fallback": "silent"}
+            call = torch.compile(model.forward, backend=cggr, options=aside)
+        # parts that are compiled by themselves and not traced into
+        runtimes = dict.fromkeys((own, *registry.inside(target)))
+        seen = [stack.enter_context(one.observed()) for one in runtimes]
+        stack.enter_context(torch.random.fork_rng())
         call(*args, **kwargs)
-    return Explanation(seen)
+    return Explanation([report for reports in seen for report in reports])

@@ -197,8 +197,8 @@ class _Step(torch.autograd.Function):
 class Replay:
     """``function``, recorded at its second call for a model and replayed from then on.
 
-    What cannot be replayed runs as it is: the first call, other sizes, and a forward while the one before it still
-    waits for its backward.
+    What cannot be replayed runs as it is: the first call, other sizes, a forward under saved-tensors hooks (in
+    ``torch.utils.checkpoint``), and one while the one before it still waits for its backward.
 
     Args:
         function, parameters: see :class:`Recording`.
@@ -220,7 +220,9 @@ class Replay:
         self._obstacle = ""
 
     def __call__(self, *args: Any) -> Any:
-        recording = None if self._obstacle or torch.cuda.is_current_stream_capturing() else self._recording(args)
+        # a replay hands nothing to saved-tensors hooks: a checkpoint, for one, could not recompute it
+        as_it_is = self._obstacle or torch.cuda.is_current_stream_capturing() or compat.under_saved_tensors_hooks()
+        recording = None if as_it_is else self._recording(args)
         if recording is None or not recording.fits(args):
             return self._function(*args)
         if recording.pool.busy:

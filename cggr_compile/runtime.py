@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cggr_compile import compat
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.report import GraphReport, Verification
@@ -30,7 +28,7 @@ class FallbackWarning(UserWarning):
 
 
 class Runtime:
-    """State of one model under the backend. Get it with :func:`runtime`.
+    """State of one model under the backend. Get it with :func:`cggr_compile.runtime`.
 
     Attributes:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
@@ -157,12 +155,6 @@ class Runtime:
         state[0].add_(0x51ED2705)
         return state
 
-    def next_state(self, device: torch.device) -> Tensor:
-        """:meth:`state`, for a training forward that happens now; advances if automatic."""
-        state = self.state(device)
-        self.advance()
-        return state
-
     def advance(self) -> None:
         """A training forward happens now; it is a step if that is automatic."""
         if self.options.advance == "auto" and self._observed is None:
@@ -239,53 +231,3 @@ class Runtime:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
-
-
-class _Registry:
-    """Finds a model's runtime by its parameters, which a capture sees whatever wraps the model."""
-
-    def __init__(self) -> None:
-        self._by_parameter: Any = None
-        self._lock = threading.Lock()
-
-    def get(self, parameters: Iterable[Tensor]) -> Runtime:
-        tensors = [p for p in parameters if isinstance(p, Tensor)]
-        with self._lock:
-            if self._by_parameter is None:
-                self._by_parameter = compat.weak_tensor_dict()
-            found = next((self._by_parameter[p] for p in tensors if p in self._by_parameter), None) or Runtime()
-            for parameter in tensors:
-                self._by_parameter.setdefault(parameter, found)
-            return found
-
-
-_registry = _Registry()
-
-
-def runtime_of(parameters: Iterable[Tensor]) -> Runtime:
-    """The runtime of the model with these parameters (made if it has none)."""
-    return _registry.get(parameters)
-
-
-def runtime(model: torch.nn.Module | Mapping[str, Tensor] | Iterable[Tensor]) -> Runtime:
-    """The runtime of a model compiled with ``backend="cggr"``.
-
-    Args:
-        model: the module (compiled in place, or the result of ``torch.compile``, or the original behind it); for
-            a functional model its parameters, as a mapping or an iterable.
-
-    Raises:
-        ValueError: if there are no parameters in it.
-    """
-    parameters: list[Tensor]
-    if isinstance(model, torch.nn.Module):
-        parameters = list(model.parameters())
-    elif isinstance(model, Mapping):
-        parameters = list(model.values())
-    elif isinstance(model, Iterable) and not isinstance(model, (str, Tensor)):
-        parameters = list(model)
-    else:
-        raise ValueError(f"model must be a module or its parameters, got {type(model).__name__}")
-    if not parameters or not all(isinstance(p, Tensor) for p in parameters):
-        raise ValueError("model must have at least one parameter")
-    return runtime_of(parameters)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cggr_compile.modules.router import TruncatedRouter
 from cggr_compile.modules.settings import Scoring, Selection, Settings
 from cggr_compile.options import OptionError, Options
-from cggr_compile.runtime import Runtime, runtime
+from cggr_compile.registry import registry
+from cggr_compile.runtime import Runtime
 
 
 class CGGRModel(nn.Module):
@@ -126,7 +127,7 @@ class CGGRModel(nn.Module):
 
     @property
     def _runtime(self) -> Runtime:
-        return runtime(self.model)
+        return registry.of_module(self.model)
 
     # a copy compiles its own model
     def __getstate__(self) -> dict[str, Any]:
