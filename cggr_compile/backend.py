@@ -118,6 +118,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     report, ctx = form.report, form.ctx
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
+    for warning in ctx.warnings if report.matched else ():
+        runtime.warn(warning)
     if report.training and not report.matched:
         report.reason += why_in_pieces(report.reason, compat.frame_scopes().get("L", {}))
         if not ctx.dense:
