@@ -18,7 +18,7 @@ def dense_layers(report: GraphReport, blocks: Sequence[Block]) -> str:
     and is left to ``explain``. A place that is not known counts as a layer.
     """
     record = report.record(RowSparseBackward.name)
-    if record is None or report.options["gradient"] != "routed":
+    if record is None or report.gradient != "routed":
         return ""
     found = [f"attention in {count} layers: {why}" for why, count in record.details.get("dense_attention", {}).items()]
     for operator, places in record.details.get("densified_at", {}).items():

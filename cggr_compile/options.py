@@ -58,7 +58,10 @@ class Options:
             multiplies bfloat16 faster than float32, the model's dtype elsewhere. Only scores and metrics see it,
             never the loss.
         gradient: ``routed`` stops the gradient into the residual stream of unselected positions at every
-            attention; ``exact`` is the true gradient of the selected loss.
+            attention; ``exact`` is the true gradient of the selected loss. ``auto`` is ``routed``, but ``exact`` for a
+            model that trains something through positions which no label may select and which are not known (where
+            they are known, as a soft prompt's are, they carry gradient under ``routed`` as well); see
+            :class:`cggr_compile.passes.trained_inputs.TrainedInputs`.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
             weights still learn from every position), ``stop`` at the keys and values.
         kv_weight: what the gradient that ``routed`` lets through there, at a selected position, is multiplied with:
@@ -114,7 +117,7 @@ class Options:
     max_selected: float | int | None = None
     router_layers: int | Literal["full"] | None = None
     router_precision: Literal["auto", "model", "bf16", "fp8"] = "auto"
-    gradient: Literal["routed", "exact"] = "routed"
+    gradient: Literal["auto", "routed", "exact"] = "auto"
     kv_gradient: Literal["project", "stop"] = "project"
     kv_weight: Literal["1", "1/sqrt(p)"] = "1"
     row_sparse: bool = True

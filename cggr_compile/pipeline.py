@@ -36,6 +36,7 @@ from cggr_compile.passes.route_gradient import RouteGradient
 from cggr_compile.passes.row_sparse import RowSparseBackward
 from cggr_compile.passes.select_rows import SelectRows
 from cggr_compile.passes.static_sizes import MakeSizesStatic
+from cggr_compile.passes.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     *EXACT_PASSES,
     LaunchBound(),
     AlignTargets(),
+    TrainedInputs(),
     InsertRouter(),
     SelectRows(),
     RewriteLoss(),
@@ -132,7 +134,9 @@ def rewrite(
         return work
     assert ctx.options.min_tokens_ratio != "auto"
     report.matched, report.ratio = True, ctx.options.min_tokens_ratio
-    told = (report.record(FindStack.name), report.record(SelectRows.name))
+    report.gradient = ctx.gradient
+    told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
+    told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
 

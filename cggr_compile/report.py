@@ -77,6 +77,8 @@ class GraphReport:
         matched: whether the graph trains on selected positions.
         reason: why, in one sentence.
         ratio: share of the positions that it trains on; a schedule has one graph per ratio.
+        gradient: what the option ``gradient`` came to in a graph that trains on selected positions, "routed" or
+            "exact"; empty in others.
         waiting: whether it is yet to be compiled, because no step has come to its ratio.
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
         compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
@@ -90,6 +92,7 @@ class GraphReport:
     matched: bool = False
     reason: str = ""
     ratio: float = 1.0
+    gradient: str = ""
     waiting: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
+from cggr_compile.overflow import ContextOverflow
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
 from cggr_compile.variance import Gradient, VarianceMeter
@@ -47,6 +48,7 @@ class Runtime:
         self.weights: Tensor | None = None
         self._stats: Tensor | None = None
         self._overflow: Tensor | None = None
+        self._context_overflow = ContextOverflow()
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
@@ -69,7 +71,9 @@ class Runtime:
         is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
         tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
         ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
-        unless ``selection="labels"``); matched; fallback_reason (None if matched); verify_steps, verify_max_error,
+        unless ``selection="labels"``); context_overflow: positions that carry gradient without a label (those of a
+        trained image projector, say) for which there was no slot in any step so far (None without such);
+        matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
         it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
         """
@@ -77,7 +81,7 @@ class Runtime:
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
         if self._stats is not None:
             numbers = self._stats.tolist()
-            values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=True)}
+            values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=False)}
             values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
         total = values["tokens_total"]
         matched = report.matched if report is not None else False
@@ -89,6 +93,7 @@ class Runtime:
             "scoring": self.options.scoring_name,
             "selection": self.options.selection,
             "labels_overflow": None if self._overflow is None else int(self._overflow),
+            "context_overflow": self._context_overflow.count(),
             "matched": matched,
             "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
             "verify_steps": self._verification.steps,
@@ -184,6 +189,8 @@ class Runtime:
         self._note(report)
         if self._observed is None:
             self.selected, self.weights, self._stats = selected, weights, stats
+            if stats is not None and (message := self._context_overflow.add(stats)):
+                self.warn(message)
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
             if selected is not None and stats is not None and self.options.selection == "labels":

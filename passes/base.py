@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule, Node
 
     from cggr_compile.options import Options
+    from cggr_compile.passes.positions import Region
 
 
 @dataclass(frozen=True)
@@ -168,15 +169,43 @@ class RouterScores:
 
 
 @dataclass(frozen=True)
+class ExtraRows:
+    """Positions that carry gradient though the loss may not select them: ``regions`` together.
+
+    ``most``: for how many of a sequence there are slots; what exceeds them is dropped, and counted.
+    """
+
+    regions: tuple[Region, ...]
+    most: int
+
+
+@dataclass(frozen=True)
+class GradientRows:
+    """The rows that carry gradient where they are more than the selected ones; see ``cggr::gradient_rows``.
+
+    Attributes:
+        rows, keep: [B, G], as those of a selection.
+        places: int64 [B, K], the slot of each selected row among these.
+        extra: bool [B, S], the positions that were added, selected or not.
+    """
+
+    rows: Node
+    keep: Node
+    places: Node
+    extra: Node
+
+
+@dataclass(frozen=True)
 class Selection:
-    """The selected positions.
+    """The selected positions: those that carry loss.
 
     Attributes:
         rows: int64 [B, K], distinct positions; the selected ones first and sorted, then unused slots.
         keep: bool [B, K], False for an unused slot.
         weights: float32 [B, K], what the loss of each counts; see ``cggr::row_weights``.
         state: the graph input (seed, step), int64 [2].
-        stats: float32 [5], see ``cggr::stats``.
+        stats: float32 [5] or [6], see ``cggr::stats``.
+        gradient: the rows that carry gradient; None where they are the same.
     """
 
     rows: Node
@@ -184,6 +213,7 @@ class Selection:
     weights: Node
     state: Node
     stats: Node
+    gradient: GradientRows | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +245,9 @@ class GraphContext:
     padding: Node | None = None
     candidates: Candidates | None = None
     router: RouterScores | None = None
+    # what ``options.gradient`` stands for in this graph; TrainedInputs settles ``auto``
+    gradient: Literal["routed", "exact"] = field(init=False)
+    extra_rows: ExtraRows | None = None
     selection: Selection | None = None
     # one of several ratios of this graph, compiled after the capture
     rung: bool = False
@@ -225,6 +258,9 @@ class GraphContext:
     # what the user should hear once: in the log, or as a warning where something is not as the options ask
     notices: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gradient = "exact" if self.options.gradient == "exact" else "routed"
 
     @property
     def dense(self) -> bool:

@@ -92,15 +92,17 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     spine = _common_path(ordered, roots)
     if not spine:
         raise NoLayerStackError("no node lies on every path from the embedding to the head")
-    source_shape = _stream_shape(spine)
-    if source_shape is None:
+    shapes = _stream_shapes(spine)
+    if not shapes:
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
-    batch, length, width = source_shape
-    spine = [n for n in spine if _has_shape(n, batch, length, width)]
-
-    attentions = [a for n in ordered if (a := find_attention(n, stream, batch, length)) is not None]
-    if not attentions:
+    # a prompt may be put in front of the embedding: the first shape may not be the one that attention sees
+    for batch, length, width in shapes:
+        attentions = [a for n in ordered if (a := find_attention(n, stream, batch, length)) is not None]
+        if attentions:
+            break
+    else:
         raise NoLayerStackError(_no_attention_reason(gm))
+    spine = [n for n in spine if _has_shape(n, batch, length, width)]
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
     blocks = []
@@ -189,12 +191,14 @@ def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:
     return [n for n in found if ordered.index(n) > last_root]
 
 
-def _stream_shape(spine: list[Node]) -> tuple[object, object, object] | None:
+def _stream_shapes(spine: list[Node]) -> list[tuple[object, object, object]]:
+    """The shapes that a residual stream may have, in the order in which they appear."""
+    found: list[tuple[object, object, object]] = []
     for node in spine:
         shape = shape_of(node)
-        if len(shape) == 3 and isinstance(shape[2], int):
-            return shape
-    return None
+        if len(shape) == 3 and isinstance(shape[2], int) and not any(_has_shape(node, *other) for other in found):
+            found.append((shape[0], shape[1], shape[2]))
+    return found
 
 
 def _has_shape(node: Node, *sizes: object) -> bool:

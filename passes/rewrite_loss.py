@@ -36,6 +36,11 @@ class RewriteLoss:
     number; ``sum``, which the user divides by a count of his own (gradient accumulation), does not. Without any
     candidate the loss is zero, with zero gradients.
 
+    Where more rows carry gradient than are selected, those are what is gathered, and the loss takes its own of them::
+
+        h = cggr.gather_rows(x, gradient_rows, gradient_keep)                # [B, G, H]
+        h = h.gather(1, places[:, :, None].expand(-1, -1, H))                # [B, K, H]
+
     With ``cross_entropy="fused"`` the head and everything behind it are one operator, and the logits of the rows are
     not kept::
 
@@ -56,7 +61,10 @@ class RewriteLoss:
             # the first of several readers may run under no_grad
             emit.under(dataclasses.replace(emit.modes, grad=emit.modes.grad or fake_value(last).requires_grad)),
         ):
-            hidden = emit.call(torch.ops.cggr.gather_rows.default, last, selection.rows, selection.keep)
+            rows = selection.gradient or selection
+            hidden = emit.call(torch.ops.cggr.gather_rows.default, last, rows.rows, rows.keep)
+            if selection.gradient is not None:
+                hidden = _at(emit, hidden, selection.gradient.places)
         mapping = copy_tail(emit, stack, loss, hidden, in_place=True)
         dtype = fake_value(loss.loss).dtype
         logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
@@ -110,6 +118,12 @@ class RewriteLoss:
                 with emit.before(user, self.name):
                     some = emit.call(operator.gt, total, 0)
                     user.replace_input_with(divisor, emit.call(torch.where, some, divisor, 1))
+
+
+def _at(emit: Emitter, hidden: Node, places: Node) -> Node:
+    """``hidden`` [B, G, H] at ``places`` (int64 [B, K]): [B, K, H]."""
+    index = emit.call(operator.getitem, places, (slice(None), slice(None), None))
+    return emit.call(torch.gather, hidden, 1, emit.method("expand", index, -1, -1, emit.size(hidden, 2)))
 
 
 def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import Block, GraphContext, PassResult, same_size, shape_of
+from cggr_compile.passes.base import Block, GradientRows, GraphContext, PassResult, Selection, same_size, shape_of
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order, op_name
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class RouteGradient:
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         assert ctx.stack is not None
-        if ctx.options.gradient == "exact":
+        if ctx.gradient == "exact":
             return PassResult(False, "gradient='exact' stops nothing")
         emit = Emitter(gm.graph, ctx.fake_mode)
         for block in ctx.stack.blocks:
@@ -61,10 +61,13 @@ class RouteGradient:
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         assert ctx.selection is not None
-        rows = ctx.selection.rows
+        rows, gradient = ctx.selection.rows, ctx.selection.gradient
         (gather,) = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
         with emit.before(gather, self.name):
             factors = emit.method("sqrt", ctx.selection.weights)  # a token's weight is 1/p
+            if gradient is not None:
+                factors = _spread(emit, ctx.selection, gradient, factors)
+                rows = gradient.rows
             weighed = emit.call(torch.ops.cggr.weigh_stops.default, rows, factors)
         gather.replace_input_with(rows, weighed)
 
@@ -86,6 +89,14 @@ class RouteGradient:
             marked = emit.call(torch.ops.cggr.stop_rows.default, source, 1)
         for user in [u for u in source.users if u in paths]:
             user.replace_input_with(source, marked)
+
+
+def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, factors: Node) -> Node:
+    """The factors of the selected rows, [B, K], for all that carry gradient, [B, G]: 1 for those that always do."""
+    used = emit.call(torch.where, selection.keep, factors, 1.0)
+    ones = emit.call(torch.ones_like, gradient.extra, dtype=torch.float32)
+    each = emit.method("scatter", ones, 1, selection.rows, used)
+    return emit.method("gather", emit.call(torch.where, gradient.extra, 1.0, each), 1, gradient.rows)
 
 
 def _projection_input(ordered: list[Node], block: Block) -> Node:

@@ -11,8 +11,9 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.options import RANKED, Options
-from cggr_compile.passes.base import GraphContext, PassResult, Selection
+from cggr_compile.passes.base import GradientRows, GraphContext, PassResult, Selection, fake_value, shape_of
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.positions import union
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -31,6 +32,11 @@ class SelectRows:
 
     ``cggr_state`` is a new graph input (seed, step); ``weights``, ``where(keep, rows, -1)`` and ``stats`` become the
     last three graph outputs.
+
+    Where positions carry gradient though the loss may not select them (``ctx.extra_rows``), G - K slots are theirs::
+
+        extra = (arange(S) < 4).expand(B, S)                                 # a soft prompt's, say
+        gradient_rows, gradient_keep, places, dropped = cggr.gradient_rows(rows, keep, extra, G)
     """
 
     name = "select_rows"
@@ -51,12 +57,13 @@ class SelectRows:
             rows, keep = emit.item(packed, 0), emit.item(packed, 1)
             weights = emit.call(ops.row_weights.default, rows, keep, valid, probabilities)
             measured = (router.top1, router.entropy, router.difficulty) if router else (None, None, None)
-            stats = emit.call(ops.stats.default, keep, valid, *measured)
+            gradient, dropped = _gradient_rows(emit, ctx, rows, keep, slots)
+            stats = emit.call(ops.stats.default, keep, valid, *measured, *dropped)
             public = emit.call(torch.where, keep, rows, -1)
         output = gm.graph.output_node()
         results: Any = output.args[0]
         output.args = ((*results, weights, public, stats),)
-        ctx.selection = Selection(rows, keep, weights, state, stats)
+        ctx.selection = Selection(rows, keep, weights, state, stats, gradient)
         if options.selection in UNWEIGHTED:
             ctx.notices.append(
                 f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "
@@ -67,7 +74,10 @@ class SelectRows:
         most = options.most_slots
         number = f"ceil({most} * S)" if isinstance(most, Fraction) else f"min({most}, S)"
         unranked = ", without a router" if ctx.unrouted else ""
-        return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence", {"slots": str(slots)})
+        details = {"slots": str(slots)}
+        if gradient is not None:
+            details["gradient_slots"] = str(shape_of(gradient.rows)[1])
+        return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence", details)
 
 
 def _without_scores(ctx: GraphContext) -> Options:
@@ -113,6 +123,24 @@ def _select(
         least = emit.integer(torch.sym_min, options.min_tokens_per_sequence, slots)
         wanted = emit.integer(torch.sym_max, wanted, least)
     return emit.call(ops.hardest_of_batch.default, scores, valid, wanted, slots, least), None
+
+
+def _gradient_rows(
+    emit: Emitter, ctx: GraphContext, rows: Node, keep: Node, slots: int | Node
+) -> tuple[GradientRows | None, list[Node]]:
+    """The rows that carry gradient if they are more than the selected ones, and how many found no slot."""
+    if ctx.extra_rows is None:
+        return None, []
+    assert ctx.candidates is not None
+    valid = ctx.candidates.valid
+    # what the regions depend on stands in front of the first block: the embeddings are made with it
+    regions, most = ctx.extra_rows.regions, ctx.extra_rows.most
+    batch, length = emit.size(valid, 0), emit.size(valid, 1)
+    extra = union(emit, regions, batch, length, fake_value(valid).device)
+    wanted = emit.integer(torch.sym_min, emit.integer(operator.add, slots, most), length)
+    found = emit.call(ops.gradient_rows.default, rows, keep, extra, wanted)
+    packed, kept, places, dropped = (emit.item(found, i) for i in range(4))
+    return GradientRows(packed, kept, places, extra), [dropped]
 
 
 def _share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:

@@ -9,15 +9,24 @@ from cggr_compile.ops.library import define_composite
 
 STAT_NAMES = ("tokens_selected", "tokens_total", "avg_confidence", "avg_entropy", "avg_difficulty")
 
+# where a sixth figure stands, of graphs with gradient rows that carry no loss: how many of them found no slot
+OVERFLOW = len(STAT_NAMES)
+
 
 def stats_reference(
-    keep: Tensor, valid: Tensor, top1: Tensor | None, entropy: Tensor | None, difficulty: Tensor | None
+    keep: Tensor,
+    valid: Tensor,
+    top1: Tensor | None,
+    entropy: Tensor | None,
+    difficulty: Tensor | None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
-    """float32 [5] in the order of STAT_NAMES.
+    """float32 [5] in the order of STAT_NAMES; [6] with ``dropped``, which is the last.
 
     Args:
         keep: bool [B, K], used slots. valid: bool [B, S], candidates.
         top1, entropy, difficulty: float32 [B, S] of the router, averaged over the candidates; None gives NaN.
+        dropped: int64 [], see ``cggr::gradient_rows``.
     """
     total = valid.sum()
     averages = [
@@ -26,9 +35,12 @@ def stats_reference(
         else torch.full((), torch.nan, device=keep.device)
         for value in (top1, entropy, difficulty)
     ]
-    return torch.stack([keep.sum().float(), total.float(), *averages])
+    last = [] if dropped is None else [dropped.float()]
+    return torch.stack([keep.sum().float(), total.float(), *averages, *last])
 
 
 stats = define_composite(
-    "stats(Tensor keep, Tensor valid, Tensor? top1, Tensor? entropy, Tensor? difficulty) -> Tensor", stats_reference
+    "stats(Tensor keep, Tensor valid, Tensor? top1, Tensor? entropy, Tensor? difficulty, Tensor? dropped=None) "
+    "-> Tensor",
+    stats_reference,
 )
