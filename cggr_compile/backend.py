@@ -118,6 +118,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     report, ctx = form.report, form.ctx
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
+    for warning in ctx.warnings if report.matched else ():
+        runtime.warn(warning)
     if report.training and not report.matched:
         report.reason += why_in_pieces(report.reason, compat.frame_scopes().get("L", {}))
         if not ctx.dense:
@@ -290,7 +292,8 @@ def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
     """For graphs whose gradient is measured. To be made before the graph is compiled, which may change it."""
     if not form.measured:
         return None
-    return Aside(form.graph, next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad))
+    device = next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    return Aside(form.graph, device, form.ctx.outputs.objective)
 
 
 def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
@@ -316,17 +319,13 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     if ours:
         parameters = [i for i, value in enumerate(inputs) if isinstance(value, Parameter)]
         compiled = Replay(compiled, parameters, device, lambda: owner.runtime, owner.runtime.notify)
-    if message := dense_layers(report, ctx.stack.blocks):
+    if message := dense_layers(report, ctx.stack.blocks, ctx.outputs.dense_blocks):
         owner.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
-    check = _label_check(gm, ctx)
-    check(inputs)
 
     def run(*args: Any) -> Any:
         nonlocal verifier
         runtime = owner.runtime
-        if _checks_labels_every_step(device):
-            check(args)
         if (checking := verifier) is not None:
             if checking.remaining <= 1:
                 verifier = None  # and with it, after this step, the dense backward
@@ -385,25 +384,3 @@ def _verifier(
 def _nothing_to_verify(runtime: Runtime, report: GraphReport, why: str) -> None:
     report.verification = Verification(note=why)
     runtime.notify(f"verify: nothing to compare: {why}")
-
-
-def _checks_labels_every_step(device: torch.device) -> bool:
-    """On an accelerator looking at the labels would wait for the device; there the loss itself asserts."""
-    return device.type == "cpu"
-
-
-def _label_check(gm: GraphModule, ctx: GraphContext) -> Callable[[Sequence[Any]], None]:
-    loss = ctx.loss
-    assert loss is not None
-    if loss.labels is None or not isinstance(loss.vocab, int):
-        return lambda args: None
-    position = [str(n) for n in gm.graph.find_nodes(op="placeholder")].index(str(loss.labels))
-    vocab, ignored = loss.vocab, loss.ignore_index
-
-    def check(args: Sequence[Any]) -> None:
-        labels = args[position]
-        wrong = (labels != ignored) & ((labels < 0) | (labels >= vocab))
-        if bool(wrong.any()):
-            raise OptionError(f"labels must be in [0, {vocab}) or {ignored} (ignored), got {int(labels[wrong][0])}")
-
-    return check
