@@ -37,14 +37,15 @@ class Aside:
     Args:
         graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the
             weights, the selected positions and the metrics; or a dense graph, for :meth:`gradient`.
+        objective: positions of the outputs that :meth:`gradient` differentiates.
 
     Attributes:
         dtypes: floating-point types that gradients pass through.
         names: of the graph's inputs.
     """
 
-    def __init__(self, graph: GraphModule, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, graph: GraphModule, device: torch.device, objective: Sequence[int] = ()) -> None:
+        self.device, self._objective = device, objective
         inputs = graph.graph.find_nodes(op="placeholder")
         self.names = [compat.source_name(node) for node in inputs]
         self._written = written_inputs(graph)
@@ -73,7 +74,7 @@ class Aside:
         return AsideRun(selected, weights, [root.detach() for root in roots], list(grads))
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
-        """Gradients of the loss: the sum of the scalar outputs (times 4096 for float16). Zeros where there is none.
+        """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
 
         With CUDA graphs they have to be read before the next compiled call, which may overwrite them.
 
@@ -84,7 +85,8 @@ class Aside:
         restart = compat.cuda_graphs_restart(self.device)
         with self._apart(), torch.enable_grad():
             fresh = self._fresh(args)
-            roots = [out for out in function(*fresh, *state) if differentiable(out) and out.dim() == 0]
+            outputs = function(*fresh, *state)
+            roots = [outputs[i] for i in self._objective]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, self._scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, materialize_grads=True)

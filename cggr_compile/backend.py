@@ -295,7 +295,8 @@ def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
     """For graphs whose gradient is measured. To be made before the graph is compiled, which may change it."""
     if not form.measured:
         return None
-    return Aside(form.graph, next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad))
+    device = next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    return Aside(form.graph, device, form.ctx.outputs.objective)
 
 
 def _replayed(report: GraphReport, patches: dict[str, Any]) -> bool:
@@ -323,17 +324,13 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         compiled = Replay(
             compiled, parameters, device, lambda: resolver.runtime, lambda why: resolver.runtime.notify(why)
         )
-    if message := dense_layers(report, ctx.stack.blocks):
+    if message := dense_layers(report, ctx.stack.blocks, ctx.outputs.dense_blocks):
         resolver.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, resolver.runtime, report, patches)
-    check = _label_check(gm, ctx)
-    check(inputs)
 
     def run(*args: Any) -> Any:
         nonlocal verifier
         call = resolver.call
-        if _checks_labels_every_step(device):
-            check(args)
         if (checking := verifier) is not None and not call.repeats:
             if checking.remaining <= 1:
                 verifier = None  # and with it, after this step, the dense backward
@@ -392,25 +389,3 @@ def _verifier(
 def _nothing_to_verify(runtime: Runtime, report: GraphReport, why: str) -> None:
     report.verification = Verification(note=why)
     runtime.notify(f"verify: nothing to compare: {why}")
-
-
-def _checks_labels_every_step(device: torch.device) -> bool:
-    """On an accelerator looking at the labels would wait for the device; there the loss itself asserts."""
-    return device.type == "cpu"
-
-
-def _label_check(gm: GraphModule, ctx: GraphContext) -> Callable[[Sequence[Any]], None]:
-    loss = ctx.loss
-    assert loss is not None
-    if loss.labels is None or not isinstance(loss.vocab, int):
-        return lambda args: None
-    position = [str(n) for n in gm.graph.find_nodes(op="placeholder")].index(str(loss.labels))
-    vocab, ignored = loss.vocab, loss.ignore_index
-
-    def check(args: Sequence[Any]) -> None:
-        labels = args[position]
-        wrong = (labels != ignored) & ((labels < 0) | (labels >= vocab))
-        if bool(wrong.any()):
-            raise OptionError(f"labels must be in [0, {vocab}) or {ignored} (ignored), got {int(labels[wrong][0])}")
-
-    return check

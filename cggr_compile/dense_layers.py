@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cggr_compile.passes.base import Block
 from cggr_compile.passes.row_sparse import RowSparseBackward
@@ -11,18 +11,24 @@ from cggr_compile.report import GraphReport
 _FUSED = " (keys and values of a fused projection learn from every position; kv_gradient='stop' avoids it)"
 
 
-def dense_layers(report: GraphReport, blocks: Sequence[Block]) -> str:
+def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
     """One sentence for the user about operators that were made dense in a layer; empty if there are none.
 
     What is dense outside the layers (the sum over sequences that learned positions need) costs once, not per layer,
     and is left to ``explain``. A place that is not known counts as a layer.
+
+    Args:
+        dense: indices of blocks that are dense because of an output (``classify_outputs``), which another warning
+            says. Sums of gradients have no place: where there are such blocks they are taken for that output's.
     """
+    told = [block for i, block in enumerate(blocks) if i in dense]
+    blocks = [block for i, block in enumerate(blocks) if i not in dense]
     record = report.record(RowSparseBackward.name)
     if record is None or report.gradient != "routed":
         return ""
     found = [f"attention in {count} layers: {why}" for why, count in record.details.get("dense_attention", {}).items()]
     for operator, places in record.details.get("densified_at", {}).items():
-        inside = [place for place in places if _in_a_layer(place, blocks)]
+        inside = [place for place in places if not (told and place is None) and _in_a_layer(place, blocks)]
         if inside:
             hint = _FUSED if operator == "aten.cat.default" and report.options["kv_gradient"] == "project" else ""
             found.append(f"{operator} {_where(inside)}{hint}")

@@ -16,6 +16,8 @@ from cggr_compile.passes.angles_once import ComputeAnglesOnce
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult
 from cggr_compile.passes.candidates import AlignTargets
 from cggr_compile.passes.causal_mask import RecoverCausalMask
+from cggr_compile.passes.check_labels import CheckLabels
+from cggr_compile.passes.classify_outputs import ClassifyOutputs
 from cggr_compile.passes.detach_outputs import DetachOutputs
 from cggr_compile.passes.find_loss import FindLoss
 from cggr_compile.passes.find_stack import FindStack
@@ -47,6 +49,7 @@ EXACT_PASSES: tuple[GraphPass, ...] = (
     LowerExperts(),
     FindLoss(),
     FindStack(),
+    ClassifyOutputs(),
     RecoverCausalMask(),
     GroupQueries(),
 )
@@ -58,6 +61,7 @@ DYNAMO_PASSES: tuple[GraphPass, ...] = (
     LaunchBound(),
     AlignTargets(),
     TrainedInputs(),
+    CheckLabels(),
     InsertRouter(),
     SelectRows(),
     RewriteLoss(),

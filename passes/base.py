@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
+
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule, Node
 
@@ -121,7 +123,6 @@ class LossSite:
         hidden: the head's input.
         chain: nodes from the head (inclusive) to the cross-entropy's input (inclusive), in order.
         target: class indices as given to the cross-entropy, aligned with the logits by the user's own shift.
-        labels: the graph input that ``target`` is computed from, if it is a single one.
         start: first position of the sequence that has a logit row in the loss.
         scale, softcap: logits are ``softcap * tanh(scale * (h W^T + b) / softcap)``; softcap 0 means none.
     """
@@ -134,7 +135,6 @@ class LossSite:
     hidden: Node
     chain: tuple[Node, ...]
     target: Node
-    labels: Node | None
     vocab: int
     start: int
     scale: float
@@ -144,13 +144,37 @@ class LossSite:
     label_smoothing: float
 
 
+# What a differentiable result of the captured graph is; see ``classify_outputs``.
+OutputKind = Literal["loss", "part", "logits", "cache", "kept"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What becomes of the gradient of the captured graph's results.
+
+    Attributes:
+        kinds: of every differentiable result, by its position.
+        objective: positions of what a training loop adds up, as far as the graph tells: ``loss``, and what is ``kept``
+            and is one number.
+        dense_blocks: indices of the blocks that lie between a kept result and the parameters: their backward computes
+            every position.
+        every_position: whether anything differentiable but the cross-entropy reads what an attention computes, at
+            positions of padding too.
+    """
+
+    kinds: dict[int, OutputKind] = field(default_factory=dict)
+    objective: tuple[int, ...] = ()
+    dense_blocks: frozenset[int] = frozenset()
+    every_position: bool = False
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Which positions may be selected, and what they predict.
 
     Attributes:
         target: int64 [B, S], class index per position, ``ignore_index`` where there is none.
-        valid: bool [B, S], the candidates: positions with a target that are not padding.
+        valid: bool [B, S], the candidates: positions with a target.
         anchor: node in front of which router and selection are inserted.
     """
 
@@ -241,8 +265,11 @@ class GraphContext:
     static: StaticSizes | None = None
     loss: LossSite | None = None
     stack: LayerStack | None = None
+    outputs: Outputs = field(default_factory=Outputs)
     # bool or int [B, S] graph input that is nonzero at real tokens
     padding: Node | None = None
+    # such inputs of which the mask was replaced by is_causal
+    unmasked: tuple[Node, ...] = ()
     candidates: Candidates | None = None
     router: RouterScores | None = None
     # what ``options.gradient`` stands for in this graph; TrainedInputs settles ``auto``
@@ -277,6 +304,13 @@ def shape_of(node: Any) -> tuple[Any, ...]:
 def fake_value(node: Any) -> Any:
     """The fake tensor that the capture recorded for a node (Dynamo: example_value, AOTAutograd: val)."""
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+def differentiable(node: Any) -> bool:
+    """Whether a gradient flows into a node's value, a tensor or several."""
+    value = fake_value(node)
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
 def same_size(a: Any, b: Any) -> bool:

@@ -26,7 +26,7 @@ class AlignTargets:
     After (the loss itself is rewritten later)::
 
         target = pad(labels[:, 1:].reshape(-1).reshape(B, -1), (0, 1), value=-100)   # [B, S]
-        valid = (target != -100) & (attention_mask != 0)
+        valid = target != -100
     """
 
     name = "align_targets"
@@ -57,11 +57,8 @@ class AlignTargets:
             if start or rest:
                 target = emit.call(torch.nn.functional.pad, target, (start, rest), "constant", loss.ignore_index)
             valid = emit.call(torch.ne, target, loss.ignore_index)
-            if ctx.padding is not None:
-                valid = emit.call(torch.logical_and, valid, emit.call(torch.ne, ctx.padding, 0))
         ctx.candidates = Candidates(target, valid, anchor)
-        padding = f" that are not padding ({ctx.padding})" if ctx.padding is not None else ""
-        return PassResult(True, f"candidates: positions whose target is not {loss.ignore_index}{padding}")
+        return PassResult(True, f"candidates: positions whose target is not {loss.ignore_index}")
 
 
 def _positions_after(ctx: GraphContext, start: int) -> int | None:

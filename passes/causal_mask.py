@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.base import Attention, GraphContext, LayerStack, PassResult, fake_value, shape_of
+from cggr_compile.passes.example_target import example_target
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.mask_probe import MaskKind, classify
 
@@ -38,10 +39,11 @@ class RecoverCausalMask:
         torch._assert_async(right.all(), "... not right-padded ...")
         y = scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    With right padding the two differ only in rows of padding, and no real token attends to those. They are never
-    selected, so this is exact for the loss and its gradients; at ratio 1.0, where nothing is selected, such a mask
-    is kept. A sliding window is recovered where it does not cut anything off. With symbolic sizes the mask is
-    looked at for several lengths, one of them longer than every number in the mask's nodes.
+    With right padding the two differ only in rows of padding, and no real token attends to those. So this is exact for
+    the loss and its gradients as long as padding has no label, which ``check_labels`` asserts, and nothing but the
+    cross-entropy reads these rows. Otherwise such a mask is kept, as it is at ratio 1.0. A sliding window is recovered
+    where it does not cut anything off. With symbolic sizes the mask is looked at for several lengths, one of them
+    longer than every number in the mask's nodes.
     """
 
     name = "causal_mask"
@@ -83,6 +85,7 @@ class RecoverCausalMask:
             )
         for padding, binary in guards.items():
             _assert_right_padded(gm, ctx, padding, binary)
+        ctx.unmasked = tuple(guards)
         ctx.stack = _without_masks(ctx.stack, rewritten)
 
         details: dict[str, Any] = {"masks": masks, "padding": _name(ctx.padding)}
@@ -103,10 +106,13 @@ def _obstacle(kind: MaskKind, attentions: list[Attention], gm: GraphModule, ctx:
         return "with min_tokens_ratio=1.0 rows of padding count too"
     if ctx.options.padding == "any":
         return "padding='any' promises nothing about where padding is"
+    if ctx.outputs.every_position:
+        return "an output, or a part of the loss besides the cross-entropy, reads rows of padding too"
     if ctx.options.padding == "right":
         return ""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    return _example_obstacle(ctx.example_inputs[placeholders.index(kind.padding)], kind.binary)
+    example = ctx.example_inputs[placeholders.index(kind.padding)]
+    return _example_obstacle(example, kind.binary) or _label_obstacle(example == 0, gm, ctx)
 
 
 def _example_obstacle(example: Any, binary: bool) -> str:
@@ -117,6 +123,19 @@ def _example_obstacle(example: Any, binary: bool) -> str:
         return "the first batch is not right-padded"
     if binary and not bool((example == real).all()):
         return "the first batch's padding mask holds more than zeros and ones"
+    return ""
+
+
+def _label_obstacle(padded: torch.Tensor, gm: GraphModule, ctx: GraphContext) -> str:
+    """``padded``: bool [B, S]."""
+    assert ctx.loss is not None and ctx.stack is not None
+    target = example_target(gm, ctx)
+    if target is None:
+        return "whether padding has labels can be told only by running the model"
+    start = ctx.stack.tail_start + ctx.loss.start
+    labelled = target.reshape(len(padded), -1) != ctx.loss.ignore_index
+    if bool((labelled & padded.cpu()[:, start : start + labelled.shape[1]]).any()):
+        return "padding has labels in the first batch"
     return ""
 
 

@@ -1,30 +1,28 @@
-"""The logits contract: no output but the loss may drag a dense gradient into the backward pass."""
+"""The logits contract: what is returned beside the loss may drag no dense gradient into the backward pass unasked."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
-from cggr_compile.passes.fx import Emitter, descendants
+from cggr_compile.passes.fx import Emitter
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 
 class DetachOutputs:
-    """Replaces returned logits by an empty tensor (or detaches them) and detaches every other dense output.
+    """Replaces returned logits by an empty tensor (or detaches them) and detaches the keys and values of a cache.
 
     Before::
 
-        return (loss, logits, key_cache)
+        return (loss, logits, key_cache, value_cache, hidden)
 
     After, with ``logits="drop"``::
 
-        return (loss, x.new_empty(B, 0, V), key_cache.detach())
+        return (loss, x.new_empty(B, 0, V), key_cache.detach(), value_cache.detach(), hidden)
 
-    Scalars keep their gradient: they are losses. Outputs without gradient are left alone.
+    Everything else is left alone: it keeps its gradient (``classify_outputs``).
     """
 
     name = "detach_outputs"
@@ -34,28 +32,29 @@ class DetachOutputs:
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         assert ctx.loss is not None and ctx.stack is not None
         output = gm.graph.output_node()
-        from_head = descendants([ctx.loss.head])
+        results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         emit = Emitter(gm.graph, ctx.fake_mode)
         dropped, detached = [], []
+        replaced: dict[Node, Node] = {}
         with emit.before(output, self.name):
-            for node in list(output.all_input_nodes):
-                value = fake_value(node)
-                if not isinstance(value, torch.Tensor) or not value.requires_grad or value.dim() == 0:
+            for position, kind in ctx.outputs.kinds.items():
+                if kind not in ("logits", "cache"):
                     continue
-                if ctx.options.logits == "drop" and node in from_head and value.shape[-1] == ctx.loss.vocab:
-                    replacement = self._empty(emit, node, ctx)
-                    dropped.append(str(node))
-                else:
-                    replacement = emit.method("detach", node)
-                    detached.append(str(node))
-                output.replace_input_with(node, replacement)
+                node = results[position]
+                whole = kind == "logits" and fake_value(node).shape[-1] == ctx.loss.vocab
+                drop = whole and ctx.options.logits == "drop"
+                if node not in replaced:
+                    replaced[node] = self._empty(emit, node, ctx) if drop else emit.method("detach", node)
+                    (dropped if drop else detached).append(str(node))
+                results[position] = replaced[node]
+        output.args = (tuple(results),)
         if dropped:
             ctx.notices.append(
                 "logits are not computed in a training step and come back empty, [batch, 0, vocab]; "
                 "options={'logits': 'detach'} returns them without gradient"
             )
         if not dropped and not detached:
-            return PassResult(False, "no output but the loss has a gradient")
+            return PassResult(False, "no logits, keys or values are returned with a gradient")
         return PassResult(
             True,
             f"{len(dropped)} logits dropped, {len(detached)} outputs detached",

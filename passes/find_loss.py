@@ -6,10 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import ancestors, argument, layout_only, op_name
+from cggr_compile.passes.base import (
+    GraphContext,
+    LossSite,
+    PassResult,
+    differentiable,
+    fake_value,
+    same_size,
+    shape_of,
+)
+from cggr_compile.passes.fx import argument, layout_only, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -113,8 +119,6 @@ def _read_site(loss: Node) -> LossSite:
     walk = _Walk()
     head, chain = _climb_to_head(logits, walk)
     hidden, weight, bias, transposed = _read_head(head)
-    inputs = [n for n in ancestors([target]) if n.op == "placeholder" and isinstance(fake_value(n), torch.Tensor)]
-    sources = [n for n in inputs if not fake_value(n).is_floating_point()]  # a reference loss may come along
     return LossSite(
         loss=loss,
         head=head,
@@ -124,7 +128,6 @@ def _read_site(loss: Node) -> LossSite:
         hidden=hidden,
         chain=tuple(chain),
         target=target,
-        labels=sources[0] if len(sources) == 1 else None,
         vocab=shape_of(head)[-1],
         start=walk.start,
         scale=walk.scale,
@@ -236,22 +239,47 @@ def token_slice(node: Node) -> int | None:
     return begin
 
 
+def returned_logits(site: LossSite) -> set[Node]:
+    """The logits, and what is the logits in another dtype, layout, scale or for some of the positions, [..., V]."""
+    found = set(site.chain)
+    todo = list(site.chain)
+    while todo:
+        for user in todo.pop().users:
+            if user not in found and _same_logits(user, site.vocab):
+                found.add(user)
+                todo.append(user)
+    return found
+
+
+def _same_logits(node: Node, vocab: int) -> bool:
+    shape = shape_of(node)
+    if len(node.all_input_nodes) != 1 or not shape or not same_size(shape[-1], vocab):
+        return False
+    name = op_name(node)
+    if name in ("mul", "div"):
+        return _scalar_factor(node) is not None
+    return name in (*CASTS, "tanh", "getitem", "narrow") or layout_only(node)
+
+
 def _check_other_uses(gm: GraphModule, site: LossSite) -> None:
     """The logits may leave the graph, but nothing else that is differentiated may be computed from them.
 
-    Otherwise (a z-loss, say) dropping the dense logits would silently drop a part of the loss.
+    A z-loss in the loss, or log-probabilities that are returned: it would need the logits of every position, and their
+    gradient.
     """
-    inside = set(site.chain)
-    todo = [user for node in site.chain for user in node.users if user not in inside and user is not site.loss]
-    seen: set[Node] = set()
-    while todo:
-        node = todo.pop()
-        if node in seen or node.op == "output":
+    logits = returned_logits(site)
+    for first in {user: None for node in logits for user in node.users if user not in logits}:
+        if first is site.loss or first.op == "output":
             continue
-        seen.add(node)
-        value = fake_value(node)
-        if isinstance(value, torch.Tensor) and not value.requires_grad:
-            continue  # an accuracy, an argmax: a metric
-        if isinstance(value, torch.Tensor) and value.dim() == 0:
-            raise NotALanguageModelLossError(f"the logits also feed {op_name(node)!r} ({node}), which has a gradient")
-        todo.extend(node.users)
+        todo, seen = [first], set()
+        while todo:
+            node = todo.pop()
+            if node.op == "output":
+                what = f"{op_name(first)!r} ({first})"
+                raise NotALanguageModelLossError(
+                    f"the logits also feed {what}, which reaches the loss or another output with a gradient; "
+                    "compute it from logits.detach() if it needs none"
+                )
+            if node not in seen and differentiable(node):  # else an accuracy, an argmax: a metric
+                seen.add(node)
+                todo.extend(node.users)

@@ -20,9 +20,7 @@ from cggr_compile.passes.base import (
     same_size,
     shape_of,
 )
-from cggr_compile.passes.find_loss import ROUTER_LOGITS
-from cggr_compile.passes.fx import ancestors, argument, bottlenecks, descendants, in_order, mutated_operands, op_name
-from cggr_compile.passes.lower_experts import GROUPED
+from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order, mutated_operands, op_name
 from cggr_compile.passes.patterns.attention import find_attention
 from cggr_compile.passes.tail import tail_start
 
@@ -96,13 +94,13 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     if not shapes:
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
     # a prompt may be put in front of the embedding: the first shape may not be the one that attention sees
-    for batch, length, width in shapes:
-        attentions = [a for n in ordered if (a := find_attention(n, stream, batch, length)) is not None]
+    for shape in shapes:
+        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
         if attentions:
             break
     else:
         raise NoLayerStackError(_no_attention_reason(gm))
-    spine = [n for n in spine if _has_shape(n, batch, length, width)]
+    spine = [n for n in spine if _has_shape(n, *shape)]
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
     blocks = []
@@ -111,7 +109,6 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
         body = [n for n in ordered if place[begin] < place[n] <= place[end]]
         blocks.append(Block(begin, end, attention, _block_name(attention.node, i), _signature(body)))
     _check_repetition(blocks)
-    _check_router_outputs(gm, blocks)
     last = boundaries[-1]
     tail = tuple(n for n in ordered if place[n] > place[last] and n in descendants([last]))
     start = tail_start(tail, last)
@@ -248,21 +245,3 @@ def _check_repetition(blocks: list[Block]) -> None:
     kinds = {block.signature for block in blocks}
     if len(blocks) >= 3 and len(kinds) == len(blocks):
         raise NoLayerStackError(f"{len(blocks)} attentions, but no two blocks are alike: not a layer stack")
-
-
-def _check_router_outputs(gm: GraphModule, blocks: list[Block]) -> None:
-    """What routers say must not leave the graph before its loss is computed: outputs lose their gradient."""
-    experts = (node for node in gm.graph.nodes if op_name(node) in (*GROUPED, *_EXPERTS))
-    sizes = {shape_of(argument(node, 1, "weight"))[0] for node in experts}
-    returned = gm.graph.output_node().all_input_nodes
-    ends = [block.output for block in blocks]
-    for node in returned:
-        value = fake_value(node)
-        if not isinstance(value, torch.Tensor) or not value.requires_grad or value.dim() not in (1, 2):
-            continue
-        used = descendants([node], stop=ends)
-        if value.shape[-1] in sizes and not any(n in used and not shape_of(n) for n in returned):
-            raise NoLayerStackError(f"a loss of the routers is computed outside of this graph: {ROUTER_LOGITS}")
-
-
-_EXPERTS = ("moe.default", "moe_clamped.default", "moe_mlp.default")

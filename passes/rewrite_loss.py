@@ -130,11 +130,6 @@ def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:
     """The loss of every row of ``hidden`` [B, K, H] without logits; ``target``: int64 [B * K]."""
     weight = emit.method("t", loss.weight) if loss.transposed else loss.weight
     labelled = emit.call(operator.ne, target, loss.ignore_index)
-    known = emit.call(operator.and_, emit.call(operator.ge, target, 0), emit.call(operator.lt, target, loss.vocab))
-    right = emit.call(operator.or_, known, emit.call(torch.logical_not, labelled))
-    # the operator takes any other number for "no label"; cross_entropy asserts on the device
-    message = f"labels must be in [0, {loss.vocab}) or {loss.ignore_index} (ignored)"
-    emit.call(torch.ops.aten._assert_async.msg, emit.method("all", right), message)
     dtype = fake_value(loss.head).dtype  # autocast's, where the head runs under it
     operands = [
         node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)

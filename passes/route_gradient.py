@@ -13,7 +13,7 @@ from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants,
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-_PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
+PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
 
 
 class RouteGradient:
@@ -48,7 +48,10 @@ class RouteGradient:
         if ctx.gradient == "exact":
             return PassResult(False, "gradient='exact' stops nothing")
         emit = Emitter(gm.graph, ctx.fake_mode)
-        for block in ctx.stack.blocks:
+        stopped = [block for i, block in enumerate(ctx.stack.blocks) if i not in ctx.outputs.dense_blocks]
+        if not stopped:
+            return PassResult(False, "outputs that keep their exact gradient are behind every block")
+        for block in stopped:
             if ctx.options.kv_gradient == "stop":
                 self._stop_keys_and_values(emit, block)
             else:
@@ -57,7 +60,7 @@ class RouteGradient:
         if ctx.options.kv_weight != "1":
             self._weigh(emit, ctx)
             how += f", kv_weight={ctx.options.kv_weight!r}"
-        return PassResult(True, f"{how} at {len(ctx.stack.blocks)} attentions")
+        return PassResult(True, f"{how} at {len(stopped)} attentions")
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         assert ctx.selection is not None
@@ -104,7 +107,7 @@ def _projection_input(ordered: list[Node], block: Block) -> Node:
     shape = shape_of(block.input)
     before_products = ordered
     for i, node in enumerate(ordered):
-        if op_name(node) in _PRODUCTS:
+        if op_name(node) in PRODUCTS:
             before_products = ordered[:i]
             break
     through = set(bottlenecks(ordered))

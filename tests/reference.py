@@ -55,9 +55,8 @@ def shift(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
     return F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
 
 
-def candidates(target: Tensor, attention_mask: Tensor | None = None, ignore_index: int = IGNORE) -> Tensor:
-    valid = target != ignore_index
-    return valid if attention_mask is None else valid & (attention_mask != 0)
+def candidates(target: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    return target != ignore_index
 
 
 def difficulty(logits: Tensor, target: Tensor, scoring: str, ignore_index: int = IGNORE) -> Tensor:
@@ -228,10 +227,9 @@ def hf_reference(model: nn.Module, batch: Mapping[str, Any], picks: Picks | Tens
     """``reference`` of a transformers model called as ``model(**batch)``, never through its compiled forward."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "num_items_in_batch")}
     target = shift(batch["labels"])
-    valid = candidates(target, batch.get("attention_mask"))
     num_items = batch.get("num_items_in_batch")
     logits = lambda: eager_call(model, use_cache=False, **inputs).logits  # noqa: E731
-    return reference(model, logits, target, picks, valid=valid, num_items=num_items, **kwargs)
+    return reference(model, logits, target, picks, num_items=num_items, **kwargs)
 
 
 def dense(model: nn.Module, batch: Mapping[str, Any]) -> Run:

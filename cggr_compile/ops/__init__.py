@@ -7,6 +7,7 @@ The eager implementation of an operator is its specification. Operators that lat
 from cggr_compile.ops import (
     attention_rows,
     carry,
+    check_labels,
     difficulty,
     hardest,
     inclusion,
@@ -31,6 +32,7 @@ __all__ = [
     "UnresolvedMarkerError",
     "attention_rows",
     "carry",
+    "check_labels",
     "difficulty",
     "hardest",
     "inclusion",

@@ -28,7 +28,7 @@ def test_padding(side: str, padding: str, kv_gradient: str) -> None:
     for _ in range(2):
         check_against_reference(model, batch, kv_gradient=kv_gradient)
         chosen = selected(model)
-        valid = candidates(shift(batch["labels"]), batch["attention_mask"])
+        valid = candidates(shift(batch["labels"]))
         for row, allowed in zip(chosen.tolist(), valid, strict=True):
             assert all(allowed[i] for i in row if i >= 0)
 
@@ -46,7 +46,7 @@ def test_padding_whose_labels_are_not_ignored() -> None:
     model, batch = small(), padded("left", ignored_labels=False)
     compiled(model, min_tokens_ratio=0.9)
     check_against_reference(model, batch)
-    valid = candidates(shift(batch["labels"]), batch["attention_mask"])
+    valid = candidates(shift(batch["labels"]))
     assert int((selected(model) >= 0).sum()) == int(valid.sum().clamp_max(2 * math.ceil(0.9 * SEQ)))
     assert all(valid[b, i] for b, row in enumerate(selected(model).tolist()) for i in row if i >= 0)
 

@@ -48,7 +48,7 @@ def test_equals_the_weighted_reference(name: str) -> None:
     compiled(model, min_tokens_ratio=RATIO, router_layers="full", router_precision="model", **CHOICES[name])
     check_against_reference(model, batch)
     chosen, target = picks(model), shift(batch["labels"])
-    valid = candidates(target, batch["attention_mask"])
+    valid = candidates(target)
     mask = by_position(chosen) > 0
     assert mask.sum() == (chosen.rows >= 0).sum() and not (mask & ~valid).any()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_all_labels_are_the_dense_loss() -> None:
     model, batch = small(), uneven()
     compiled(model, selection="labels", max_selected=1.0, gradient="exact")
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
-    assert torch.equal(by_position(picks(model)) == 1, candidates(shift(batch["labels"]), batch["attention_mask"]))
+    assert torch.equal(by_position(picks(model)) == 1, candidates(shift(batch["labels"])))
     assert metrics(model)["labels_overflow"] == 0
 
 
