@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.aside import Aside, written_inputs
+from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.flash_attention import why_in_pieces
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
@@ -112,7 +113,9 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
         owner.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches)
+        captured = CapturedReference(gm, work, inputs, ctx) if options.verify and report.matched else None
+        static = ctx.static if work is not gm else None
+        return _Form(work, ctx, static, report, dump, owner, patches, captured=captured)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -137,7 +140,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
 class _Form:
     """A captured graph as the semantic passes left it, for one ratio.
 
-    ``static`` if its sizes are numbers now, ``measured`` if its gradient is compared with another ratio's.
+    ``static`` if its sizes are numbers now, ``measured`` if its gradient is compared with another ratio's,
+    ``captured`` if it is to be verified.
     """
 
     graph: GraphModule
@@ -148,6 +152,7 @@ class _Form:
     owner: Owner
     patches: dict[str, Any]
     measured: bool = False
+    captured: CapturedReference | None = None
 
 
 def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -320,7 +325,8 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         compiled = Replay(compiled, parameters, device, lambda: owner.runtime, owner.runtime.notify)
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)
-    verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
+    verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches, form.captured)
+    form.captured = None  # the verifier's, for one step
     check = _label_check(gm, ctx)
     check(inputs)
 
@@ -368,6 +374,7 @@ def _verifier(
     runtime: Runtime,
     report: GraphReport,
     patches: dict[str, Any],
+    captured: CapturedReference | None,
 ) -> Verifier | None:
     """What the option ``verify`` asks for: the same graph once more, with a dense backward."""
     if not options.verify:
@@ -381,7 +388,7 @@ def _verifier(
     patches = {**patches, compat.CUDA_GRAPHS: False}  # it runs a few times only
     with compat.separate_tracing_context():
         reference = _lower_selective(copy_module(semantic), example, options, dense, GraphDump(None, dense), patches)
-    return Verifier(compiled, reference, semantic, device, options.verify)
+    return Verifier(compiled, reference, semantic, device, options.verify, captured)
 
 
 def _nothing_to_verify(runtime: Runtime, report: GraphReport, why: str) -> None:

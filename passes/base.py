@@ -151,11 +151,13 @@ class Candidates:
         target: int64 [B, S], class index per position, ``ignore_index`` where there is none.
         valid: bool [B, S], the candidates: positions with a target that are not padding.
         anchor: node in front of which router and selection are inserted.
+        padding: the graph input [B, S] whose zeros are no candidates, if there is one.
     """
 
     target: Node
     valid: Node
     anchor: Node
+    padding: Node | None = None
 
 
 @dataclass(frozen=True)

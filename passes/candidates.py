@@ -59,7 +59,7 @@ class AlignTargets:
             valid = emit.call(torch.ne, target, loss.ignore_index)
             if ctx.padding is not None:
                 valid = emit.call(torch.logical_and, valid, emit.call(torch.ne, ctx.padding, 0))
-        ctx.candidates = Candidates(target, valid, anchor)
+        ctx.candidates = Candidates(target, valid, anchor, ctx.padding)
         padding = f" that are not padding ({ctx.padding})" if ctx.padding is not None else ""
         return PassResult(True, f"candidates: positions whose target is not {loss.ignore_index}{padding}")
 
