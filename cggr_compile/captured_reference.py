@@ -83,21 +83,7 @@ class CapturedReference:
             except torch.OutOfMemoryError:
                 return "its logits and activations of all positions do not fit into memory"
         names = [name for name, i in zip(self.names, self.kept, strict=True) if differentiable(fresh[i])]
-        figures = [
-            (_norm(mine - theirs.detach()), _norm(theirs).clamp(min=1.0), f"output {i}")
-            for i, mine, theirs in zip(ours.places, ours.outputs, roots, strict=True)
-        ]
-        total = math.sqrt(sum(float(_norm(grad)) ** 2 for grad in grads if grad is not None))
-        for name, mine, theirs in zip(names, ours.grads, grads, strict=True):
-            some = mine if theirs is None else theirs
-            if name is None or some is None:
-                continue
-            mine, theirs = (torch.zeros_like(some) if grad is None else grad for grad in (mine, theirs))
-            figures.append((_norm(mine.double() - theirs.double()), _norm(theirs), name))
-        errors = torch.stack([torch.stack([f.to(device) for f in row[:2]]) for row in figures]).tolist()
-        return max(
-            (_error(row[0], max(row[1], _FLOOR * total)), name) for row, (*_, name) in zip(errors, figures, strict=True)
-        )
+        return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
 
     def _loss(self, ours: AsideRun) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, int]]:
         found, selected, weights = self.found, ours.selected, ours.weights
@@ -157,11 +143,32 @@ def _generators(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+def _largest_error(
+    ours: AsideRun, outputs: list[Tensor], grads: list[Tensor | None], names: list[str | None]
+) -> tuple[float, str] | str:
+    """Of the outputs, and of the gradients that have a name."""
+    whole = math.sqrt(sum(_norm(grad) ** 2 for grad in grads if grad is not None))
+    if not all(map(math.isfinite, [whole, *map(_norm, outputs)])):
+        return "it gave a gradient that is not finite"
+    found = [
+        (_ratio(_norm(mine - theirs), max(_norm(theirs), 1.0)), f"output {i}")
+        for i, mine, theirs in zip(ours.places, ours.outputs, outputs, strict=True)
+    ]
+    for name, mine, theirs in zip(names, ours.grads, grads, strict=True):
+        if name is None or (mine is None and theirs is None):
+            continue
+        size = 0.0 if theirs is None else _norm(theirs)
+        wide = [grad.double() for grad in (mine, theirs) if grad is not None]
+        difference = _norm(wide[0] - wide[1]) if len(wide) == 2 else _norm(wide[0])
+        found.append((_ratio(difference, max(size, _FLOOR * whole)), name))
+    return max(found)
 
 
-def _error(difference: float, allowed: float) -> float:
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
+def _ratio(difference: float, allowed: float) -> float:
     if difference == 0.0:
         return 0.0
-    return difference / allowed if math.isfinite(difference) and math.isfinite(allowed) and allowed else math.inf
+    return difference / allowed if math.isfinite(difference) and allowed else math.inf
