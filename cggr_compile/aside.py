@@ -21,12 +21,16 @@ _FLOAT16_SCALE = 4096.0
 
 @dataclass(frozen=True)
 class AsideRun:
-    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument."""
+    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument.
+
+    ``places``: which of the graph's outputs are differentiable.
+    """
 
     selected: Tensor
     weights: Tensor
     outputs: list[Tensor]
     grads: list[Tensor | None]
+    places: list[int]
 
 
 class Aside:
@@ -41,6 +45,7 @@ class Aside:
 
     Attributes:
         dtypes: floating-point types that gradients pass through.
+        scale: what a gradient is multiplied with, so that it does not vanish in float16.
         names: of the graph's inputs.
     """
 
@@ -51,7 +56,7 @@ class Aside:
         self._written = written_inputs(graph)
         values = [value for value in map(fake_value, graph.graph.nodes) if isinstance(value, Tensor)]
         self.dtypes = {value.dtype for value in values if value.requires_grad}
-        self._scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
+        self.scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
 
     def run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float = 1.0) -> AsideRun:
         """Gradients of the sum of the outputs, times ``scale`` (and 4096 for float16).
@@ -61,17 +66,18 @@ class Aside:
         Args:
             args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
         """
-        with self._apart(), torch.enable_grad():
-            fresh = self._fresh(args)
+        with self.apart(), torch.enable_grad():
+            fresh = self.fresh(args)
             outputs = list(function(*fresh, state.clone()))
             del outputs[-1]
             # as in training, nothing but the user's outputs outlives a CUDA graph
             selected, weights = outputs.pop().clone(), outputs.pop().clone()
-            roots = [out for out in outputs if differentiable(out)]
+            places = [i for i, out in enumerate(outputs) if differentiable(out)]
+            roots = [outputs[i] for i in places]
             leaves = [arg for arg in fresh if differentiable(arg)]
-            start = [torch.full_like(root, scale * self._scale) for root in roots]
+            start = [torch.full_like(root, scale * self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return AsideRun(selected, weights, [root.detach() for root in roots], list(grads))
+        return AsideRun(selected, weights, [root.detach() for root in roots], list(grads), places)
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
@@ -83,24 +89,25 @@ class Aside:
             state: int64 [2]; a dense form has none.
         """
         restart = compat.cuda_graphs_restart(self.device)
-        with self._apart(), torch.enable_grad():
-            fresh = self._fresh(args)
+        with self.apart(), torch.enable_grad():
+            fresh = self.fresh(args)
             outputs = function(*fresh, *state)
             roots = [outputs[i] for i in self._objective]
             leaves = [arg for arg in fresh if differentiable(arg)]
-            start = [torch.full_like(root, self._scale) for root in roots]
+            start = [torch.full_like(root, self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, materialize_grads=True)
         restart()  # or this, and the step behind it, is a chain of graphs to record
         return list(grads)
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
+    def apart(self) -> Iterator[None]:
         """Random generators return to what they are; saved-tensors hooks see nothing."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), compat.no_saved_tensors_hooks():
             yield
 
-    def _fresh(self, args: Sequence[Any]) -> list[Any]:
+    def fresh(self, args: Sequence[Any]) -> list[Any]:
+        """The arguments as leaves of their own, in the same memory; copies of what the graph writes to."""
         return [_alias(arg, written) for arg, written in zip(args, self._written, strict=False)]
 
 

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.aside import Aside, written_inputs
+from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.flash_attention import why_in_pieces
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
@@ -114,7 +115,9 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         dump.stage("captured", gm)
         work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
         resolver.begin(report, options)
-        return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, resolver, patches)
+        captured = CapturedReference(gm, work, inputs, ctx) if options.verify and report.matched else None
+        static = ctx.static if work is not gm else None
+        return _Form(work, ctx, static, report, dump, resolver, patches, captured=captured)
 
     form = rewritten(ratios[-1])  # the smallest: where that cannot be done, nothing below 1.0 can
     report, ctx = form.report, form.ctx
@@ -139,7 +142,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
 class _Form:
     """A captured graph as the semantic passes left it, for one ratio.
 
-    ``static`` if its sizes are numbers now, ``measured`` if its gradient is compared with another ratio's.
+    ``static`` if its sizes are numbers now, ``measured`` if its gradient is compared with another ratio's,
+    ``captured`` if it is to be verified.
     """
 
     graph: GraphModule
@@ -150,6 +154,7 @@ class _Form:
     resolver: RuntimeResolver
     patches: dict[str, Any]
     measured: bool = False
+    captured: CapturedReference | None = None
 
 
 def _ladder(forms: dict[float, _Form], inputs: list[Any], options: Options) -> Callable[..., Any]:
@@ -326,7 +331,8 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         )
     if message := dense_layers(report, ctx.stack.blocks, ctx.outputs.dense_blocks):
         resolver.runtime.warn(message)
-    verifier = _verifier(compiled, semantic, example, ctx.options, resolver.runtime, report, patches)
+    verifier = _verifier(compiled, semantic, example, ctx.options, resolver.runtime, report, patches, form.captured)
+    form.captured = None  # the verifier's, for one step
 
     def run(*args: Any) -> Any:
         nonlocal verifier
@@ -370,6 +376,7 @@ def _verifier(
     runtime: Runtime,
     report: GraphReport,
     patches: dict[str, Any],
+    captured: CapturedReference | None,
 ) -> Verifier | None:
     """What the option ``verify`` asks for: the same graph once more, with a dense backward."""
     if not options.verify:
@@ -383,7 +390,7 @@ def _verifier(
     patches = {**patches, compat.CUDA_GRAPHS: False}  # it runs a few times only
     with compat.separate_tracing_context():
         reference = _lower_selective(copy_module(semantic), example, options, dense, GraphDump(None, dense), patches)
-    return Verifier(compiled, reference, semantic, device, options.verify)
+    return Verifier(compiled, reference, semantic, device, options.verify, captured)
 
 
 def _nothing_to_verify(runtime: Runtime, report: GraphReport, why: str) -> None:

@@ -46,6 +46,7 @@ class Verification:
             the first step.
         worst: the parameter or input it was found in.
         tolerance: what max_error may be.
+        captured_error: the largest difference between the rewritten and the captured graph, at the first step.
         note: why steps were not compared, if some were not.
     """
 
@@ -53,6 +54,7 @@ class Verification:
     max_error: float | None = None
     worst: str | None = None
     tolerance: float | None = None
+    captured_error: float | None = None
     note: str = ""
 
     def add(self, error: float, worst: str) -> None:
@@ -65,6 +67,8 @@ class Verification:
         if self.max_error is not None:
             text = f"{self.steps} steps, largest error {self.max_error:.1e} in {self.worst}"
             text += f" (tolerance {self.tolerance:.1e})"
+        if self.captured_error is not None:
+            text += f"; {self.captured_error:.1e} from the captured graph"
         return f"{text}; {self.note}" if self.note else text
 
 

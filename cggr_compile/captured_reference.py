@@ -1,0 +1,161 @@
+"""The captured graph with the loss of the selected positions, run by plain PyTorch: what the rewritten one must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from cggr_compile import compat
+from cggr_compile.aside import Aside, AsideRun, differentiable
+from cggr_compile.passes.base import GraphContext, fake_value
+from cggr_compile.passes.fx import argument, descendants
+
+# Share of the whole gradient's norm below which a parameter's own is not told from rounding.
+_FLOOR = 1e-3
+
+
+class CapturedReference:
+    """A Dynamo graph before any pass, whose cross-entropy is taken over given positions with given weights.
+
+    Nothing else is changed, moved or compiled: logits of all positions are computed, and gradients through all rows.
+    That is what a rewritten graph has to give under ``gradient="exact"``, and under ``routed`` to every input from
+    which no way to an output passes a place where gradient is stopped: head, final norm, most of the last block.
+
+    Args:
+        captured: the graph, left as it is. rewritten: what the passes made of it.
+        inputs: the arguments at the capture. ctx: what the passes found.
+    """
+
+    def __init__(self, captured: GraphModule, rewritten: GraphModule, inputs: Sequence[Any], ctx: GraphContext) -> None:
+        assert ctx.loss is not None and ctx.stack is not None
+        self.captured, self.found = captured, ctx.loss
+        self.begin = ctx.stack.tail_start + ctx.loss.start
+        self.kept = tuple(range(len(inputs))) if ctx.static is None else ctx.static.kept
+        # sizes that have become numbers, and no longer are arguments
+        self.sizes = {i: compat.hint(value) for i, value in enumerate(inputs) if i not in self.kept}
+        places = captured.graph.find_nodes(op="placeholder")
+        unrouted = _unrouted_inputs(rewritten)
+        # of the rewritten graph's arguments: the name of each whose gradient is the same
+        self.names = [compat.source_name(places[i]) if str(places[i]) in unrouted else None for i in self.kept]
+
+    def compare(self, args: Sequence[Any], ours: AsideRun, scale: float) -> tuple[float, str] | str:
+        """The largest error of an output or gradient, and whose; or, as one string, why there is none.
+
+        An output's error is relative to 1 if it is smaller. A gradient's is in Euclidean norms, and relative to a
+        thousandth of the whole gradient if it is smaller. ``.grad``, hooks, buffers and random generators stay as
+        they are.
+
+        Args:
+            args: of the rewritten graph, but for its state. ours: what that graph gave.
+            scale: what its gradients are multiplied with.
+        """
+        whole = list(args)
+        for place, size in sorted(self.sizes.items()):
+            whole.insert(place, size)
+        device = ours.selected.device
+        aside = Aside(self.captured, device)
+        with aside.apart(), torch.enable_grad(), compat.modes_kept():
+            before = _generators(device)
+            fresh = aside.fresh(whole)
+            evaluation = _Evaluation(self.captured, self.found.loss, self._loss(ours))
+            try:
+                results = evaluation.run(*fresh)
+                if evaluation.candidates is None:
+                    return "its cross-entropy is inside of a checkpoint"
+                if any(not torch.equal(*pair) for pair in zip(before, _generators(device), strict=True)):
+                    return "it draws random numbers"
+                if not evaluation.candidates:
+                    return "no position has a label"
+                roots = [results[i] for i in ours.places]
+                for i, root in zip(ours.places, roots, strict=True):
+                    if not differentiable(root):
+                        return math.inf, f"output {i}, which has no gradient in the captured graph"
+                leaves = [fresh[i] for i in self.kept if differentiable(fresh[i])]
+                start = [torch.full_like(root, scale) for root in roots]
+                grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
+            except torch.OutOfMemoryError:
+                return "its logits and activations of all positions do not fit into memory"
+        names = [name for name, i in zip(self.names, self.kept, strict=True) if differentiable(fresh[i])]
+        return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
+
+    def _loss(self, ours: AsideRun) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
+        found, selected, weights = self.found, ours.selected, ours.weights
+
+        def loss(logits: Tensor, target: Tensor) -> tuple[Tensor, int]:
+            """The selected losses' weighted sum, divided as the rewritten graph does; the number of candidates."""
+            wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+            kind = {"ignore_index": found.ignore_index, "label_smoothing": found.label_smoothing}
+            each = F.cross_entropy(wide, target, reduction="none", **kind).reshape(len(selected), -1)  # type: ignore[arg-type]
+            valid = (target != found.ignore_index).reshape(each.shape)
+            unused = selected < 0
+            column = torch.where(unused, 0, selected - self.begin)
+            counts = torch.zeros_like(each).scatter_add(1, column, torch.where(unused, 0.0, weights).to(each.dtype))
+            candidates, total = int(valid.sum()), (each * counts).sum()
+            return total / max(candidates, 1) if found.reduction == "mean" else total, candidates
+
+        return loss
+
+
+class _Evaluation(Interpreter):
+    """Runs a graph with another loss. ``candidates``: what that counted; None before, or if the loss is not there."""
+
+    def __init__(self, graph: GraphModule, loss: Node, instead: Callable[[Tensor, Tensor], tuple[Tensor, int]]) -> None:
+        super().__init__(graph)
+        self.loss, self.instead = loss, instead
+        self.candidates: int | None = None
+
+    def run_node(self, n: Node) -> Any:
+        if str(n) != str(self.loss) or n.target is not self.loss.target:
+            return super().run_node(n)
+        logits, target = (self.env[argument(n, i, name)] for i, name in enumerate(("input", "target")))
+        value, self.candidates = self.instead(logits, target)
+        return value.to(fake_value(n).dtype)
+
+
+def _unrouted_inputs(rewritten: GraphModule) -> set[str]:
+    """The inputs of a semantic graph from which no way to an output passes a marker that stops gradient."""
+    stop = torch.ops.cggr.stop_rows.default
+    inputs = rewritten.graph.find_nodes(op="placeholder")
+    return {str(node) for node in inputs if all(n.target is not stop for n in descendants([node]))}
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _largest_error(
+    ours: AsideRun, outputs: list[Tensor], grads: list[Tensor | None], names: list[str | None]
+) -> tuple[float, str] | str:
+    """Of the outputs, and of the gradients that have a name."""
+    whole = math.sqrt(sum(_norm(grad) ** 2 for grad in grads if grad is not None))
+    if not all(map(math.isfinite, [whole, *map(_norm, outputs)])):
+        return "it gave a gradient that is not finite"
+    found = [
+        (_ratio(_norm(mine - theirs), max(_norm(theirs), 1.0)), f"output {i}")
+        for i, mine, theirs in zip(ours.places, ours.outputs, outputs, strict=True)
+    ]
+    for name, mine, theirs in zip(names, ours.grads, grads, strict=True):
+        if name is None or (mine is None and theirs is None):
+            continue
+        size = 0.0 if theirs is None else _norm(theirs)
+        wide = [grad.double() for grad in (mine, theirs) if grad is not None]
+        difference = _norm(wide[0] - wide[1]) if len(wide) == 2 else _norm(wide[0])
+        found.append((_ratio(difference, max(size, _FLOOR * whole)), name))
+    return max(found)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64))
+
+
+def _ratio(difference: float, allowed: float) -> float:
+    if difference == 0.0:
+        return 0.0
+    return difference / allowed if math.isfinite(difference) and allowed else math.inf
