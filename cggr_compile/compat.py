@@ -743,6 +743,11 @@ def source_path(placeholder: Node) -> str | None:
     return str(source.name() if callable(source.name) else source.name)  # a method before 2.13
 
 
+def module_tree(path: str) -> str:
+    """The beginning of a :func:`source_path` that leads to the root of the module tree which the tensor is in."""
+    return re.sub(r"(\._(?:modules|parameters|buffers)\['[^']+'\])+$", "", path)
+
+
 @contextmanager
 def separate_tracing_context() -> Iterator[None]:
     """Compile a second graph for the same capture.

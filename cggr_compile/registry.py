@@ -35,17 +35,20 @@ class _Entry:
 class _Group:
     """Tensors that a functional model was seen with."""
 
-    def __init__(self, entry: _Entry, tensors: Iterable[Tensor]) -> None:
-        self.entry = entry
+    def __init__(self, entry: _Entry, tensors: Sequence[Tensor]) -> None:
+        self.entry, self._size = entry, len(tensors)
         self.tensors: Any = compat.weak_tensor_dict()
         for tensor in tensors:
             self.tensors[tensor] = None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether one model may have both: every trained tensor of the one is among the tensors of the other."""
+        """Whether one model may have both: every trained tensor of the one is among the tensors of the other.
+
+        Of a group that is mostly gone the rest says nothing: it may be what another model shares.
+        """
         given = {id(tensor) for tensor in tensors}
-        return all(t in self.tensors for t in tensors if t.requires_grad) or all(
-            id(t) in given for t in self.tensors if t.requires_grad
+        return all(t in self.tensors for t in tensors if t.requires_grad) or (
+            2 * len(self.tensors) > self._size and all(id(t) in given for t in self.tensors if t.requires_grad)
         )
 
 

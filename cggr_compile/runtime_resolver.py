@@ -37,7 +37,7 @@ class RuntimeResolver:
 
     def __init__(self, gm: GraphModule, inputs: Sequence[Any]) -> None:
         self._code = compat.captured_code()
-        self._paths = _modules_read(gm, inputs)
+        self._paths, self._parts = _modules_read(gm, inputs)
         self._parameters = [i for i, v in enumerate(inputs) if isinstance(v, Parameter) and v.requires_grad]
         self._begun: list[tuple[GraphReport, Options]] = []
         self._begun_for: weakref.WeakSet[Runtime] = weakref.WeakSet()
@@ -107,18 +107,26 @@ class RuntimeResolver:
         module = self._module(caller)
         assert module is not None
         scopes = caller.scopes
-        return registry.of_module(module, [m for path in self._paths if (m := compat.module_at(path, scopes))])
+        return registry.of_module(module, [m for path in self._parts if (m := compat.module_at(path, scopes))])
 
     def _of_tensors(self, args: Sequence[Any]) -> Runtime:
         return registry.of_tensors([t for t in args if isinstance(t, Tensor) and t.requires_grad])
 
 
-def _modules_read(gm: GraphModule, inputs: Sequence[Any]) -> list[str]:
-    """Paths of the modules, none inside another, whose tensors a graph takes; the one that trains the most first."""
+def _modules_read(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Paths of the modules whose tensors a graph takes.
+
+    Returns:
+        the outermost modules, the one that trains the most first; and the roots of all module trees: a module may keep
+        another one in a list, say, where it is no part of it.
+    """
     scopes = compat.frame_scopes()
     taken: Counter[str] = Counter()
+    trees: dict[str, None] = {}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         path = compat.source_path(node)
         if path is not None and isinstance(value, Tensor) and (module := compat.outermost_module(path, scopes)):
             taken[module] += 1 + len(inputs) * value.requires_grad
-    return [path for path, _ in taken.most_common()]
+            trees[compat.module_tree(path)] = None
+    outermost = [path for path, _ in taken.most_common()]
+    return outermost, [*outermost, *trees]
