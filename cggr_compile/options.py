@@ -41,9 +41,10 @@ class Options:
             with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
             score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
             than ``max_selected``. In these four each token's loss has the weight 1/p, so that the loss estimates the
-            full one. ``topk`` takes the most difficult tokens, ``fixed_quota`` is topk of each sequence,
-            ``sequence_aware`` topk of the whole batch with ``min_tokens_per_sequence``: without weights, which is a
-            biased sample; see the README. Where ``random`` and ``labels`` select, scores only feed the metrics.
+            full one. ``topk`` takes the most difficult tokens of every sequence (of the whole batch only if
+            ``scope="batch"`` asks for it), ``fixed_quota`` always those of every sequence, ``sequence_aware`` those of
+            the whole batch with ``min_tokens_per_sequence``: without weights, which is a biased sample; see the
+            README. Where ``random`` and ``labels`` select, scores only feed the metrics.
         scope: whether ``importance``, ``random`` and ``topk`` fill the slots of each ``sequence`` or of the whole
             ``batch``, where difficult sequences get more. ``sequence_aware`` always looks at the batch.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.

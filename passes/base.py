@@ -275,6 +275,12 @@ def differentiable(node: Any) -> bool:
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
+def module_of(node: Node) -> str:
+    """Path of the innermost module that computes a node, such as model.layers.0.mlp; empty where there is none."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return ".".join(paths[-1].split(".")[1:]) if paths else ""
+
+
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype that products of ``tensor`` run in: autocast's, where it is on."""
     kind = tensor.device.type
