@@ -77,8 +77,9 @@ class Options:
         cross_entropy: how the loss of the selected rows is computed: from their ``logits`` [K, V], which stay for the
             backward pass, or ``fused`` with the head, where a span of the vocabulary at a time exists
             (``cggr::linear_cross_entropy``): less memory for one more product. Not used at ratio 1.0.
-        padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
-            (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first batch.
+        padding: ``right`` promises padding after the tokens, without labels, so that padded batches can use causal
+            attention (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first
+            batch.
         seed: seed of the random selection.
         advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
         warmup_steps: steps over which the ratio falls linearly from 1.0 to ``min_tokens_ratio`` (curriculum).

@@ -31,7 +31,7 @@ def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[
     size = shape_of(stack.source)[1]
     found: dict[Node, str] = {}
     for node in ancestors([stack.source]) & stack.stream - {stack.source}:
-        if _mixes(node, stack, size):
+        if op_name(node) != "cat" and _mixes(node, stack, size):  # a prompt in front of the tokens moves them, at most
             found[node] = module_of(node) or "the embedding"
     for i in blocks:
         block = stack.blocks[i]
@@ -56,12 +56,13 @@ def _mixes(node: Node, stack: LayerStack, length: Any) -> bool:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS:
         return True
     source = next((n for n in node.all_input_nodes if n in stack.stream), None)
-    axis = None if source is None else _token_axis(source, length)
-    if axis is None:
-        return False
-    if name == "cat":
+    if name == "cat":  # with an empty cache nothing moves
+        axis = _token_axis(node, length)
         at = _axes(argument(node, 1, "dim", 0), len(shape_of(node)))
-        return axis in at and not same_size(shape_of(node)[axis], shape_of(source)[axis])
+        return source is not None and axis in at and not same_size(shape_of(source)[axis], length)
+    axis = None if source is None else _token_axis(source, length)
+    if source is None or axis is None:
+        return False
     if name == "pad":  # a shift; one that only makes room at an end moves nothing
         amounts: Any = argument(node, 1, "pad", ())
         after = 2 * (len(shape_of(node)) - 1 - axis)
