@@ -41,9 +41,10 @@ class Options:
             with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
             score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
             than ``max_selected``. In these four each token's loss has the weight 1/p, so that the loss estimates the
-            full one. ``topk`` takes the most difficult tokens, ``fixed_quota`` is topk of each sequence,
-            ``sequence_aware`` topk of the whole batch with ``min_tokens_per_sequence``: without weights, which is a
-            biased sample; see the README. Where ``random`` and ``labels`` select, scores only feed the metrics.
+            full one. ``topk`` takes the most difficult tokens of every sequence (of the whole batch only if
+            ``scope="batch"`` asks for it), ``fixed_quota`` always those of every sequence, ``sequence_aware`` those of
+            the whole batch with ``min_tokens_per_sequence``: without weights, which is a biased sample; see the
+            README. Where ``random`` and ``labels`` select, scores only feed the metrics.
         scope: whether ``importance``, ``random`` and ``topk`` fill the slots of each ``sequence`` or of the whole
             ``batch``, where difficult sequences get more. ``sequence_aware`` always looks at the batch.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.
@@ -79,8 +80,9 @@ class Options:
         cross_entropy: how the loss of the selected rows is computed: from their ``logits`` [K, V], which stay for the
             backward pass, or ``fused`` with the head, where a span of the vocabulary at a time exists
             (``cggr::linear_cross_entropy``): less memory for one more product. Not used at ratio 1.0.
-        padding: ``right`` promises padding after the tokens, so that padded batches can use causal attention
-            (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first batch.
+        padding: ``right`` promises padding after the tokens, without labels, so that padded batches can use causal
+            attention (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first
+            batch.
         seed: seed of the random selection.
         advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
         warmup_steps: steps over which the ratio falls linearly from 1.0 to ``min_tokens_ratio`` (curriculum).

@@ -313,6 +313,12 @@ def differentiable(node: Any) -> bool:
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
 
 
+def module_of(node: Node) -> str:
+    """Path of the innermost module that computes a node, such as model.layers.0.mlp; empty where there is none."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return ".".join(paths[-1].split(".")[1:]) if paths else ""
+
+
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are statically the same number, without adding a guard."""
     if isinstance(a, int) and isinstance(b, int):

@@ -14,6 +14,7 @@ from cggr_compile.passes.base import (
     Outputs,
     PassResult,
     differentiable,
+    module_of,
     shape_of,
 )
 from cggr_compile.passes.find_loss import CASTS, returned_logits
@@ -173,12 +174,9 @@ def _ancestors(
 
 
 def _described(nodes: Sequence[Node]) -> str:
-    named = [f"{node} {list(shape_of(node))}{_module(node)}" for node in nodes[:_NAMED]]
+    named = [
+        f"{node} {list(shape_of(node))}" + (f" of {place}" if (place := module_of(node)) else "")
+        for node in nodes[:_NAMED]
+    ]
     rest = len(nodes) - len(named)
     return f"output {', '.join(named)}" + (f" and {rest} more" if rest else "")
-
-
-def _module(node: Node) -> str:
-    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    name = ".".join(paths[-1].split(".")[1:]) if paths else ""
-    return f" of {name}" if name else ""

@@ -9,6 +9,7 @@ import torch
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import Block, GradientRows, GraphContext, PassResult, Selection, same_size, shape_of
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order, op_name
+from cggr_compile.passes.token_mixers import token_mixers
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -48,10 +49,10 @@ class RouteGradient:
         if ctx.gradient == "exact":
             return PassResult(False, "gradient='exact' stops nothing")
         emit = Emitter(gm.graph, ctx.fake_mode)
-        stopped = [block for i, block in enumerate(ctx.stack.blocks) if i not in ctx.outputs.dense_blocks]
+        stopped = [i for i in range(len(ctx.stack.blocks)) if i not in ctx.outputs.dense_blocks]
         if not stopped:
             return PassResult(False, "outputs that keep their exact gradient are behind every block")
-        for block in stopped:
+        for block in (ctx.stack.blocks[i] for i in stopped):
             if ctx.options.kv_gradient == "stop":
                 self._stop_keys_and_values(emit, block)
             else:
@@ -60,7 +61,17 @@ class RouteGradient:
         if ctx.options.kv_weight != "1":
             self._weigh(emit, ctx)
             how += f", kv_weight={ctx.options.kv_weight!r}"
-        return PassResult(True, f"{how} at {len(stopped)} attentions")
+        how += f" at {len(stopped)} attentions"
+        markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
+        mixers = token_mixers(ctx.stack, markers, stopped)
+        if not mixers:
+            return PassResult(True, how)
+        names = ", ".join(dict.fromkeys(map(op_name, mixers)))
+        modules = list(dict.fromkeys(mixers.values()))
+        where = f"{modules[0]} and {len(modules) - 1} more" if len(modules) > 1 else modules[0]
+        leak = f"no gradient is stopped where tokens are mixed without attention: {names} in {where}"
+        ctx.notices.append(f"{leak}. Unselected positions get a gradient there, under gradient='routed' as well")
+        return PassResult(True, f"{how}; {leak}", {"mixers": {str(n): place for n, place in mixers.items()}})
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         assert ctx.selection is not None

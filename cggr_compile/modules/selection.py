@@ -24,7 +24,8 @@ def token_mask(
 ) -> Tensor:
     """bool [B, S]: the selected ones of the ``valid`` tokens, exactly as many as asked for, also among ties.
 
-    Where there is a candidate, one at least is selected; ``ratio`` 1.0 selects them all.
+    Where there is a candidate, one at least is selected: of the batch, for ``topk`` and ``fixed_quota`` of every
+    sequence. ``ratio`` 1.0 selects them all.
 
     Args:
         selection: see :class:`cggr_compile.modules.settings.Settings`.
@@ -34,13 +35,10 @@ def token_mask(
     """
     if selection == "stratified":
         return _stratified(difficulty, valid, ratio, step, num_strata)
-    if selection == "fixed_quota":
+    if selection in ("topk", "fixed_quota"):
         return valid & (_rank(difficulty, valid) < _quota(ratio, valid.sum(1, keepdim=True)))
     hardest = _rank(difficulty.reshape(1, -1), valid.reshape(1, -1)) < _quota(ratio, valid.sum())
-    mask = hardest.view(valid.shape)
-    if selection == "sequence_aware":
-        mask = mask | (_rank(difficulty, valid) < min_tokens_per_sequence)
-    return valid & mask
+    return valid & (hardest.view(valid.shape) | (_rank(difficulty, valid) < min_tokens_per_sequence))
 
 
 def _quota(ratio: Tensor, count: Tensor) -> Tensor:

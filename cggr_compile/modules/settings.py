@@ -18,10 +18,11 @@ class Settings:
     Attributes:
         scoring: difficulty from the distribution p: ``entropy`` H(p) - p_top1, ``margin`` 1 - (p_top1 - p_top2),
             ``loss`` -log p(label), ``combined`` their sum.
-        selection: ``topk`` the most difficult tokens of the batch; ``sequence_aware`` the same, and at least
-            ``min_tokens_per_sequence`` of every sequence; ``fixed_quota`` the most difficult ones of every sequence, of
-            each the same share, which ``dynamic_threshold`` leaves alone; ``stratified`` the same share of each of
-            ``num_strata`` groups of similar difficulty, at random inside a group.
+        selection: ``topk`` the most difficult tokens of every sequence, of each the same share; ``fixed_quota`` the
+            same, with a share that ``dynamic_threshold`` leaves alone; ``sequence_aware`` the most difficult ones of
+            the batch, and at least ``min_tokens_per_sequence`` of every sequence; ``stratified`` the same share of each
+            of ``num_strata`` groups of similar difficulty, at random inside a group. The first three mean what they
+            mean in :class:`cggr_compile.Options`.
         dynamic_threshold, threshold_sensitivity: see :func:`cggr_compile.modules.schedule.adjust_to_confidence`.
         min_tokens_ratio, warmup_steps: see :func:`cggr_compile.modules.schedule.curriculum_ratio`.
 

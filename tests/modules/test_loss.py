@@ -33,7 +33,7 @@ def batch(size=2, seq=8, *, ignored=True, seed=0):
 
 
 def hardest(logits, targets, scoring, count):
-    """The loss over the ``count`` most difficult candidates of the batch, written without the code under test."""
+    """The loss over the ``count[i]`` hardest candidates of sequence i, written without the code under test."""
     log_p = logits.detach().double().log_softmax(-1)
     p = log_p.exp().sort(-1, descending=True).values
     terms = {
@@ -42,8 +42,8 @@ def hardest(logits, targets, scoring, count):
         "loss": -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
     }
     terms["combined"] = sum(terms.values())
-    scores = torch.where(targets == -100, -torch.inf, terms[scoring]).flatten()
-    chosen = scores.topk(count).indices
+    scores = torch.where(targets == -100, -torch.inf, terms[scoring])
+    chosen = torch.cat([i * scores.shape[1] + scores[i].topk(k).indices for i, k in enumerate(count)])
     return F.cross_entropy(logits.flatten(0, 1)[chosen], targets.flatten()[chosen])
 
 
@@ -51,10 +51,10 @@ def hardest(logits, targets, scoring, count):
 def test_mean_over_the_hardest_and_its_gradient(scoring):
     logits, targets = batch()
     got = make(scoring=scoring)(logits, targets)
-    want = hardest(logits, targets, scoring, 7)  # of 13 candidates
+    want = hardest(logits, targets, scoring, (3, 4))  # of 5 and 8 candidates
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (got, want)))
-    other = hardest(logits, targets, SCORINGS[SCORINGS.index(scoring) - 1], 7)
+    other = hardest(logits, targets, SCORINGS[SCORINGS.index(scoring) - 1], (3, 4))
     assert not torch.allclose(got, other)  # the control: another scoring selects other tokens
 
 
@@ -143,7 +143,7 @@ def test_metrics_follow_the_schedule():
         seen.append(loss.get_metrics())
         loss.step()
     assert [m["token_ratio"] for m in seen] == [1.0, 0.8125, 0.625, 0.4375, 0.25, 0.25]
-    assert [m["tokens_selected"] for m in seen] == [16, 13, 10, 7, 4, 4]
+    assert [m["tokens_selected"] for m in seen] == [16, 14, 10, 8, 4, 4]  # of two sequences
     assert [m["step"] for m in seen] == list(range(6))
     last = seen[-1]
     assert list(last) == [

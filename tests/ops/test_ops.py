@@ -35,6 +35,7 @@ def test_opcheck_all():
         (ops.difficulty.default, (*stats, "combined")),
         (ops.el2n.default, (stats[0] + 5, stats[1] + 9, -stats[3])),
         (ops.carry.default, (torch.arange(4), stats[0])),
+        (ops.check_labels.default, (torch.arange(4), 4, -100)),
         (ops.uniform.default, (state, valid)),
         (ops.inclusion_probabilities.default, (torch.randn(2, 8), valid, 3, None)),
         (ops.inclusion_probabilities.default, (None, valid, 3, 5)),

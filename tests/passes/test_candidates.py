@@ -32,19 +32,13 @@ def test_sliced_at_both_ends(batch):
     assert torch.equal(target, expected)
 
 
-def test_padding_is_no_candidate(decoder_step, batch):
+def test_padding_with_a_label_is_a_candidate(decoder_step, batch):
     captured = decoder_step()
     captured.run("find_stack")
-    # the ids stand in for an attention mask: token 0 is padding
-    places = captured.gm.graph.find_nodes(op="placeholder")
-    at = next(i for i, value in enumerate(captured.inputs) if torch.equal(value, batch["input_ids"]))
-    captured.ctx.padding, captured.inputs[at] = places[at], (ids := captured.inputs[at].clone())
-    ids[:, -4:] = 0
-    from cggr_compile.passes.candidates import AlignTargets
-
-    assert "padding" in AlignTargets()(captured.gm, captured.ctx).reason
+    captured.ctx.padding = captured.gm.graph.find_nodes(op="placeholder")[0]
+    captured.run("align_targets")
     (valid,) = execute(captured, captured.ctx.candidates.valid)
-    assert not valid[:, -4:].any() and valid[:, 5:7].all()
+    assert torch.equal(valid, F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100)
 
 
 def test_targets_move_in_front_of_the_router(decoder_step):

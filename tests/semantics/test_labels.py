@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
+import models
 import pytest
 import torch
+import torch.nn.functional as F
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, assert_zero, backward, dense, eager_call, reference, shift
-from training import RATIO, SLOTS, check_against_reference, metrics, picks, selected, small
+from torch import Tensor
+from training import RATIO, SLOTS, as_on_an_accelerator, check_against_reference, metrics, picks, selected, small
 
 
 def test_same_tensor_as_input_and_labels() -> None:
@@ -84,3 +88,86 @@ def test_labels_of_another_shape() -> None:
     else:
         numbers = set(re.findall(r"\d+", str(caught.value)))
         assert {str(2 * SEQ), str(2 * (SEQ - 3))} <= numbers, caught.value
+
+
+def loss_of(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), target[:, 1:].reshape(-1))
+
+
+def noted(labels: Tensor) -> Tensor:
+    labels[labels == -200] = -100  # into the caller's tensor
+    return labels
+
+
+def drawn(labels: Tensor) -> Tensor:
+    return torch.where(torch.rand(labels.shape) < 0.3, -200, labels)
+
+
+# how a model makes its target of -200 and of labels: the first is legal, whatever the loss ignores
+TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "where": lambda labels, _: torch.where(labels == -200, -100, labels),
+    "masked_fill": lambda labels, _: labels.masked_fill(labels == -200, -100),
+    "in place": lambda labels, _: noted(labels),
+    "in place, a copy": lambda labels, _: noted(labels.clone()),
+    "of two inputs": lambda labels, ids: torch.where(ids % 3 == 0, -100, labels.maximum(torch.tensor(-100))),
+    "at random": lambda labels, _: drawn(labels).masked_fill(labels == -200, -100).maximum(torch.tensor(-100)),
+    "of the logits": lambda labels, _: labels.maximum(torch.tensor(-100)),
+    "by a table": lambda labels, _: torch.arange(-100, VOCAB)[labels.clamp(min=-100) + 100],
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_labels_that_the_model_maps(name: str) -> None:
+    """The range is that of the target, as the loss gets it, not that of what the model is called with."""
+    model, batch = models.Decoder(), make_batch()
+    ids = batch["input_ids"]
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        target = TARGETS[name](labels, ids)
+        logits = model(ids)
+        if name == "of the logits":  # its own best guess where the label is missing
+            target = torch.where(labels == -150, logits.argmax(-1), target)
+        return loss_of(logits, target)
+
+    labels = batch["labels"]
+    labels[:, 3] = -200
+    labels[0, 9] = -150 if name == "of the logits" else -200
+    run = compiled(step, selection="labels", max_selected=1.0, gradient="exact", fallback="silent")
+    torch.manual_seed(5)
+    got = backward(model, run(ids, labels.clone()))
+    torch.manual_seed(5)
+    assert_same(got, backward(model, step(ids, labels.clone())))
+    matched = metrics(model)["matched"]
+    assert matched is (name != "of the logits")
+    labels[1, 5:] = VOCAB + 3
+    ids[1, 5:] = 1
+    torch.manual_seed(5)
+    theirs = name == "by a table" or not matched  # PyTorch's own error
+    said = "out of" if theirs else rf"labels must be in \[0, {VOCAB}\) or -100 .* got {VOCAB + 3}"
+    with pytest.raises(IndexError if theirs else ValueError, match=said):
+        run(ids, labels.clone())
+
+
+@pytest.mark.parametrize("at", ["first", "later"])
+def test_an_accelerator_asserts(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the first batch is looked at, and the graph asserts in every later step, for unselected labels too."""
+    as_on_an_accelerator(monkeypatch)
+    model, batch = small(), make_batch()
+    compiled(model, min_tokens_ratio=0.1)
+    if at == "later":
+        model(**batch).loss.backward()
+    batch["labels"][1, 1:5] = torch.arange(VOCAB, VOCAB + 4)
+    error = ValueError if at == "first" else RuntimeError
+    with pytest.raises(error, match=rf"labels must be in \[0, {VOCAB}\) or -100"):
+        model(**batch)
+
+
+def test_a_wrong_label_does_not_spoil_the_next_step() -> None:
+    model, batch = small(), make_batch()
+    compiled(model, min_tokens_ratio=RATIO)
+    right = batch["labels"].clone()
+    batch["labels"][0, 9] = VOCAB
+    with pytest.raises(ValueError, match="labels must be in"):
+        model(**batch)
+    batch["labels"] = right
+    check_against_reference(model, batch)

@@ -1,4 +1,4 @@
-"""Padding on either side, or scattered: causal attention stays right, padding is never trained on."""
+"""Padding on either side, or scattered: attention stays right, and what has a label counts, as it does in the model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
-from models import SEQ, compiled, family
+import torch.nn.functional as F
+from models import SEQ, VOCAB, compiled, family
 from reference import assert_same, backward, candidates, dense, shift
-from training import RATIO, check_against_reference, padded, selected, small
+from torch import Tensor
+from training import RATIO, check_against_reference, metrics, padded, selected, small
 
 
 @pytest.mark.parametrize(
@@ -41,14 +43,47 @@ def test_padding_in_other_families(side: str, name: str) -> None:
     check_against_reference(model, batch)
 
 
-def test_padding_whose_labels_are_not_ignored() -> None:
-    """A careless collator: labels = input_ids. Padding is still no candidate: attention_mask says so."""
-    model, batch = small(), padded("left", ignored_labels=False)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_whose_labels_are_not_ignored(side: str) -> None:
+    """A careless collator: labels = input_ids. The model counts them, so they are candidates like any other."""
+    model, batch = small(), padded(side, ignored_labels=False)
     compiled(model, min_tokens_ratio=0.9)
     check_against_reference(model, batch)
     valid = candidates(shift(batch["labels"]))
-    assert int((selected(model) >= 0).sum()) == int(valid.sum().clamp_max(2 * math.ceil(0.9 * SEQ)))
-    assert all(valid[b, i] for b, row in enumerate(selected(model).tolist()) for i in row if i >= 0)
+    assert int((selected(model) >= 0).sum()) == int(valid.sum(1).clamp_max(math.ceil(0.9 * SEQ)).sum())
+    assert metrics(model)["tokens_total"] == int(valid.sum())
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_labels_of_padding_are_those_of_the_model(side: str) -> None:
+    model, batch = small(), padded(side, ignored_labels=False)
+    compiled(model, selection="labels", max_selected=1.0, gradient="exact")
+    assert_same(backward(model, model(**batch).loss), dense(model, batch))
+
+
+def test_labels_of_padding_in_a_later_batch() -> None:
+    """By then the mask is gone, and such a row would see other keys than in the model: asserted on the device."""
+    model = small()
+    compiled(model, min_tokens_ratio=RATIO)
+    check_against_reference(model, padded("right"))
+    with pytest.raises(RuntimeError, match="labels mark a position where attention_mask is 0"):
+        model(**padded("right", ignored_labels=False))
+
+
+@pytest.mark.parametrize("where", ["returned", "in the loss"])
+def test_a_mask_stays_where_more_than_the_loss_reads_padding(where: str) -> None:
+    model, batch = small(), padded("right")
+
+    def step(**batch: Tensor) -> tuple[Tensor, ...]:
+        states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        logits = model.lm_head(states)[:, :-1]
+        loss = F.cross_entropy(logits.reshape(-1, VOCAB), batch["labels"][:, 1:].reshape(-1))
+        extra = states.square().mean()
+        return (loss, extra) if where == "returned" else (loss + extra,)
+
+    run = compiled(step, selection="labels", max_selected=1.0, gradient="exact")
+    assert_same(backward(model, sum(run(**batch))), backward(model, sum(step(**batch))))
+    assert metrics(model)["matched"] is True
 
 
 @pytest.mark.parametrize("first", ["full", "right"])
