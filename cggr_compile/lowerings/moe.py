@@ -96,9 +96,9 @@ ROWS = """
 {%- endif %}
 
 
-from cggr_compile.kernels.moe_products import back_through_swiglu, rows_tile, through_swiglu  # SOURCE_KEY
+from cggr_compile.kernels.moe_products import rows_tile
+from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu  # SOURCE_KEY
 """
-ROWS_FUNCTIONS = ("back_through_swiglu", "rows_tile", "through_swiglu")
 WEIGHT_GRADIENT = """
 {{def_kernel("BY_ROW", "BY_TOKEN", "ORDER", "OFFSETS")}}
 {%- set left, right = ("BY_TOKEN", "BY_ROW") if TOKENS_FIRST else ("BY_ROW", "BY_TOKEN") %}
@@ -128,7 +128,7 @@ WEIGHT_GRADIENT = """
     {{store_output(("expert", "at_row", "at_column"), "acc", "inside", val_shape=("BLOCK_M", "BLOCK_N"))}}
 
 
-from cggr_compile.kernels.moe_products import weight_gradient_tile  # SOURCE_KEY
+from cggr_compile.kernels.moe_weight_gradient import weight_gradient_tile  # SOURCE_KEY
 """
 
 
@@ -266,8 +266,8 @@ class _Fastest:
         constants: dict[str, Any],
         **more: Any,
     ) -> Any:
-        from cggr_compile.kernels.moe_products import configurations
-        from cggr_compile.kernels.score import precision
+        from cggr_compile.kernels.common import precision
+        from cggr_compile.kernels.moe_tiles import configurations
 
         constants = {**constants, "TOP_K": self.top_k, "PRECISION": repr(precision(self.dtype))}
         tiles = configurations(kernel) if math.prod(shape) < MANY else []
@@ -304,11 +304,14 @@ def _by_tile(experts: int, rows: int, columns: int, meta: dict[str, Any]) -> tup
 
 @cache
 def _template(kernel: str) -> Any:
-    from cggr_compile.kernels import moe_products as kernels
+    from cggr_compile.kernels.moe_products import rows_tile
+    from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu
+    from cggr_compile.kernels.moe_weight_gradient import weight_gradient_tile
 
     by_tile = kernel in ("d_gate_up", "d_down")
-    source, names = (WEIGHT_GRADIENT, ("weight_gradient_tile",)) if by_tile else (ROWS, ROWS_FUNCTIONS)
-    text = source.strip().replace("SOURCE_KEY", " ".join(getattr(kernels, name).cache_key for name in names))
+    of_rows = (back_through_swiglu, rows_tile, through_swiglu)
+    source, functions = (WEIGHT_GRADIENT, (weight_gradient_tile,)) if by_tile else (ROWS, of_rows)
+    text = source.strip().replace("SOURCE_KEY", " ".join(function.cache_key for function in functions))
     return compat.triton_template(f"cggr_moe_{kernel}", _by_tile if by_tile else _persistent, text)
 
 

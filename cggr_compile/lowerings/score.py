@@ -83,7 +83,7 @@ def lower_score_partials(
     ways = _ways(hidden, weight, span)
     if not ways:
         return compat.call_operator(score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale)
-    from cggr_compile.kernels.score import on_tensor_cores
+    from cggr_compile.kernels.common import on_tensor_cores
 
     given = [node for node in (bias, row_scale, column_scale) if node is not None]
     nodes = [compat.stored(hidden), *(compat.stored(node, last_contiguous=True) for node in (weight, *given))]
@@ -110,7 +110,9 @@ def _ways(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
         return []
     if device.type != "cuda" or not compat.runs_our_kernels() or not compat.times_templates(device, torch.float32):
         return []
-    from cggr_compile.kernels.score import configurations, multiplies_fp8, precision
+    from cggr_compile.kernels.common import precision
+    from cggr_compile.kernels.head_product import configurations
+    from cggr_compile.kernels.score import multiplies_fp8
 
     if dtype == FP8 and not multiplies_fp8(device):
         return []

@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code  # noqa: E402
 from triton_harness import binaries_for  # noqa: E402
 
 from cggr_compile import compat, lowerings  # noqa: E402
-from cggr_compile.kernels import score as kernels  # noqa: E402
+from cggr_compile.kernels import common, head_product  # noqa: E402
 from cggr_compile.lowerings import score as lowering  # noqa: E402
 from cggr_compile.ops.score import FP8, score_partials, score_partials_reference  # noqa: E402
 
@@ -35,7 +35,7 @@ def choose(monkeypatch):
         ways = [way or SMALL, {**(way or SMALL), "GROUP": 1}]
         choice(pattern, always=["cggr_score_partials"])  # the way out if no template works
         monkeypatch.setattr(lowering, "_ways", lambda *_: ways)
-        monkeypatch.setattr(kernels, "tma_loads", lambda device, strides, width, address: descriptors)
+        monkeypatch.setattr(common, "tma_loads", lambda device, strides, width, offset: descriptors)
 
     with config.patch(force_disable_caches=True, cpu_backend="triton"):
         yield choose
@@ -101,7 +101,7 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, number, des
         arguments = (*rest, 2048, row_scale, column_scale)
     else:
         arguments = arguments_of(make_case(256, 4100, 576, **modes), 2048)
-    way = kernels.configurations(modes["dtype"])[number]
+    way = head_product.configurations(modes["dtype"])[number]
     choose(TEMPLATE, {**way, "PRECISION": "'ieee'"}, descriptors)
     ((name, (text, programs)),) = templates_of(generated(arguments)).items()
     assert programs == 3 * (256 // way["BLOCK_M"])
@@ -111,7 +111,7 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, number, des
     def call():
         getattr(module, name)[(programs,)](*tensors, num_warps=way["num_warps"], num_stages=way["num_stages"])
 
-    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, module, [name], call)
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, [(module, name)], call)
     assert kernel.asm["cubin"].startswith(b"\x7fELF")
     assert kernel.metadata.shared <= (166912 if arch == 80 else 232448)
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == descriptors
@@ -155,7 +155,7 @@ def test_where_the_template_serves(monkeypatch):
 
         return lowering._ways(node(rows, 64), node(5000, 64), span)
 
-    every = len(kernels.configurations(torch.bfloat16))
+    every = len(head_product.configurations(torch.bfloat16))
     assert len(ways()) == len(ways(FP8)) == every and ways(torch.float32)
     symbol = torch.utils._sympy.symbol.make_symbol(torch.utils._sympy.symbol.SymT.SIZE, 0)
     for refused in (dict(dtype=torch.float64), dict(rows=0), dict(rows=symbol), dict(span=96), dict(device="cpu")):
