@@ -37,7 +37,7 @@ class Launch(NamedTuple):
     kernel: Any
     tensors: tuple[str, ...]
     arguments: dict[str, Any]
-    ways: list[tuple[int, dict[str, int]]]  # programs; block sizes, warps, stages
+    configs: list[tuple[int, dict[str, int]]]  # programs; block sizes, warps, stages
 
     def pointers(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Its arguments that are tensors, from all that there are."""
@@ -92,23 +92,23 @@ def launches(
     for_dkv = [{**option, "WHOLE": sizes.slots >= option["BLOCK_M"]} for option in for_dkv]
 
     def launch(
-        kernel: Any, read: tuple[str, ...], write: tuple[str, ...], heads: int, ways: Any, **more: Any
+        kernel: Any, read: tuple[str, ...], write: tuple[str, ...], heads: int, configs: Any, **more: Any
     ) -> Launch:
         steps = {f"{n}_{axis}": stride for n in read for axis, stride in zip(AXES[n], strides[n], strict=False)}
         sizes_of = dict(heads=heads, slots=sizes.slots, length=sizes.length, scale=float(scale), softcap=float(softcap))
-        return Launch(kernel, (*read, *write), {**sizes_of, **steps, **constants, **more}, ways)
+        return Launch(kernel, (*read, *write), {**sizes_of, **steps, **constants, **more}, configs)
 
-    def ways(rows: int, block: str, heads: int, options: list[dict[str, int]]) -> list[tuple[int, dict[str, int]]]:
+    def configs(rows: int, block: str, heads: int, options: list[dict[str, int]]) -> list[tuple[int, dict[str, int]]]:
         return [(triton.cdiv(rows, option[block]) * heads * sizes.batch, option) for option in options]
 
     return (
         launch(
             *(dq_kernel, ("grad", "q", "k", "v", "out", "lse", "rows", "mask"), ("dq", "delta", "finite_lse")),
-            *(sizes.heads, ways(sizes.slots, "BLOCK_M", sizes.heads, for_dq)),
+            *(sizes.heads, configs(sizes.slots, "BLOCK_M", sizes.heads, for_dq)),
         ),
         launch(
             *(dkv_kernel, ("grad", "q", "k", "v", "rows", "mask"), ("delta", "finite_lse", "dk", "dv")),
-            *(sizes.kv_heads, ways(keys, "BLOCK_N", sizes.kv_heads, for_dkv)),
+            *(sizes.kv_heads, configs(keys, "BLOCK_N", sizes.kv_heads, for_dkv)),
             ALL_KEYS=all_keys,
         ),
     )
@@ -170,6 +170,6 @@ def attention_rows_backward_triton(
     sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
     with torch.cuda.device_of(query):
         for launch in launches(sizes, strides, query.dtype, scale, causal, kind, all_keys, softcap):
-            programs, options = launch.ways[0]
+            programs, options = launch.configs[0]
             launch.kernel[(programs,)](**launch.pointers(tensors), **launch.arguments, **options)
     return dq, dk, dv

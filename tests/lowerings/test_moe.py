@@ -164,7 +164,7 @@ def test_operators_are_choices(choose, pattern, routing):
 def test_one_call_without_max_autotune(monkeypatch):
     lowerings.register()
     torch._dynamo.reset()
-    monkeypatch.setattr(compat, "fastest", None)
+    monkeypatch.setattr(compat, "autotune", None)
     case = make_case(20, 16, 24, 3, 2)
     with config.patch(force_disable_caches=True):
         for code, _ in codes_of(case, torch.empty_like(case[0]), inner_of(case)):
