@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 # the first that matches a kernel's name; matrix products also come as Triton templates (triton_tem_*)
 KINDS = {
-    "attention": r"flash|fmha|sdpa|attention|_dq_kernel|_dkv_kernel",
+    "attention": r"flash|fmha|sdpa|attention|dq_kernel|dkv_kernel",
     "matrix product": r"gemm|cutlass|nvjet|cublas|xmma|triton_tem|addmm|::mm|::bmm|mkl",
     "copy, fill": r"memcpy|memset",
     "reduction": r"triton_(red|per|mix)|reduce|softmax",

@@ -1,6 +1,6 @@
 """Tile sizes of the grouped products, tried one after the other on a CUDA device: ``moe.py --sweep``.
 
-For every kernel of ``cggr_compile/kernels/moe_products.py`` and every shape: the ten fastest settings, the setting in
+For every grouped product of ``cggr_compile/kernels`` and every shape: the ten fastest settings, the setting in
 force, and ``F.grouped_mm`` of the same product over rows that lie ready (without SwiGLU, gather or routing weights).
 Times are medians of the device's. A setting whose result differs from that of the setting in force is left out.
 """
@@ -73,7 +73,8 @@ class Problem:
 
     def call(self, kernel: str, setting: Setting) -> Callable[[], Tensor]:
         """A function that runs the kernel and returns what it wrote."""
-        from cggr_compile.kernels.moe_products import multiply_rows, weight_gradient
+        from cggr_compile.kernels.moe_products import multiply_rows
+        from cggr_compile.kernels.moe_weight_gradient import weight_gradient
 
         permuted = (self.order, self.offsets, self.shape.top_k)
         if kernel in ("d_gate_up", "d_down"):
@@ -166,7 +167,7 @@ def try_all(
 
 def sweep(args: argparse.Namespace, console: Console) -> None:
     """Prints a list per kernel and shape, and writes all times to ``<json>-sweep.json``."""
-    from cggr_compile.kernels.moe_products import configuration
+    from cggr_compile.kernels.moe_tiles import configuration
 
     path = args.json.with_name(f"{args.json.stem}-sweep.json")
     document: dict[str, Any] = {"machine": describe("cuda"), "results": []}

@@ -363,7 +363,7 @@ def static_shape(node: Any) -> tuple[int, ...] | None:
 
 
 def static_strides(node: Any) -> tuple[int, ...]:
-    """In a lowering: the strides of what ``stored`` returned."""
+    """In a lowering: the strides of what ``realize_fixed_layout`` returned."""
     strides = _integers(node.get_stride())
     assert strides is not None, "static sizes have static strides"
     return strides
@@ -373,7 +373,7 @@ def _integers(values: Sequence[Any]) -> tuple[int, ...] | None:
     return tuple(int(v) for v in values) if not any(getattr(v, "free_symbols", None) for v in values) else None
 
 
-def stored(node: Any, last_contiguous: bool = False, contiguous: bool = False) -> Any:
+def realize_fixed_layout(node: Any, last_contiguous: bool = False, contiguous: bool = False) -> Any:
     """In a lowering: ``node`` in memory, in the layout it keeps from here on."""
     from torch._inductor import ir
 
@@ -397,8 +397,8 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     return empty_strided(list(shape), None, dtype=dtype, device=device)
 
 
-def address(node: Any) -> int:
-    """In a lowering: where the first element of what ``stored`` returned lies, up to multiples of 16 bytes."""
+def alignment_offset(node: Any) -> int:
+    """In a lowering: where ``realize_fixed_layout`` put the first element, in bytes from a multiple of 16."""
     from torch._inductor.virtualized import V
 
     if node.get_name() in V.graph.unaligned_buffers:
@@ -422,14 +422,14 @@ def times_templates(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def triton_template(name: str, grid: Callable[..., tuple[int, int, int]], source: str) -> Any:
-    """A template for :func:`fastest`. ``grid``: number of programs, of the output's sizes and the constants."""
+    """A template for :func:`autotune`. ``grid``: number of programs, of the output's sizes and the constants."""
     from torch._inductor.select_algorithm import TritonTemplate
 
     return TritonTemplate(name=name, grid=grid, source=source)
 
 
 def operator_choice(name: str, op: Any, arrange: Callable[..., tuple[Any, ...]]) -> Any:
-    """A call of an operator, for :func:`fastest`. ``arrange``: its arguments, of the tensors and options there."""
+    """A call of an operator, for :func:`autotune`. ``arrange``: its arguments, of the tensors and options there."""
     from torch._inductor import ir
     from torch._inductor.select_algorithm import ExternKernelChoice
 
@@ -442,14 +442,14 @@ def operator_choice(name: str, op: Any, arrange: Callable[..., tuple[Any, ...]])
     return ExternKernelChoice(call, name=name, has_out_variant=False, kernel_creator=generate)
 
 
-def fastest(
+def autotune(
     name: str,
     tensors: Sequence[Any],
     shape: Sequence[int],
     dtype: torch.dtype,
     operators: Sequence[tuple[Any, dict[str, Any]]],
     template: Any,
-    ways: Sequence[dict[str, Any]],
+    configs: Sequence[dict[str, Any]],
     *,
     written: Sequence[Any] = (),
     examples: dict[int, Callable[[Any], torch.Tensor]] | None = None,
@@ -457,9 +457,9 @@ def fastest(
     """In a lowering: an operator's result, computed in the way that Inductor's autotuner finds fastest.
 
     Args:
-        tensors: nodes that ``stored`` returned. shape, dtype: of the result, which is contiguous.
+        tensors: nodes that ``realize_fixed_layout`` returned. shape, dtype: of the result, which is contiguous.
         operators: each an :func:`operator_choice` and its options; the first is used if nothing can be timed.
-        template, ways: a :func:`triton_template` and its constants, num_warps and num_stages, one choice for each.
+        template, configs: a :func:`triton_template` and its constants, num_warps and num_stages, one choice for each.
         written: those of ``tensors`` that every choice writes to.
         examples: of tensors by their number, values to time the choices with (given the node), where random ones
             will not do.
@@ -472,8 +472,8 @@ def fastest(
     for operator, options in operators:
         operator.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **options)
     more = {"mutated_inputs": list(written)} if written else {}
-    for way in ways:
-        template.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **more, **way)
+    for config in configs:
+        template.maybe_append_choice(choices, input_nodes=list(tensors), layout=layout, **more, **config)
     # a fused reader would be timed with each choice: there is none for a result that is reduced
     found = autotune_select_algorithm(
         name, choices, list(tensors), layout, input_gen_fns=examples, return_multi_template=False
@@ -488,24 +488,26 @@ def written_side_by_side(parts: Sequence[Any], axis: int) -> Any:
     return ir.TensorBox(ir.ConcatKernel.create(parts, axis))
 
 
-def launch(kernel: Any, pointers: dict[str, Any], arguments: dict[str, Any], ways: Sequence[tuple[int, Any]]) -> None:
+def launch(
+    kernel: Any, pointers: dict[str, Any], arguments: dict[str, Any], configs: Sequence[tuple[int, Any]]
+) -> None:
     """In a lowering: one launch of a Triton kernel, as torch.compile launches the kernels of users.
 
     Args:
         pointers: nodes by the names of the kernel's parameters. arguments: its other arguments.
-        ways: (number of programs, block sizes with num_warps and num_stages); if there are several, they are timed.
+        configs: (number of programs, block sizes with num_warps and num_stages); if there are several, they are timed.
     """
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
     from torch._inductor import config
     from torch._inductor.lowering import lowerings
 
-    ways = ways if config.max_autotune else ways[:1]
-    tuned = _tuned(kernel, tuple(tuple(sorted(options.items())) for _, options in ways))
+    configs = configs if config.max_autotune else configs[:1]
+    tuned = _tuned(kernel, tuple(tuple(sorted(options.items())) for _, options in configs))
     with _analysed_once():
         lowerings[triton_kernel_wrapper_mutation](
             kernel_idx=kernel_side_table.add_kernel(tuned),
             constant_args_idx=kernel_side_table.add_constant_args(arguments),
-            grid=[(programs, 1, 1) for programs, _ in ways],
+            grid=[(programs, 1, 1) for programs, _ in configs],
             tma_descriptor_metadata={},
             kwargs=pointers,
         )
@@ -544,14 +546,14 @@ def _remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
-def _tuned(kernel: Any, ways: tuple[tuple[tuple[str, int], ...], ...]) -> Any:
+def _tuned(kernel: Any, configs: tuple[tuple[tuple[str, int], ...], ...]) -> Any:
     import triton
 
     def configuration(options: dict[str, int]) -> Any:
         launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
         return triton.Config(options, **launch)
 
-    return triton.autotune(configs=[configuration(dict(options)) for options in ways], key=[])(kernel)
+    return triton.autotune(configs=[configuration(dict(options)) for options in configs], key=[])(kernel)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -21,11 +21,11 @@ VIEWS = {
 }
 # So many kernels would each compute an angle again before it is worth a buffer of its own. No more than two: Inductor
 # of torch 2.11 generates C++ that does not compile where angles are looked up inside a rotation.
-MANY = 2
+MIN_READERS = 2
 
 
 class ComputeAnglesOnce:
-    """Puts a fence behind cosines and sines of positions that many nodes read.
+    """Puts a fusion barrier behind cosines and sines of positions that many nodes read.
 
     Before::
 
@@ -33,7 +33,7 @@ class ComputeAnglesOnce:
 
     After::
 
-        c = cggr.fence(cos(positions * frequencies)); q1 * c; k1 * c; q2 * c; ...
+        c = cggr.fusion_barrier(cos(positions * frequencies)); q1 * c; k1 * c; q2 * c; ...
 
     A code generator that inlines elementwise work recomputes them for every element of every query and key; read from
     memory they cost next to nothing. The numbers are the same. Rotary embeddings: arXiv 2104.09864.
@@ -43,12 +43,12 @@ class ComputeAnglesOnce:
 
     def __call__(self, graph: Graph) -> PassResult:
         angles = _angles(graph)
-        passed_on = VIEWS | {torch.ops.cggr.fence.default}
-        read_often = [n for n in angles if n.target not in passed_on and len(_readers(n, angles)) >= MANY]
+        passed_on = VIEWS | {torch.ops.cggr.fusion_barrier.default}
+        read_often = [n for n in angles if n.target not in passed_on and len(_readers(n, angles)) >= MIN_READERS]
         for node in read_often:
             users = list(node.users)
             with Emitter(graph, fake_value(node).fake_mode, key="val").before(node.next, self.name) as emit:
-                once = emit.call(torch.ops.cggr.fence.default, node)
+                once = emit.call(torch.ops.cggr.fusion_barrier.default, node)
             for user in users:
                 user.replace_input_with(node, once)
         if not read_often:

@@ -24,9 +24,9 @@ aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)
 # Columns of a product that fill a device by themselves: nothing is won by merging wider ones, and the elementwise
 # kernels in front of them (a gated activation has two outputs) would have to be written into one buffer.
-WIDE = 1024
+MAX_MERGED_COLUMNS = 1024
 # Multiplications of a weight gradient up to which it takes hardly longer than a launch: 2 us on an H100.
-SMALL = 2**29
+MAX_MERGED_MACS = 2**29
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MergeProducts:
 
     After::
 
-        d = cggr.join([dq, dk, dv], 1)
+        d = cggr.concat_in_place([dq, dk, dv], 1)
         dWq, dWk, dWv = split(mm(d.T, x))
         dx = mm(d, cat([Wq, Wk, Wv]))
 
@@ -96,7 +96,7 @@ def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
             if not any(p.grad is product.grad or _leads_to(p.grad, product.grad, order) for p in products):
                 products.append(product)
         if len(products) > 1 and (
-            _narrow(p.grad for p in products) or all(p.multiplications <= SMALL for p in products)
+            _narrow(p.grad for p in products) or all(p.multiplications <= MAX_MERGED_MACS for p in products)
         ):
             found.append((members[0][0], products))
     return found
@@ -107,7 +107,7 @@ def _width(grad: Node) -> int:
 
 
 def _narrow(grads: Iterable[Node]) -> bool:
-    return min(_width(grad) for grad in grads) < WIDE
+    return min(_width(grad) for grad in grads) < MAX_MERGED_COLUMNS
 
 
 def _behind_views(node: Node) -> Node:
@@ -136,7 +136,7 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
     grads = [product.grad for product in products]
     inputs = [_input_grad(grad) for grad in grads]
     with emit.before(last, MergeProducts.name):
-        together = _join(emit, grads)
+        together = _side_by_side(emit, grads)
         weight_grads = emit.call(aten.mm.default, emit.call(aten.permute.default, together, [1, 0]), x)
         rows_of_each = _split(emit, weight_grads, 0, grads)
     for product, rows in zip(products, rows_of_each, strict=True):
@@ -148,9 +148,9 @@ def _merge(graph: Graph, x: Node, products: list[Product]) -> bool:
     return True
 
 
-def _join(emit: Emitter, parts: Sequence[Node]) -> Node:
+def _side_by_side(emit: Emitter, parts: Sequence[Node]) -> Node:
     """The parts side by side; whoever else reads one of them reads its columns there."""
-    together = emit.call(torch.ops.cggr.join.default, list(parts), 1)
+    together = emit.call(torch.ops.cggr.concat_in_place.default, list(parts), 1)
     for part, columns in zip(parts, _split(emit, together, 1, parts), strict=True):
         part.replace_all_uses_with(columns, delete_user_cb=lambda user: user is not together)
     return together
@@ -248,7 +248,7 @@ def _merge_sum(graph: Graph, root: Node, terms: list[Term]) -> None:
     emit = Emitter(graph, fake_value(root).fake_mode, key="val")
     weights = [term.product.args[1] for term in terms]
     with emit.before(root, MergeProducts.name):
-        together = _join(emit, [_with_zeros(emit, term) for term in terms])
+        together = _side_by_side(emit, [_with_zeros(emit, term) for term in terms])
     _replace_sum(emit, root, together, weights)
 
 

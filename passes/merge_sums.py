@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
 # Bytes of what is kept to be summed together. It would be summed at once otherwise, so the peak rises by as much.
-ROOM = 2**24
+MAX_BUFFERED_BYTES = 2**24
 # So many must fit: by fewer the launches saved do not count beside the time of sums that large.
-FEWEST = 4
+MIN_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class MergeSums:
 
     After::
 
-        y = cggr.join([cggr.in_memory(y1), ...], 0)  # each written by the kernel of the input gradient beside it
+        # each written by the kernel of the input gradient beside it
+        y = cggr.concat_in_place([cggr.materialize(y1), ...], 0)
         dw1, dw2, dw3 = sum(y, rows)
 
     The sums are the same but for the order of their additions. Few rows leave most of a device idle, and each sum is
@@ -75,8 +76,8 @@ def _groups(graph: Graph) -> Iterator[list[RowSum]]:
             kinds[found.kind].append(found)
     for sums in kinds.values():
         terms = fake_value(sums[0].terms)
-        fitting = ROOM // max(1, terms.numel() * terms.element_size())
-        if fitting >= FEWEST:
+        fitting = MAX_BUFFERED_BYTES // max(1, terms.numel() * terms.element_size())
+        if fitting >= MIN_GROUP:
             groups = (sums[begin : begin + fitting] for begin in range(0, len(sums), fitting))
             yield from (group for group in groups if len(group) > 1)
 
@@ -105,9 +106,9 @@ def _merge(graph: Graph, sums: Sequence[RowSum]) -> None:
     parts = []
     for each in sums:
         with emit.before(each.terms.next, MergeSums.name):
-            parts.append(emit.call(torch.ops.cggr.in_memory.default, each.terms))
+            parts.append(emit.call(torch.ops.cggr.materialize.default, each.terms))
     with emit.before(sums[-1].result, MergeSums.name):
-        joined = emit.call(torch.ops.cggr.join.default, parts, 0)
+        joined = emit.call(torch.ops.cggr.concat_in_place.default, parts, 0)
         rows = emit.call(aten.view.default, joined, [len(sums), math.prod(shape[:-1]), shape[-1]])
         summed = emit.call(aten.sum.dim_IntList, rows, [1])
         if result_dtype != dtype:

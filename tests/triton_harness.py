@@ -54,8 +54,8 @@ def poison_empty_memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty))
 
 
-def binaries_for(monkeypatch, tmp_path, arch, module, names, call):
-    """What ``call`` would launch of the kernels ``names`` of ``module``, compiled for a device that is not there."""
+def binaries_for(monkeypatch, tmp_path, arch, kernels, call):
+    """What ``call`` would launch of ``kernels`` (module, name), compiled for a device that is not there."""
     import triton
 
     device = SimpleNamespace(
@@ -74,7 +74,7 @@ def binaries_for(monkeypatch, tmp_path, arch, module, names, call):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(triton.runtime.driver, "_active", device)
-    for name in names:
+    for module, name in kernels:
         monkeypatch.setattr(module, name, WithoutLaunch(getattr(module, name)))
     call()
     return binaries

@@ -1,9 +1,9 @@
 """Triton kernels of ``cggr::linear_cross_entropy``: from the parts of ``score_partials`` to the loss, and the
 gradient of a span of logits without the logits.
 
-The specification is ``cggr_compile.ops.linear_cross_entropy``. The second kernel is the product of
-``kernels/score.py`` (same loop over (tile, step along H), same tile sizes) with another end: each tile of logits
-becomes its gradient in registers and is written once. It has not been timed on a GPU.
+The specification is ``cggr_compile.ops.linear_cross_entropy``. The second kernel makes the product of the scoring
+kernel (``head_product``) with another end: each tile of logits becomes its gradient in registers and is written once.
+It has not been timed on a GPU.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cggr_compile.kernels.score import LN2, LOG2E, configuration, loads_by_tma, operands
+from cggr_compile.kernels.common import LN2, LOG2E, grouped_tile
+from cggr_compile.kernels.head_product import add_product, configurations, loads_by_tma, next_step, operands, row_starts
 
 
 @triton.jit
@@ -131,15 +132,7 @@ def _logit_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # neighbours in time share tiles of both operands: GROUP row blocks walk over the same span
-    program = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK_M)
-    head = program // (GROUP * parts) * GROUP
-    size = tl.minimum(blocks - head, GROUP)
-    inside = program % (GROUP * parts)
-    block = head + inside % size
-    part = inside // size
-
+    block, part = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), parts, GROUP)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = row < N
     safe_row = tl.minimum(row, N - 1).to(tl.int64)
@@ -148,35 +141,21 @@ def _logit_gradient_kernel(
     on_t = tl.load(on_t_ptr + safe_row)
     label = tl.load(labels_ptr + safe_row).to(tl.int64) - first  # among these columns
 
-    k = tl.arange(0, BLOCK_K)
+    x_rows = row_starts(x_ptr, x_stride, safe_row[:, None], DESCRIPTORS)  # rows past the end read the last one
     steps = tl.cdiv(H, BLOCK_K)
     start = part * SPAN
     tiles = tl.cdiv(tl.minimum(SPAN, C - start), BLOCK_N)
-    if not DESCRIPTORS:  # rows and columns past the end read the last one
-        x_tile = x_ptr + safe_row[:, None] * x_stride
     out_tile = out_ptr + safe_row[:, None] * out_stride
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     low = start - BLOCK_N
     step = -1
     for _ in range(tiles * steps):
-        step = tl.where(step == steps - 1, 0, step + 1)
-        low = tl.where(step == 0, low + BLOCK_N, low)
-        if DESCRIPTORS:
-            x = x_ptr.load([block * BLOCK_M, step * BLOCK_K])
-            w = w_ptr.load([low, step * BLOCK_K])
-        else:
-            safe_column = tl.minimum(low + tl.arange(0, BLOCK_N), C - 1)
-            along = step * BLOCK_K + k
-            x_at = x_tile + along[None, :] * x_column
-            w_at = w_ptr + safe_column.to(tl.int64)[:, None] * w_stride + along[None, :]
-            if EVEN_H:
-                x = tl.load(x_at)
-                w = tl.load(w_at)
-            else:
-                x = tl.load(x_at, mask=(along < H)[None, :], other=0.0)
-                w = tl.load(w_at, mask=(along < H)[None, :], other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        step, low = next_step(step, low, steps, BLOCK_N)
+        acc = add_product(
+            acc, x_rows, x_column, w_ptr, w_stride, block * BLOCK_M, low, step, C, H,
+            DESCRIPTORS, EVEN_H, PRECISION, BLOCK_N, BLOCK_K
+        )  # fmt: skip
         if step == steps - 1:
             column = low + tl.arange(0, BLOCK_N)
             products = acc
@@ -193,7 +172,7 @@ def _logit_gradient_kernel(
 
 def gradient_configuration(dtype: torch.dtype, descriptors: bool) -> dict[str, int]:
     """Tile sizes: those of the scoring kernel; with pointers in place of descriptors these spill registers."""
-    config = configuration(dtype)
+    config = configurations(dtype)[0]
     return config if descriptors else {**config, "BLOCK_N": min(config["BLOCK_N"], 128)}
 
 

@@ -1,4 +1,4 @@
-"""``cggr::moe_mlp`` and its backward as sequences of Triton kernels; see ``moe_products`` for the grouped products.
+"""``cggr::moe_mlp`` and its backward as sequences of Triton kernels; see ``moe_products`` for the grouped products
 
 Forward: rows gathered, multiplied and gated in one kernel; multiplied again; then every token sums its rows, each
 times its routing weight. Nothing is added atomically: the same input gives the same bits.
@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cggr_compile.kernels.moe_products import multiply_rows, weight_gradient
-from cggr_compile.ops.moe_steps import routing_gradient
+from cggr_compile.kernels.moe_products import multiply_rows
+from cggr_compile.kernels.moe_weight_gradient import weight_gradient
+from cggr_compile.kernels.routing_gradient import routing_gradient
 
 
 @triton.jit

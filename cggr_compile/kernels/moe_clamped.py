@@ -1,7 +1,7 @@
 """``cggr::moe_clamped_mlp`` and its backward as sequences of Triton kernels: the experts of gpt-oss.
 
-The grouped products are those of ``moe_products``. Biases are added where a product is stored; the clamped SwiGLU,
-whose gate and up alternate, is a kernel of its own between the products. Nothing is added atomically.
+The grouped products are those of ``moe_mlp``. Biases are added where a product is stored; the clamped SwiGLU, whose
+gate and up alternate, is a kernel of its own between the products. Nothing is added atomically.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cggr_compile.kernels.common import contiguous_rows
 from cggr_compile.kernels.moe import combine
-from cggr_compile.kernels.moe_products import contiguous_rows, multiply_rows, stored_transposed, weight_gradient
+from cggr_compile.kernels.moe_products import multiply_rows, stored_transposed
+from cggr_compile.kernels.moe_weight_gradient import weight_gradient
 
 ROWS, COLUMNS = 16, 128  # of a tile of the elementwise kernels
 

@@ -4,9 +4,6 @@ The specification is ``cggr_compile.ops.score.score_partials_reference``. A prog
 of the vocabulary: it multiplies tile after tile of the head's weight and folds each into four running numbers per row
 (online softmax, Milakov and Gimelshein, arXiv 1805.02867, with the second maximum and the entropy's sum beside it).
 
-Measured on an H100: one loop over (tile, step along H), so that the loads of the next tile are under way while a tile
-is folded, and tensor descriptors (TMA) together bring 65 % of the speed of the plain product to 92 %.
-
 ``score_block`` is the body of two kernels: the one here, and Inductor's template of ``lowerings/score.py``.
 """
 
@@ -14,20 +11,16 @@ is folded, and tensor descriptors (TMA) together bring 65 % of the speed of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cggr_compile.compat import multiplies_in_tf32
-from cggr_compile.ops.score import FP8
+from cggr_compile.kernels.common import INTERPRETED, LN2, LOG2E, contiguous_rows, grouped_tile
+from cggr_compile.kernels.head_product import add_product, configurations, loads_by_tma, next_step, operands, row_starts
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 # Logit of a column past the end. Not -inf, whose product with its probability, zero, would be NaN.
 NOWHERE = tl.constexpr(-1e30)
 
@@ -79,22 +72,13 @@ def score_block(
     GROUP: tl.constexpr,
 ):
     """What this program computes: its part, its rows [BLOCK_M], and the four numbers of each row in that part."""
-    # neighbours in time share tiles of both operands: GROUP row blocks walk over the same span
-    program = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK_M)
-    first = program // (GROUP * parts) * GROUP
-    size = tl.minimum(blocks - first, GROUP)
-    inside = program % (GROUP * parts)
-    block = first + inside % size
-    part = inside // size
-
+    block, part = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), parts, GROUP)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
+    # rows past the end read the last one
+    x_rows = row_starts(x_ptr, x_stride, tl.minimum(row, N - 1).to(tl.int64)[:, None], DESCRIPTORS)
     steps = tl.cdiv(H, BLOCK_K)
     start = part * SPAN
     tiles = tl.cdiv(tl.minimum(SPAN, V - start), BLOCK_N)
-    if not DESCRIPTORS:  # rows and columns past the end read the last one
-        x_tile = x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * x_stride
 
     high = tl.full([BLOCK_M], float("-inf"), tl.float32)
     second = high
@@ -104,23 +88,11 @@ def score_block(
     low = start - BLOCK_N
     step = -1
     for _ in range(tiles * steps):
-        step = tl.where(step == steps - 1, 0, step + 1)
-        low = tl.where(step == 0, low + BLOCK_N, low)
-        if DESCRIPTORS:
-            x = x_ptr.load([block * BLOCK_M, step * BLOCK_K])
-            w = w_ptr.load([low, step * BLOCK_K])
-        else:
-            column = tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)
-            along = step * BLOCK_K + k
-            x_at = x_tile + along[None, :] * x_column
-            w_at = w_ptr + column.to(tl.int64)[:, None] * w_stride + along[None, :]
-            if EVEN_H:
-                x = tl.load(x_at)
-                w = tl.load(w_at)
-            else:
-                x = tl.load(x_at, mask=(along < H)[None, :], other=0.0)
-                w = tl.load(w_at, mask=(along < H)[None, :], other=0.0)
-        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+        step, low = next_step(step, low, steps, BLOCK_N)
+        acc = add_product(
+            acc, x_rows, x_column, w_ptr, w_stride, block * BLOCK_M, low, step, V, H,
+            DESCRIPTORS, EVEN_H, PRECISION, BLOCK_N, BLOCK_K
+        )  # fmt: skip
         if step == steps - 1:
             z = acc
             safe_column = tl.minimum(low + tl.arange(0, BLOCK_N), V - 1)
@@ -211,84 +183,6 @@ def _score_kernel(
     tl.store(out + 3 * stat, second, mask=row_ok)
 
 
-INTERPRETED = not isinstance(_score_kernel, triton.runtime.JITFunction)
-
-
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) for 16-bit dtypes: the first measured on an H100, the others for an
-# autotuner to try. Compiled for sm_80 or sm_100, 128 x 256 spills registers; 128 x 128 with 8 warps does not.
-TILES = (
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-    (128, 128, 64, 8, 4),
-    (128, 128, 64, 4, 3),
-    (64, 256, 64, 4, 4),
-    (128, 128, 32, 4, 4),
-    (64, 128, 64, 4, 3),
-)
-# float32 multiplies in twice the registers
-WIDE_TILES = ((64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 32, 4, 4))
-
-
-def configurations(dtype: torch.dtype) -> list[dict[str, int]]:
-    """Tile sizes worth trying; the first is the one that is used where nothing is tried."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    tiles = [dict(zip(names, sizes, strict=True)) for sizes in (WIDE_TILES if dtype.itemsize == 4 else TILES)]
-    if dtype.itemsize == 1:  # the same bytes as in 16 bits; not tuned
-        tiles = [{**sizes, "BLOCK_K": 2 * sizes["BLOCK_K"]} for sizes in tiles]
-    return [{**sizes, "GROUP": 16} for sizes in tiles]
-
-
-def configuration(dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes: measured on an H100 for 16-bit dtypes."""
-    return configurations(dtype)[0]
-
-
-def has_descriptors(tensor: Tensor) -> bool:
-    """Whether TMA can load tiles of this tensor."""
-    return tensor.is_cuda and tma_loads(tensor.device, tensor.stride(), tensor.element_size(), tensor.data_ptr())
-
-
-def tma_loads(device: torch.device, strides: Sequence[int], width: int, address: int) -> bool:
-    """Whether TMA can load tiles: Hopper or later, contiguous rows, all other strides multiples of 16 bytes.
-
-    ``width``: bytes of an element. ``address``: of the first one, up to multiples of 16 bytes.
-    """
-    aligned = address % 16 == 0 and all(stride * width % 16 == 0 for stride in strides[:-1])
-    return aligned and strides[-1] == 1 and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def operands(hidden: Tensor, weight: Tensor, config: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The first arguments of a kernel that multiplies rows by a head's weight, and the constants they decide.
-
-    ``weight``: its columns are contiguous. ``config``: tile sizes and ``DESCRIPTORS``.
-    """
-    if INTERPRETED and hidden.dtype in (torch.bfloat16, FP8):  # whose products of those are wrong
-        hidden, weight = hidden.float(), weight.float()
-    x: Any = hidden
-    w: Any = weight
-    if config["DESCRIPTORS"]:
-        x = TensorDescriptor.from_tensor(hidden, [config["BLOCK_M"], config["BLOCK_K"]])
-        w = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-    constants = {"EVEN_H": hidden.shape[1] % config["BLOCK_K"] == 0, "PRECISION": precision(hidden.dtype)}
-    return (x, hidden.stride(0), hidden.stride(1), w, weight.stride(0)), constants
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Of products, as PyTorch's settings have it."""
-    return "tf32" if dtype == torch.float32 and multiplies_in_tf32() else "ieee"
-
-
-def on_tensor_cores(dtype: torch.dtype) -> bool:
-    """Whether products use them. Without, tiles loaded by TMA spill registers (compiled for sm_90 and sm_100)."""
-    return dtype != torch.float32 or precision(dtype) == "tf32"
-
-
-def loads_by_tma(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the tiles of a product should be loaded by TMA: it can, and it pays."""
-    return on_tensor_cores(hidden.dtype) and has_descriptors(hidden) and has_descriptors(weight)
-
-
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether the GPU has products of 8-bit floats: Ada, Hopper or later."""
     return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9))
@@ -305,21 +199,17 @@ def score_partials_triton(
     column_scale: Tensor | None = None,
     **overrides: Any,
 ) -> Tensor:
-    """As the reference. ``overrides`` replace entries of :func:`configuration` and the choice of ``DESCRIPTORS``."""
+    """As the reference. ``overrides`` replace tile sizes and the choice of ``DESCRIPTORS``."""
     (rows, width), vocab = hidden.shape, weight.shape[0]
-    if hidden.dtype == FP8 and not multiplies_fp8(hidden.device):  # bfloat16 holds every 8-bit float
+    if hidden.dtype == torch.float8_e4m3fn and not multiplies_fp8(hidden.device):  # bfloat16 holds every 8-bit float
         hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    weight = contiguous_rows(weight)
     bias = None if bias is None else bias.contiguous()
     parts = -(-vocab // span)
     out = torch.empty(4, parts, rows, dtype=torch.float32, device=hidden.device)
     if rows == 0:
         return out
-    config = {
-        **configuration(hidden.dtype),
-        "DESCRIPTORS": loads_by_tma(hidden, weight),
-        **overrides,
-    }
+    config = {**configurations(hidden.dtype)[0], "DESCRIPTORS": loads_by_tma(hidden, weight), **overrides}
     if span % config["BLOCK_N"]:
         raise ValueError(f"span must be a multiple of {config['BLOCK_N']}, got {span}")
     matrices, constants = operands(hidden, weight, config)

@@ -34,12 +34,12 @@ def lower_attention_rows_backward(
 
     (batch, heads, slots, dim), (_, kv_heads, length, _), _ = shapes  # type: ignore[misc]
     rows_like = dict(grad=grad, q=query, k=key, v=value, out=out)
-    read = {name: compat.stored(node, last_contiguous=True) for name, node in rows_like.items()}
-    read |= {"lse": compat.stored(logsumexp), "rows": compat.stored(rows)}
+    read = {name: compat.realize_fixed_layout(node, last_contiguous=True) for name, node in rows_like.items()}
+    read |= {"lse": compat.realize_fixed_layout(logsumexp), "rows": compat.realize_fixed_layout(rows)}
     kind: Literal["none", "bool", "additive"] = "none"
     if mask is not None:
         kind = "bool" if mask.get_dtype() == torch.bool else "additive"
-        read["mask"] = compat.stored(mask)
+        read["mask"] = compat.realize_fixed_layout(mask)
     strides = {name: compat.static_strides(node) for name, node in read.items()}
     if mask is None:
         read["mask"], strides["mask"] = read["rows"], (0, 0, 0, 0)  # any pointer: it is not read
@@ -58,5 +58,5 @@ def lower_attention_rows_backward(
         tensors[name] = empty(batch, heads, slots, dtype=torch.float32)
     sizes = Sizes(batch, heads, kv_heads, slots, length, dim)
     for launch in launches(sizes, strides, query.get_dtype(), scale, causal, kind, all_keys, softcap):
-        compat.launch(launch.kernel, launch.pointers(tensors), launch.arguments, launch.ways)
+        compat.launch(launch.kernel, launch.pointers(tensors), launch.arguments, launch.configs)
     return dq, dk, dv

@@ -30,7 +30,7 @@ from cggr_compile.ops.moe_steps import (
 
 SERVED = (torch.bfloat16, torch.float16)
 EPILOGUES = {"swiglu": 1, "swiglu_backward": 2}
-MANY = 2**31  # entries of a result: templates count in 32 bits
+MAX_ENTRIES = 2**31  # entries of a result: templates count in 32 bits
 # The kernels' own functions do the work: a template binds their arguments, sizes as constants, and stores.
 # A change of those functions changes this text, which is in the key of the autotuner's cache.
 ROWS = """
@@ -96,9 +96,9 @@ ROWS = """
 {%- endif %}
 
 
-from cggr_compile.kernels.moe_products import back_through_swiglu, rows_tile, through_swiglu  # SOURCE_KEY
+from cggr_compile.kernels.moe_products import rows_tile
+from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu  # SOURCE_KEY
 """
-ROWS_FUNCTIONS = ("back_through_swiglu", "rows_tile", "through_swiglu")
 WEIGHT_GRADIENT = """
 {{def_kernel("BY_ROW", "BY_TOKEN", "ORDER", "OFFSETS")}}
 {%- set left, right = ("BY_TOKEN", "BY_ROW") if TOKENS_FIRST else ("BY_ROW", "BY_TOKEN") %}
@@ -128,7 +128,7 @@ WEIGHT_GRADIENT = """
     {{store_output(("expert", "at_row", "at_column"), "acc", "inside", val_shape=("BLOCK_M", "BLOCK_N"))}}
 
 
-from cggr_compile.kernels.moe_products import weight_gradient_tile  # SOURCE_KEY
+from cggr_compile.kernels.moe_weight_gradient import weight_gradient_tile  # SOURCE_KEY
 """
 
 
@@ -138,12 +138,12 @@ def lower_moe_mlp(
     """Inductor's nodes for the operator's arguments, in, and for its results, out."""
     if not _serves(hidden, gate_up, down):
         return compat.call_operator(moe_mlp, hidden, gate_up, down, weights, order, position, offsets, save)
-    fastest = _Fastest(hidden, order, offsets, int(weights.get_size()[1]))
+    grouped = _GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
     both = int(gate_up.get_size()[1])
-    inner = fastest.empty(fastest.rows if save else 0, both)
-    activation = fastest.rows_of("swiglu", hidden, gate_up, both // 2, written=[inner] if save else [])
-    products = fastest.rows_of("down", activation, down, int(down.get_size()[1]))
-    return compat.call_operator(moe_combine, products, weights, position, offsets, fastest.top_k), inner
+    inner = grouped.empty(grouped.rows if save else 0, both)
+    activation = grouped.rows_of("swiglu", hidden, gate_up, both // 2, written=[inner] if save else [])
+    products = grouped.rows_of("down", activation, down, int(down.get_size()[1]))
+    return compat.call_operator(moe_combine, products, weights, position, offsets, grouped.top_k), inner
 
 
 def lower_moe_mlp_backward(
@@ -153,15 +153,15 @@ def lower_moe_mlp_backward(
     if not _serves(hidden, gate_up, down):
         arguments = (grad, hidden, gate_up, down, weights, inner, order, position, offsets)
         return compat.call_operator(moe_mlp_backward, *arguments)
-    fastest = _Fastest(hidden, order, offsets, int(weights.get_size()[1]))
+    grouped = _GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
     both = int(gate_up.get_size()[1])
-    d_inner, weighted = fastest.empty(fastest.rows, both), fastest.empty(fastest.rows, both // 2)
-    read = [compat.stored(node, contiguous=True) for node in (inner, weights)]
-    parts = fastest.rows_of("swiglu_backward", grad, down, both // 2, read=read, written=[d_inner, weighted])
-    d_rows = fastest.rows_of("d_hidden", d_inner, gate_up, int(gate_up.get_size()[2]))
-    d_gate_up = fastest.weight_gradient("d_gate_up", d_inner, hidden)
-    d_down = fastest.weight_gradient("d_down", weighted, grad)
-    d_hidden = compat.call_operator(moe_combine, d_rows, None, position, offsets, fastest.top_k)
+    d_inner, weighted = grouped.empty(grouped.rows, both), grouped.empty(grouped.rows, both // 2)
+    read = [compat.realize_fixed_layout(node, contiguous=True) for node in (inner, weights)]
+    parts = grouped.rows_of("swiglu_backward", grad, down, both // 2, read=read, written=[d_inner, weighted])
+    d_rows = grouped.rows_of("d_hidden", d_inner, gate_up, int(gate_up.get_size()[2]))
+    d_gate_up = grouped.weight_gradient("d_gate_up", d_inner, hidden)
+    d_down = grouped.weight_gradient("d_down", weighted, grad)
+    d_hidden = compat.call_operator(moe_combine, d_rows, None, position, offsets, grouped.top_k)
     d_weights = compat.call_operator(moe_routing_gradient, parts, position, offsets, weights)
     return d_hidden, d_gate_up, d_down, d_weights
 
@@ -178,7 +178,7 @@ def _times(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and compat.runs_our_kernels() and compat.times_templates(device, dtype)
 
 
-class _Fastest:
+class _GroupedProducts:
     """The grouped products of one call, each in the way that Inductor finds fastest.
 
     ``top_k``, ``rows`` (tokens * top_k), order, offsets and the queue of tiles are the same for all of them.
@@ -190,12 +190,12 @@ class _Fastest:
         self.device, self.dtype = hidden.get_device(), hidden.get_dtype()
         self.rows, self.top_k = int(order.get_size()[0]), top_k
         self.experts = int(offsets.get_size()[0]) - 1
-        self.order, self.offsets = compat.stored(order), compat.stored(offsets)
+        self.order, self.offsets = compat.realize_fixed_layout(order), compat.realize_fixed_layout(offsets)
         self.library, self.programs = library_takes(self.device, self.dtype), multiprocessors(self.device)
-        self.queue = compat.stored(compat.call_operator(moe_schedule, self.offsets, self.rows))
+        self.queue = compat.realize_fixed_layout(compat.call_operator(moe_schedule, self.offsets, self.rows))
 
     def empty(self, *shape: int) -> Any:
-        return compat.stored(compat.empty_buffer(shape, self.dtype, self.device))
+        return compat.realize_fixed_layout(compat.empty_buffer(shape, self.dtype, self.device))
 
     def rows_of(
         self,
@@ -209,9 +209,9 @@ class _Fastest:
     ) -> Any:
         """``kernel``: see ``multiply_rows``; ``width`` is its N. ``read``, ``written``: what else there is."""
         gather, epilogue = kernel in ("swiglu", "swiglu_backward"), EPILOGUES.get(kernel, 0)
-        a, b = compat.stored(a, last_contiguous=True), compat.stored(b)
+        a, b = compat.realize_fixed_layout(a, last_contiguous=True), compat.realize_fixed_layout(b)
         if 1 not in compat.static_strides(b)[1:]:
-            b = compat.stored(b, contiguous=True)
+            b = compat.realize_fixed_layout(b, contiguous=True)
         swapped = compat.static_strides(b)[2] != 1
         more = [*(read or []), *(written or [])]
         constants = dict(
@@ -230,7 +230,7 @@ class _Fastest:
         shape, dtype = ((parts, self.rows), torch.float32) if epilogue == 2 else ((self.rows, width), self.dtype)
         options: dict[str, Any] = {"top_k": self.top_k} if gather else {"transposed": kernel == "down"}
         examples = {2: self._example_offsets, 3: self._example_queue, 4: self._example_order}
-        return self._fastest(
+        return self._autotuned(
             kernel,
             [a, b, self.offsets, self.queue, *([self.order] if gather else []), *more],
             shape,
@@ -244,9 +244,9 @@ class _Fastest:
     def weight_gradient(self, kernel: str, by_row: Any, by_token: Any) -> Any:
         """``kernel``: ``d_gate_up``, or ``d_down``, whose first dimension belongs to ``by_token``."""
         tokens_first = kernel == "d_down"
-        by_row, by_token = (compat.stored(node, last_contiguous=True) for node in (by_row, by_token))
+        by_row, by_token = (compat.realize_fixed_layout(node, last_contiguous=True) for node in (by_row, by_token))
         left, right = (by_token, by_row) if tokens_first else (by_row, by_token)
-        return self._fastest(
+        return self._autotuned(
             kernel,
             [by_row, by_token, self.order, self.offsets],
             (self.experts, int(left.get_size()[1]), int(right.get_size()[1])),
@@ -256,7 +256,7 @@ class _Fastest:
             examples={2: self._example_order, 3: self._example_offsets},
         )
 
-    def _fastest(
+    def _autotuned(
         self,
         kernel: str,
         tensors: list[Any],
@@ -266,12 +266,12 @@ class _Fastest:
         constants: dict[str, Any],
         **more: Any,
     ) -> Any:
-        from cggr_compile.kernels.moe_products import configurations
-        from cggr_compile.kernels.score import precision
+        from cggr_compile.kernels.common import precision
+        from cggr_compile.kernels.moe_tiles import configurations
 
         constants = {**constants, "TOP_K": self.top_k, "PRECISION": repr(precision(self.dtype))}
-        tiles = configurations(kernel) if math.prod(shape) < MANY else []
-        return compat.fastest(
+        tiles = configurations(kernel) if math.prod(shape) < MAX_ENTRIES else []
+        return compat.autotune(
             f"cggr_moe_{kernel}",
             tensors,
             shape,
@@ -304,11 +304,14 @@ def _by_tile(experts: int, rows: int, columns: int, meta: dict[str, Any]) -> tup
 
 @cache
 def _template(kernel: str) -> Any:
-    from cggr_compile.kernels import moe_products as kernels
+    from cggr_compile.kernels.moe_products import rows_tile
+    from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu
+    from cggr_compile.kernels.moe_weight_gradient import weight_gradient_tile
 
     by_tile = kernel in ("d_gate_up", "d_down")
-    source, names = (WEIGHT_GRADIENT, ("weight_gradient_tile",)) if by_tile else (ROWS, ROWS_FUNCTIONS)
-    text = source.strip().replace("SOURCE_KEY", " ".join(getattr(kernels, name).cache_key for name in names))
+    of_rows = (back_through_swiglu, rows_tile, through_swiglu)
+    source, functions = (WEIGHT_GRADIENT, (weight_gradient_tile,)) if by_tile else (ROWS, of_rows)
+    text = source.strip().replace("SOURCE_KEY", " ".join(function.cache_key for function in functions))
     return compat.triton_template(f"cggr_moe_{kernel}", _by_tile if by_tile else _persistent, text)
 
 

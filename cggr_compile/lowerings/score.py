@@ -80,29 +80,32 @@ def lower_score_partials(
     column_scale: Any = None,
 ) -> Any:
     """Inductor's nodes for the operator's arguments, in, and for its result, out."""
-    ways = _ways(hidden, weight, span)
-    if not ways:
+    configs = _configs(hidden, weight, span)
+    if not configs:
         return compat.call_operator(score_partials, hidden, weight, bias, scale, softcap, span, row_scale, column_scale)
-    from cggr_compile.kernels.score import on_tensor_cores
+    from cggr_compile.kernels.common import on_tensor_cores
 
     given = [node for node in (bias, row_scale, column_scale) if node is not None]
-    nodes = [compat.stored(hidden), *(compat.stored(node, last_contiguous=True) for node in (weight, *given))]
+    nodes = [
+        compat.realize_fixed_layout(hidden),
+        *(compat.realize_fixed_layout(node, last_contiguous=True) for node in (weight, *given)),
+    ]
     modes: dict[str, Any] = dict(HAS_BIAS=bias is not None, HAS_SCALES=row_scale is not None)
     constants = dict(SCALE=float(scale), CAP=float(softcap), SPAN=span, **modes)
     constants["DESCRIPTORS"] = on_tensor_cores(hidden.get_dtype()) and all(map(tma_loads, nodes[:2]))
     rows, vocab = int(hidden.get_size()[0]), int(weight.get_size()[0])
-    return compat.fastest(
+    return compat.autotune(
         "cggr_score_partials",
         nodes,
         (4, -(-vocab // span), rows),
         torch.float32,
         [(_operator(), dict(scale=scale, softcap=softcap, span=span, bias=modes["HAS_BIAS"]))],
         _template(),
-        [{**constants, **way} for way in ways],
+        [{**constants, **config} for config in configs],
     )
 
 
-def _ways(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
+def _configs(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
     """The template's tile sizes to be tried; none where it cannot serve or nothing is to be timed."""
     shapes = compat.static_shape(hidden), compat.static_shape(weight)
     device, dtype = hidden.get_device(), hidden.get_dtype()
@@ -110,17 +113,19 @@ def _ways(hidden: Any, weight: Any, span: int) -> list[dict[str, Any]]:
         return []
     if device.type != "cuda" or not compat.runs_our_kernels() or not compat.times_templates(device, torch.float32):
         return []
-    from cggr_compile.kernels.score import configurations, multiplies_fp8, precision
+    from cggr_compile.kernels.common import precision
+    from cggr_compile.kernels.head_product import configurations
+    from cggr_compile.kernels.score import multiplies_fp8
 
     if dtype == FP8 and not multiplies_fp8(device):
         return []
     card: Any = torch.cuda.get_device_properties(device)
 
-    def fits(way: dict[str, int]) -> bool:  # all but the tiles that are being multiplied wait in shared memory
-        tile = (way["BLOCK_M"] + way["BLOCK_N"]) * way["BLOCK_K"] * dtype.itemsize
-        return (way["num_stages"] - 1) * tile <= card.shared_memory_per_block_optin and span % way["BLOCK_N"] == 0
+    def fits(config: dict[str, int]) -> bool:  # all but the tiles that are being multiplied wait in shared memory
+        tile = (config["BLOCK_M"] + config["BLOCK_N"]) * config["BLOCK_K"] * dtype.itemsize
+        return (config["num_stages"] - 1) * tile <= card.shared_memory_per_block_optin and span % config["BLOCK_N"] == 0
 
-    return [{**way, "PRECISION": repr(precision(dtype))} for way in configurations(dtype) if fits(way)]
+    return [{**config, "PRECISION": repr(precision(dtype))} for config in configurations(dtype) if fits(config)]
 
 
 def _programs(numbers: int, parts: int, rows: int, meta: dict[str, Any]) -> tuple[int, int, int]:

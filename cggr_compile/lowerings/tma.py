@@ -8,11 +8,11 @@ from cggr_compile import compat
 
 
 def tma_loads(node: Any, swapped: bool = False) -> bool:
-    """``node``: what ``compat.stored`` returned. ``swapped``: with its last two dimensions the other way round."""
-    from cggr_compile.kernels import score
+    """``node``: of ``compat.realize_fixed_layout``. ``swapped``: with its last two dimensions the other way round."""
+    from cggr_compile.kernels import common
 
     strides = compat.static_strides(node)
     if swapped:
         *outer, row, column = strides
         strides = (*outer, column, row)
-    return score.tma_loads(node.get_device(), strides, node.get_dtype().itemsize, compat.address(node))
+    return common.tma_loads(node.get_device(), strides, node.get_dtype().itemsize, compat.alignment_offset(node))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cggr_compile.kernels.routing_gradient import routing_gradient
 from cggr_compile.ops.library import define_opaque
 
 TILE_ROWS, TILE_COLUMNS = 128, 128  # of the tiles that a schedule, and the parts of a sum, are made for
@@ -151,7 +152,7 @@ def _weight_gradient(
 ) -> Tensor:
     """[E, M, N]: an expert's sum over its rows of outer products; M belongs to ``by_token`` if ``tokens_first``."""
     if by_row.is_cuda and not library:
-        from cggr_compile.kernels.moe_products import weight_gradient
+        from cggr_compile.kernels.moe_weight_gradient import weight_gradient
 
         pair = ("d_down", by_token, by_row) if tokens_first else ("d_gate_up", by_row, by_token)
         with torch.cuda.device_of(by_row):
@@ -182,13 +183,6 @@ def _combine(rows: Tensor, weights: Tensor | None, position: Tensor, offsets: Te
 
 def _fake_combine(rows: Tensor, weights: Tensor | None, position: Tensor, offsets: Tensor, top_k: int) -> Tensor:
     return rows.new_empty(rows.shape[0] // top_k, rows.shape[1])
-
-
-def routing_gradient(parts: Tensor, position: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of ``weights`` [tokens, top_k], from what ``moe_swiglu_backward`` returns."""
-    place = position.long()
-    found = torch.where(place < offsets[-1], parts.sum(0)[place], 0.0)  # unwritten without an expert
-    return found.view(weights.shape).to(weights.dtype)
 
 
 def _fake_routing_gradient(parts: Tensor, position: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """``cggr::gather_rows`` and its backward ``cggr::scatter_rows``: the selected rows of a hidden state.
 
 They stay operators of their own down to the joint graph, where they tell the optimising passes which rows
-carry gradient; there they are replaced by ATen. ``cggr::fence`` stays to the end.
+carry gradient; there they are replaced by ATen. ``cggr::fusion_barrier`` stays to the end.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ scatter_rows = define_opaque(
 )
 
 
-def _fake_fence(rows: Tensor, number: int = 0) -> Tensor:
+def _fake_barrier(rows: Tensor, number: int = 0) -> Tensor:
     return torch.empty_like(rows)
 
 
-def fence_reference(rows: Tensor, number: int = 0) -> Tensor:
+def fusion_barrier_reference(rows: Tensor, number: int = 0) -> Tensor:
     """A copy of ``rows`` that no kernel is fused with; two of different ``number`` are not merged.
 
     A compiler that fuses the selection with gathers at those rows, of activations of *all* layers, cannot run it
@@ -60,7 +60,9 @@ def fence_reference(rows: Tensor, number: int = 0) -> Tensor:
     return rows.clone()
 
 
-fence = define_opaque("fence(Tensor rows, int number=0) -> Tensor", fence_reference, _fake_fence)
+fusion_barrier = define_opaque(
+    "fusion_barrier(Tensor rows, int number=0) -> Tensor", fusion_barrier_reference, _fake_barrier
+)
 
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

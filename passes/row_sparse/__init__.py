@@ -56,7 +56,7 @@ class RowSparseBackward:
         nodes = list(graph.nodes)
         rv = RowValues(graph, rows, keep, batch=shape_of(seed)[0], length=length)
         with rv.emit.before(seed, self.name):
-            rv.rows = rv.emit.call(ops.fence.default, rows)
+            rv.rows = rv.emit.call(ops.fusion_barrier.default, rows)
         rv.backward = descendants([seed])
         rv.stage = stages(nodes[: nodes.index(seed)], rows)
         places: dict[str, list[str | None]] = {}

@@ -25,7 +25,7 @@ def stages(forward: Sequence[Node], rows: Node) -> dict[Node, int]:
     Without stages a code generator sees one index tensor, and sums of the residual stream's rows that go through all
     layers. It fuses gathers across layers as it happens, so that equal layers get different kernels; the gathers of the
     residual stream all become one kernel behind the last layer, until when every layer's dense output is kept. With
-    stages (and fences between them) each stage gathers by itself, with the kernels of the one before.
+    stages (and barriers between them) each stage gathers by itself, with the kernels of the one before.
 
     Nothing is gathered in the forward pass where activations are recomputed: there are no stages then.
     """
@@ -41,14 +41,14 @@ def stages(forward: Sequence[Node], rows: Node) -> dict[Node, int]:
 
 
 def separate(rv: RowValues, made: Collection[Node]) -> None:
-    """Put a fence between a row version and those of later stages that are computed from it."""
-    fences: dict[tuple[Node, int], Node] = {}
+    """Put a barrier between a row version and those of later stages that are computed from it."""
+    barriers: dict[tuple[Node, int], Node] = {}
     for node in [node for node in rv.graph.nodes if node in made]:
         stage = rv.stage.get(node, 0)
         for source in node.all_input_nodes:
             if source not in made or rv.stage.get(source, stage) >= stage:
                 continue
-            if (source, stage) not in fences:
+            if (source, stage) not in barriers:
                 with rv.emit.before(source.next, "row_sparse"):
-                    fences[source, stage] = rv.emit.call(torch.ops.cggr.fence.default, source, stage)
-            node.replace_input_with(source, fences[source, stage])
+                    barriers[source, stage] = rv.emit.call(torch.ops.cggr.fusion_barrier.default, source, stage)
+            node.replace_input_with(source, barriers[source, stage])

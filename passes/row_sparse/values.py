@@ -55,7 +55,7 @@ class RowValues:
         if not stage:
             return self.rows
         if stage not in self._fenced:
-            self._fenced[stage] = self.emit.call(torch.ops.cggr.fence.default, self.rows, stage)
+            self._fenced[stage] = self.emit.call(torch.ops.cggr.fusion_barrier.default, self.rows, stage)
         return self._fenced[stage]
 
     def flat_rows(self, node: Node) -> Node:

@@ -8,7 +8,7 @@ from ops.test_linear_cross_entropy import check, expected, make_case, make_grads
 
 import cggr_compile.ops.linear_cross_entropy as implementation
 from cggr_compile.kernels import linear_cross_entropy as kernels
-from cggr_compile.kernels.score import has_descriptors
+from cggr_compile.kernels.common import has_descriptors
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}
 MODES = [dict(), dict(bias=True, softcap=20.0, scale=0.5, smoothing=0.1), dict(bias=True, smoothing=0.1)]

@@ -13,7 +13,7 @@ from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
 from cggr_compile import PersistentTRMLP, lowerings
-from cggr_compile.kernels import moe_products
+from cggr_compile.kernels import moe_tiles, moe_weight_gradient
 from cggr_compile.ops.moe import moe
 from cggr_compile.ops.moe_routing import moe_permute, moe_top_experts, moe_top_experts_reference
 
@@ -60,14 +60,14 @@ def test_sizes(tokens, hidden, inner, experts, top_k, dtype):
 def test_ways_of_loading(monkeypatch, descriptors, gather, flatten):
     if descriptors and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("no tensor descriptors before Hopper")
-    original = moe_products.configuration
+    original = moe_tiles.configuration
 
     def configuration(kernel, dtype, columns=0):
         ways = dict(DESCRIPTORS=descriptors, FLATTEN=flatten)
         ways |= dict(GATHER=gather) if kernel in ("swiglu", "swiglu_backward") else {}
         return original(kernel, dtype, columns) | (ways if not kernel.startswith("d_") or kernel == "d_hidden" else {})
 
-    monkeypatch.setattr(moe_products, "configuration", configuration)
+    monkeypatch.setattr(moe_tiles, "configuration", configuration)
     case = make_case(3000, 256, 384, 8, 2, routing="null", dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(case[0])
     check(run(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
@@ -78,8 +78,8 @@ def test_weight_gradients_by_the_library(monkeypatch, routing):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("left to the library on Hopper only")
     called = []
-    original = moe_products.F.grouped_mm
-    monkeypatch.setattr(moe_products.F, "grouped_mm", lambda *a, **k: called.append(1) or original(*a, **k))
+    original = moe_weight_gradient.F.grouped_mm
+    monkeypatch.setattr(moe_weight_gradient.F, "grouped_mm", lambda *a, **k: called.append(1) or original(*a, **k))
     case = make_case(3000, 520, 2056, 6, 2, routing=routing, dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(case[0])
     torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)  # what later allocations find
@@ -176,10 +176,10 @@ def test_every_tile(monkeypatch, kernel):
     case = make_case(1500, 512, 384, 4, 2, routing="null", dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(case[0])
     wanted, ran = expected(*case, grad), 0
-    original = moe_products.configuration
-    for tile in moe_products.configurations(kernel):
+    original = moe_tiles.configuration
+    for tile in moe_tiles.configurations(kernel):
         monkeypatch.setattr(
-            moe_products,
+            moe_tiles,
             "configuration",
             lambda name, *rest, tile=tile: tile if name == kernel else original(name, *rest),
         )

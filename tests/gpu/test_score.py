@@ -11,7 +11,9 @@ from ops.test_score import check, expected, make_case, make_fp8_case, ranks
 from torch._inductor.utils import run_and_get_code
 
 from cggr_compile import lowerings
+from cggr_compile.kernels import head_product
 from cggr_compile.kernels import score as kernels
+from cggr_compile.kernels.common import has_descriptors
 from cggr_compile.ops.score import SPAN, score, score_partials, score_partials_reference
 
 TOLERANCE = {torch.bfloat16: 1e-3, torch.float16: 1e-3, torch.float32: 1e-4}
@@ -32,7 +34,7 @@ def test_equals_softmax(rows, vocab, width, dtype, modes):
 def test_both_ways_of_loading(dtype, descriptors):
     case = make_case(200, 6000, 128, dtype=dtype, device="cuda")
     arguments = (*case[:3], *case[4:], SPAN)
-    if descriptors and not kernels.has_descriptors(case[0]):
+    if descriptors and not has_descriptors(case[0]):
         pytest.skip("no tensor descriptors before Hopper")
     got = kernels.score_partials_triton(*arguments, DESCRIPTORS=descriptors)
     wanted = score_partials_reference(*(t.double() if isinstance(t, torch.Tensor) else t for t in arguments))
@@ -43,7 +45,7 @@ def test_both_ways_of_loading(dtype, descriptors):
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(300, 5000, 576), (1000, 50257, 2048)])
 def test_8_bits(rows, vocab, width, descriptors):
     *arguments, row_scale, column_scale = make_fp8_case(rows, vocab, width, dtype=torch.bfloat16, device="cuda")
-    if not kernels.multiplies_fp8(arguments[0].device) or (descriptors and not kernels.has_descriptors(arguments[0])):
+    if not kernels.multiplies_fp8(arguments[0].device) or (descriptors and not has_descriptors(arguments[0])):
         pytest.skip("no products of 8-bit floats, or no tensor descriptors")
     scales = (row_scale, column_scale)
     found = kernels.score_partials_triton(*arguments, SPAN, *scales, DESCRIPTORS=descriptors)
@@ -74,7 +76,7 @@ def test_8_bits_keep_the_ranking():
 def test_strides_that_descriptors_cannot_take():
     hidden, weight, bias, labels, *rest = make_case(200, 3000, 128, dtype=torch.bfloat16, device="cuda")
     shifted = torch.empty(200 * 128 + 1, dtype=torch.bfloat16, device="cuda")[1:].view(200, 128).copy_(hidden)
-    assert not kernels.has_descriptors(shifted)
+    assert not has_descriptors(shifted)
     wanted = expected(hidden, weight, bias, labels, *rest)
     check(score(shifted, weight, bias, labels, *rest), wanted, 1e-3)
     check(score(hidden.t().contiguous().t(), weight.t().contiguous().t(), bias, labels, *rest), wanted, 1e-3)
@@ -162,7 +164,7 @@ def test_every_tile():
     wanted = score_partials_reference(*(a.double() if isinstance(a, torch.Tensor) else a for a in arguments))
     ran = 0
     errors = pytest.importorskip("triton.runtime.errors")
-    for way in kernels.configurations(torch.bfloat16):
+    for way in head_product.configurations(torch.bfloat16):
         try:
             found = kernels.score_partials_triton(*arguments, **way)
         except errors.OutOfResources:

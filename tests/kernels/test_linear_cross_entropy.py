@@ -154,8 +154,8 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, vocab, width, modes
         mean = rows if smoothing else None
         kernels.loss_triton(partials, hidden, weight, bias, labels, mean, scale, softcap, smoothing)
 
-    names = ["_logit_gradient_kernel", "_loss_kernel"]
-    found = binaries_for(monkeypatch, tmp_path, arch, kernels, names, call)
+    launched = [(kernels, "_logit_gradient_kernel"), (kernels, "_loss_kernel")]
+    found = binaries_for(monkeypatch, tmp_path, arch, launched, call)
     for kernel in found:
         assert kernel.asm["cubin"].startswith(b"\x7fELF")
         assert f".target sm_{arch}" in kernel.asm["ptx"]

@@ -18,9 +18,11 @@ from triton_harness import (  # noqa: E402
 
 from cggr_compile.kernels import moe as kernels  # noqa: E402
 from cggr_compile.kernels import moe_products as products  # noqa: E402
+from cggr_compile.kernels import moe_weight_gradient as sums  # noqa: E402
 from cggr_compile.ops.moe_routing import moe_permute  # noqa: E402
 
 ROWS, GROUPED = ["swiglu", "down", "swiglu_backward", "d_hidden"], ["d_gate_up", "d_down"]
+GROUPED_KERNELS = [(products, "_schedule_kernel"), (products, "_rows_kernel"), (sums, "_weight_gradient_kernel")]
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
 
 
@@ -147,9 +149,10 @@ def test_under_the_interpreter():
 def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, sizes, dtype):
     hidden, *_ = case = make_case(300, *sizes, dtype=dtype)
     descriptors = arch >= 90 and sizes[0] % 64 == 0
-    monkeypatch.setattr(products, "has_descriptors", lambda tensor: descriptors)
+    for module in (products, sums):
+        monkeypatch.setattr(module, "has_descriptors", lambda tensor: descriptors)
     binaries = binaries_for(
-        *(monkeypatch, tmp_path, arch, products, ["_schedule_kernel", "_rows_kernel", "_weight_gradient_kernel"]),
+        *(monkeypatch, tmp_path, arch, GROUPED_KERNELS),
         lambda: monkeypatch.setattr(kernels, "combine", lambda *_: hidden) or run(case, hidden),
     )
     assert len(binaries) == 8

@@ -19,6 +19,7 @@ from triton_harness import (
 
 from cggr_compile.kernels import moe_clamped as kernels
 from cggr_compile.kernels import moe_products as products
+from cggr_compile.kernels import moe_weight_gradient as sums
 from cggr_compile.ops.moe_routing import moe_permute
 
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
@@ -99,14 +100,12 @@ def test_under_the_interpreter():
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch):
     case = make_case(300, 2048, 768, 4, 2, dtype=torch.bfloat16)
-    monkeypatch.setattr(products, "has_descriptors", lambda tensor: arch >= 90)
+    for module in (products, sums):
+        monkeypatch.setattr(module, "has_descriptors", lambda tensor: arch >= 90)
     monkeypatch.setattr(kernels, "combine", lambda *_: case[0])
-    elementwise = ["_activation_kernel", "_activation_backward_kernel", "_expert_sums_kernel"]
-    binaries = binaries_for(monkeypatch, tmp_path, arch, kernels, elementwise, lambda: None)
-    binaries += binaries_for(
-        *(monkeypatch, tmp_path, arch, products, ["_schedule_kernel", "_rows_kernel", "_weight_gradient_kernel"]),
-        lambda: run(case, case[0]),
-    )
+    launched = [(kernels, f"_{name}_kernel") for name in ("activation", "activation_backward", "expert_sums")]
+    launched += [(products, "_schedule_kernel"), (products, "_rows_kernel"), (sums, "_weight_gradient_kernel")]
+    binaries = binaries_for(monkeypatch, tmp_path, arch, launched, lambda: run(case, case[0]))
     assert len(binaries) == 12
     for kernel in binaries:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]

@@ -71,5 +71,6 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch):
             *(grad, inner, weights, order, offsets), torch.empty_like(grad), torch.empty_like(inner), torch.empty(2, 40)
         )
 
-    binaries = binaries_for(monkeypatch, tmp_path, arch, kernels, ["_gate_kernel", "_gate_backward_kernel"], call)
+    launched = [(kernels, "_gate_kernel"), (kernels, "_gate_backward_kernel")]
+    binaries = binaries_for(monkeypatch, tmp_path, arch, launched, call)
     assert len(binaries) == 2 and all(kernel.asm["cubin"].startswith(b"\x7fELF") for kernel in binaries)

@@ -82,7 +82,7 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, experts, top_k):
         chosen = kernels.top_experts_triton(torch.randn(300, experts), top_k)
         kernels.permute_triton(chosen, experts)
 
-    binaries = binaries_for(monkeypatch, tmp_path, arch, kernels, names, call)
+    binaries = binaries_for(monkeypatch, tmp_path, arch, [(kernels, name) for name in names], call)
     assert [kernel.metadata.name for kernel in binaries] == names
     for kernel in binaries:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]

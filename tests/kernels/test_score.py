@@ -113,7 +113,7 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, voca
     def call():
         kernels.score_partials_triton(*case[:3], *case[4:], 2048, DESCRIPTORS=descriptors)
 
-    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, kernels, ["_score_kernel"], call)
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, [(kernels, "_score_kernel")], call)
     assert kernel.asm["cubin"].startswith(b"\x7fELF")
     assert f".target sm_{arch}" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= shared_memory
@@ -137,6 +137,6 @@ def test_8_bits_compile_without_a_gpu(monkeypatch, tmp_path, arch, width, descri
     def call():
         kernels.score_partials_triton(*arguments, 2048, row_scale, column_scale, DESCRIPTORS=descriptors)
 
-    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, kernels, ["_score_kernel"], call)
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, [(kernels, "_score_kernel")], call)
     assert product in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 232448

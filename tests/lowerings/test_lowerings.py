@@ -9,8 +9,8 @@ from torch._inductor.utils import run_and_get_code
 
 from cggr_compile import compat, lowerings
 from cggr_compile.ops.attention_rows import attention_rows_backward, attention_rows_backward_reference
-from cggr_compile.ops.join import join
-from cggr_compile.ops.rows import fence
+from cggr_compile.ops.concat_in_place import concat_in_place
+from cggr_compile.ops.rows import fusion_barrier
 
 pytestmark = pytest.mark.skipif(compat.cpp_compiler() is None, reason="needs a C++ compiler")
 
@@ -25,7 +25,7 @@ def _registered():
 
 def test_joined_columns_are_written_in_place():
     def function(a, b, weight):
-        joined = join([a.exp(), (b * 2).sin()], 1)
+        joined = concat_in_place([a.exp(), (b * 2).sin()], 1)
         return joined @ weight, joined[:, 3:]
 
     a, b, weight = torch.randn(5, 3), torch.randn(5, 4), torch.randn(7, 2)
@@ -33,14 +33,14 @@ def test_joined_columns_are_written_in_place():
     expected = function(a, b, weight)
     for have, want in zip(got, expected, strict=True):
         torch.testing.assert_close(have, want)
-    assert "cggr.join" not in code.split("def call(")[1]  # no call of the operator
+    assert "cggr.concat_in_place" not in code.split("def call(")[1]  # no call of the operator
     assert "aten.cat" not in code.split("def call(")[1]
 
 
 def test_the_same_part_twice():
     def function(a):
         part = a.cos()
-        return join([part, part], 1), part.sum()
+        return concat_in_place([part, part], 1), part.sum()
 
     a = torch.randn(4, 3)
     for have, want in zip(torch.compile(function)(a), function(a), strict=True):
@@ -56,10 +56,10 @@ def test_attention_without_a_kernel_is_a_call():
         torch.testing.assert_close(have, want)
 
 
-def test_a_fence_is_no_copy_and_its_memory_stays():
+def test_a_fusion_barrier_is_no_copy_and_its_memory_stays():
     def function(a, weight):
         made = a.sin() + 1
-        behind = fence(made, 3)
+        behind = fusion_barrier(made, 3)
         early = made @ weight + behind @ weight  # the last use of made, but for its memory
         late = ((early.cos() @ weight).exp() @ weight).tanh()  # in memory that others left
         return late, behind * 3
@@ -68,4 +68,4 @@ def test_a_fence_is_no_copy_and_its_memory_stays():
     got, (code,) = run_and_get_code(torch.compile(function), a, weight)
     for have, want in zip(got, function(a, weight), strict=True):
         torch.testing.assert_close(have, want)
-    assert "aten.alias.default(" in code and "cggr.fence.default(" not in code
+    assert "aten.alias.default(" in code and "cggr.fusion_barrier.default(" not in code

@@ -17,6 +17,7 @@ from triton_harness import binaries_for  # noqa: E402
 
 from cggr_compile import compat, lowerings  # noqa: E402
 from cggr_compile.kernels import moe_products as products  # noqa: E402
+from cggr_compile.kernels import moe_tiles  # noqa: E402
 from cggr_compile.lowerings import moe as lowering  # noqa: E402
 from cggr_compile.ops.moe import moe, moe_mlp, moe_mlp_backward  # noqa: E402
 from cggr_compile.ops.moe_routing import moe_permute  # noqa: E402
@@ -39,7 +40,7 @@ def choose(monkeypatch):
     def choose(pattern, tiles=None, descriptors=False):
         choice(pattern)
         monkeypatch.setattr(lowering, "tma_loads", lambda node, swapped=False: descriptors)
-        monkeypatch.setattr(products, "configurations", lambda kernel: (tiles or small)(kernel))
+        monkeypatch.setattr(moe_tiles, "configurations", lambda kernel: (tiles or small)(kernel))
 
     with config.patch(force_disable_caches=True, cpu_backend="triton"):
         yield choose
@@ -112,7 +113,7 @@ def test_nothing_is_saved_without_a_gradient(choose, tmp_path):
 )
 def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, descriptors, dtype, sizes):
     """The first of the tile sizes, in the template's place; the benchmark and the GPU's tests run all of them."""
-    first = products.configurations
+    first = moe_tiles.configurations
     choose(TEMPLATE, tiles=lambda kernel: first(kernel)[:1], descriptors=descriptors)
     case = make_case(300, *sizes, 4, 2, dtype=dtype)
     inner = torch.empty(600, 2 * sizes[1], dtype=dtype)
@@ -125,12 +126,12 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, descriptors
             backward = "D_INNER" in text
             tensors = [torch.empty(16, dtype=types.get(n.removeprefix("arg_"), dtype)) for n in names[:-1]]
             tensors.append(torch.empty(16, dtype=torch.float32 if backward and "WEIGHTED" in text else dtype))
-            tile = products.configurations(([*FORWARD] if len(seen) < 2 else [*BACKWARD])[number])[0]
+            tile = moe_tiles.configurations(([*FORWARD] if len(seen) < 2 else [*BACKWARD])[number])[0]
 
             def call(module=module, name=name, programs=programs, tensors=tensors, tile=tile):
                 getattr(module, name)[(programs,)](*tensors, num_warps=tile["num_warps"], num_stages=tile["num_stages"])
 
-            seen += binaries_for(monkeypatch, tmp_path, arch, module, [name], call)
+            seen += binaries_for(monkeypatch, tmp_path, arch, [(module, name)], call)
     assert len(seen) == 6
     for kernel in seen:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and "mma" in kernel.asm["ptx"]
@@ -163,7 +164,7 @@ def test_operators_are_choices(choose, pattern, routing):
 def test_one_call_without_max_autotune(monkeypatch):
     lowerings.register()
     torch._dynamo.reset()
-    monkeypatch.setattr(compat, "fastest", None)
+    monkeypatch.setattr(compat, "autotune", None)
     case = make_case(20, 16, 24, 3, 2)
     with config.patch(force_disable_caches=True):
         for code, _ in codes_of(case, torch.empty_like(case[0]), inner_of(case)):

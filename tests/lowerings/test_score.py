@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code  # noqa: E402
 from triton_harness import binaries_for  # noqa: E402
 
 from cggr_compile import compat, lowerings  # noqa: E402
-from cggr_compile.kernels import score as kernels  # noqa: E402
+from cggr_compile.kernels import common, head_product  # noqa: E402
 from cggr_compile.lowerings import score as lowering  # noqa: E402
 from cggr_compile.ops.score import FP8, score_partials, score_partials_reference  # noqa: E402
 
@@ -31,11 +31,11 @@ CALL = "= torch.ops.cggr.score_partials"
 def choose(monkeypatch):
     choice = pretend_to_time(monkeypatch)
 
-    def choose(pattern, way=None, descriptors=False):
-        ways = [way or SMALL, {**(way or SMALL), "GROUP": 1}]
+    def choose(pattern, tiles=SMALL, descriptors=False):
+        configs = [tiles, {**tiles, "GROUP": 1}]
         choice(pattern, always=["cggr_score_partials"])  # the way out if no template works
-        monkeypatch.setattr(lowering, "_ways", lambda *_: ways)
-        monkeypatch.setattr(kernels, "tma_loads", lambda device, strides, width, address: descriptors)
+        monkeypatch.setattr(lowering, "_configs", lambda *_: configs)
+        monkeypatch.setattr(common, "tma_loads", lambda device, strides, width, offset: descriptors)
 
     with config.patch(force_disable_caches=True, cpu_backend="triton"):
         yield choose
@@ -101,17 +101,17 @@ def test_compiles_without_a_gpu(choose, monkeypatch, tmp_path, arch, number, des
         arguments = (*rest, 2048, row_scale, column_scale)
     else:
         arguments = arguments_of(make_case(256, 4100, 576, **modes), 2048)
-    way = kernels.configurations(modes["dtype"])[number]
-    choose(TEMPLATE, {**way, "PRECISION": "'ieee'"}, descriptors)
+    tiles = head_product.configurations(modes["dtype"])[number]
+    choose(TEMPLATE, {**tiles, "PRECISION": "'ieee'"}, descriptors)
     ((name, (text, programs)),) = templates_of(generated(arguments)).items()
-    assert programs == 3 * (256 // way["BLOCK_M"])
+    assert programs == 3 * (256 // tiles["BLOCK_M"])
     module = load(text, tmp_path / "generated.py")
     tensors = [*tensors_of(arguments), torch.empty(4, 3, 256)]
 
     def call():
-        getattr(module, name)[(programs,)](*tensors, num_warps=way["num_warps"], num_stages=way["num_stages"])
+        getattr(module, name)[(programs,)](*tensors, num_warps=tiles["num_warps"], num_stages=tiles["num_stages"])
 
-    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, module, [name], call)
+    (kernel,) = binaries_for(monkeypatch, tmp_path, arch, [(module, name)], call)
     assert kernel.asm["cubin"].startswith(b"\x7fELF")
     assert kernel.metadata.shared <= (166912 if arch == 80 else 232448)
     assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == descriptors
@@ -131,7 +131,7 @@ def test_the_call_is_a_choice(choose):
 def test_the_call_is_all_there_is_without_max_autotune(monkeypatch):
     lowerings.register()
     torch._dynamo.reset()
-    monkeypatch.setattr(compat, "fastest", None)
+    monkeypatch.setattr(compat, "autotune", None)
     arguments = arguments_of(make_case(20, 70, 32), 32)
     compiled = torch.compile(lambda x, w: score_partials(x, w, *arguments[2:]))
     with config.patch(force_disable_caches=True):
@@ -147,22 +147,22 @@ def test_where_the_template_serves(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card.capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
 
-    def ways(dtype=torch.bfloat16, rows=300, span=2048, device="cuda"):
+    def configs(dtype=torch.bfloat16, rows=300, span=2048, device="cuda"):
         def node(*shape):
             return SimpleNamespace(
                 get_size=lambda: shape, get_dtype=lambda: dtype, get_device=lambda: torch.device(device)
             )
 
-        return lowering._ways(node(rows, 64), node(5000, 64), span)
+        return lowering._configs(node(rows, 64), node(5000, 64), span)
 
-    every = len(kernels.configurations(torch.bfloat16))
-    assert len(ways()) == len(ways(FP8)) == every and ways(torch.float32)
+    every = len(head_product.configurations(torch.bfloat16))
+    assert len(configs()) == len(configs(FP8)) == every and configs(torch.float32)
     symbol = torch.utils._sympy.symbol.make_symbol(torch.utils._sympy.symbol.SymT.SIZE, 0)
     for refused in (dict(dtype=torch.float64), dict(rows=0), dict(rows=symbol), dict(span=96), dict(device="cpu")):
-        assert not ways(**refused), refused
+        assert not configs(**refused), refused
     for name in ("timed", "triton"):
         setattr(card, name, False)
-        assert not ways()
+        assert not configs()
         setattr(card, name, True)
     card.capability, card.shared_memory_per_block_optin = (8, 6), 101376
-    assert 0 < len(ways()) < every and not ways(FP8)
+    assert 0 < len(configs()) < every and not configs(FP8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cggr_compile.ops  # noqa: F401
-from cggr_compile.passes.angles_once import MANY, ComputeAnglesOnce
+from cggr_compile.passes.angles_once import MIN_READERS, ComputeAnglesOnce
 
 
 def arguments(layers):
@@ -27,8 +27,8 @@ def rotate(queries, frequencies, positions):
     return results
 
 
-def fences(graph):
-    return graph.find_nodes(op="call_function", target=torch.ops.cggr.fence.default)
+def barriers(graph):
+    return graph.find_nodes(op="call_function", target=torch.ops.cggr.fusion_barrier.default)
 
 
 def check(function, inputs, expected):
@@ -36,18 +36,18 @@ def check(function, inputs, expected):
     result = ComputeAnglesOnce()(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    assert len(fences(gm.graph)) == expected and result.matched == bool(expected), result.reason
+    assert len(barriers(gm.graph)) == expected and result.matched == bool(expected), result.reason
     for want, have in zip(function(*inputs), gm(*inputs), strict=True):
         assert torch.equal(want, have)
     assert not ComputeAnglesOnce()(gm.graph).matched  # twice is once
     return gm
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(MANY, 2), (MANY - 1, 0)])
+@pytest.mark.parametrize(("layers", "expected"), [(MIN_READERS, 2), (MIN_READERS - 1, 0)])
 def test_rotary_embeddings_of_many_layers(layers, expected):
     gm = check(rotate, arguments(layers), expected)
-    for fence in fences(gm.graph):
-        assert len(fence.args[0].users) == 1  # every layer reads the copy
+    for barrier in barriers(gm.graph):
+        assert len(barrier.args[0].users) == 1  # every layer reads the copy
 
 
 def test_what_depends_on_an_activation_is_left_alone():
@@ -55,7 +55,7 @@ def test_what_depends_on_an_activation_is_left_alone():
         cos = queries[0][0, 0].cos()
         return [query * cos for query in queries]
 
-    check(function, arguments(MANY), 0)
+    check(function, arguments(MIN_READERS), 0)
 
 
 def test_positions_without_angles_are_left_alone():
@@ -63,7 +63,7 @@ def test_positions_without_angles_are_left_alone():
         distance = positions[:, None].float() * frequencies.repeat(2)
         return [query * distance for query in queries]
 
-    check(function, arguments(MANY), 0)
+    check(function, arguments(MIN_READERS), 0)
 
 
 def test_angles_for_one_reader_are_left_alone():
@@ -79,7 +79,7 @@ def test_random_numbers_are_no_positions():
         noise = torch.bernoulli(torch.zeros_like(positions[:, None].float()) + 0.0).cos()
         return [query * noise for query in queries]
 
-    check(function, arguments(MANY), 0)
+    check(function, arguments(MIN_READERS), 0)
 
 
 def test_rows_of_angles():
@@ -89,6 +89,6 @@ def test_rows_of_angles():
         cos = cos[rows]
         return [query[:, :, rows] * cos for query in queries]
 
-    gm = check(function, arguments(MANY), 1)
-    (fence,) = fences(gm.graph)
-    assert tuple(fence.meta["val"].shape) == (3, 4)
+    gm = check(function, arguments(MIN_READERS), 1)
+    (barrier,) = barriers(gm.graph)
+    assert tuple(barrier.meta["val"].shape) == (3, 4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cggr_compile.passes.fx import sort_stably
-from cggr_compile.passes.merge_products import WIDE, MergeProducts
+from cggr_compile.passes.merge_products import MAX_MERGED_COLUMNS, MergeProducts
 
 ROWS, WIDTH = 6, 5
 
@@ -79,13 +79,13 @@ def test_other_inputs_are_other_products():
 
 
 def test_wide_products_stay(monkeypatch):
-    monkeypatch.setattr("cggr_compile.passes.merge_products.SMALL", 2 * WIDE * WIDTH - 1)
-    check(linear_backward, *tensors(WIDE, WIDE + 1, rows=2), before=4, after=4)
-    check(linear_backward, *tensors(WIDE, WIDE - 1, rows=2), before=4, after=2)
+    monkeypatch.setattr("cggr_compile.passes.merge_products.MAX_MERGED_MACS", 2 * MAX_MERGED_COLUMNS * WIDTH - 1)
+    check(linear_backward, *tensors(MAX_MERGED_COLUMNS, MAX_MERGED_COLUMNS + 1, rows=2), before=4, after=4)
+    check(linear_backward, *tensors(MAX_MERGED_COLUMNS, MAX_MERGED_COLUMNS - 1, rows=2), before=4, after=2)
 
 
 def test_of_few_rows_wide_weight_gradients_are_merged_too():
-    _, result = check(linear_backward, *tensors(WIDE, WIDE + 1, rows=2), before=4, after=3)
+    _, result = check(linear_backward, *tensors(MAX_MERGED_COLUMNS, MAX_MERGED_COLUMNS + 1, rows=2), before=4, after=3)
     assert result.reason == "2 weight gradients in 1 products; 0 sums of input gradients, each in one"
 
 
@@ -99,7 +99,7 @@ def test_a_sum_without_the_weight_gradients():
     grads, weights, x = tensors(3, 2, 4)
     gm, result = check(summed, *grads, weights, x, before=4, after=2)
     assert result.reason == "0 weight gradients in 0 products; 1 sums of input gradients, each in one"
-    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.join.default)) == 1
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.concat_in_place.default)) == 1
 
 
 def masked(tangents_1, tangents_2, tangents_3, weights, keep, zero):
@@ -174,7 +174,7 @@ def test_sums_of_what_depends_on_each_other_stay():
 
 
 def test_sums_of_wide_products_stay():
-    grads, weights, _ = tensors(WIDE, WIDE + 1, rows=2)
+    grads, weights, _ = tensors(MAX_MERGED_COLUMNS, MAX_MERGED_COLUMNS + 1, rows=2)
     check(plain_sum, *grads, weights, before=2, after=2)
 
 

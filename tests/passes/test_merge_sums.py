@@ -38,17 +38,18 @@ def test_sums_of_layers_one_after_the_other():
     (tangents, *hidden) = grads(5)
     gm, result = check(norms, tangents, hidden, before=4, after=1)
     assert result.reason == "4 sums over rows, as 1"
-    terms = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.in_memory.default)}
-    assert len(terms) == 4 and all(part.next.target is torch.ops.cggr.in_memory.default for part in terms)
+    materialize = torch.ops.cggr.materialize.default
+    terms = {node.args[0] for node in gm.graph.find_nodes(op="call_function", target=materialize)}
+    assert len(terms) == 4 and all(part.next.target is materialize for part in terms)
 
 
 def test_groups_fit_the_room(monkeypatch):
-    monkeypatch.setattr(merge_sums, "ROOM", 4 * BYTES)
+    monkeypatch.setattr(merge_sums, "MAX_BUFFERED_BYTES", 4 * BYTES)
     (tangents, *hidden) = grads(11)
     assert check(norms, tangents, hidden, before=10, after=3)[1].reason == "10 sums over rows, as 3"
     (tangents, *hidden) = grads(6)
     assert check(norms, tangents, hidden, before=5, after=2)[1].reason == "4 sums over rows, as 1"  # one left over
-    monkeypatch.setattr(merge_sums, "ROOM", 4 * BYTES - 1)
+    monkeypatch.setattr(merge_sums, "MAX_BUFFERED_BYTES", 4 * BYTES - 1)
     assert not check(norms, tangents, hidden, before=5, after=5)[1].matched
 
 

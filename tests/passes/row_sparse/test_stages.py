@@ -15,7 +15,7 @@ from cggr_compile.passes.patterns.attention import is_attention
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.stages import LAYERS, stages
 
-FENCE = torch.ops.cggr.fence.default
+BARRIER = torch.ops.cggr.fusion_barrier.default
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -26,7 +26,7 @@ def program(before, after, recompute=False):
     attentions = []
     for _ in range(before):
         attentions.append(node := graph.call_function(ATTENTION, (node, node, node)))
-    rows = graph.call_function(FENCE, (node,))
+    rows = graph.call_function(BARRIER, (node,))
     for _ in range(after):
         attentions.append(node := graph.call_function(ATTENTION, (node, node, node)))
     if recompute:
@@ -73,8 +73,8 @@ def layers_by_index(graph):
         current += is_attention(node)
         if node.target in (torch.ops.aten.gather.default, torch.ops.aten.index.Tensor):
             index = node.all_input_nodes[1]
-            while index.all_input_nodes and index.target is not FENCE:
+            while index.all_input_nodes and index.target is not BARRIER:
                 index = index.all_input_nodes[0]
-            if index.target is FENCE:
+            if index.target is BARRIER:
                 layers[index].add(current)
     return layers.values()

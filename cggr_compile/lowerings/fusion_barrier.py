@@ -1,4 +1,4 @@
-"""The lowering of ``cggr::fence``: another name for the same memory."""
+"""The lowering of ``cggr::fusion_barrier``: another name for the same memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from cggr_compile import compat
 
 
-def lower_fence(rows: Any, number: int = 0) -> Any:
+def lower_fusion_barrier(rows: Any, number: int = 0) -> Any:
     """Inductor's node for the tensor, in; the same memory as a buffer of another name, out.
 
     Kernels are fused by the names of the buffers they read and write: nothing needs to be copied.
