@@ -20,9 +20,9 @@ IGNORE = -100
 ROLES = ("system", "user", "assistant", "tool")
 # of a tokenizer that has none: it is stored with the tokenizer, so that whoever loads the model writes prompts alike
 PLAIN_TEMPLATE = (
-    "{{ start_token }}{% for message in messages %}### {{ message['role'] }}\n{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### assistant\n{% endif %}"
+    "{{ start_token }}{% for message in messages %}{{ '### ' + message['role'] + '\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
 )
 _AT_ONCE = 256  # texts that the tokenizer gets in one call
 
@@ -110,10 +110,10 @@ def _message(message: Any, where: str) -> Message:
 def encode(chats: Sequence[Chat], tokenizer: Any, limit: int) -> list[Example]:
     """Chats as token sequences of at most ``limit`` tokens, written by the tokenizer's chat template.
 
-    Every assistant's message and its end of turn have labels, nothing else has. A sequence that is too long loses the
-    beginning of its first prompt, and where that is not enough its end. A tokenizer without a template is given a
-    plain one. A template that writes former answers differently once others follow (without the reasoning, say)
-    makes one sequence of each answer of a chat.
+    Every assistant's message and its end of turn have labels, nothing else has; a sequence ends with the last label.
+    One that is too long loses the beginning of its first prompt, and where that is not enough its end. A tokenizer
+    without a template is given a plain one. A template that writes former answers differently once others follow
+    (without the reasoning, say) makes one sequence of each answer of a chat.
 
     Raises:
         ValueError: if the tokenizer cannot tell which characters its tokens stand for, or the template refuses a chat.
@@ -172,16 +172,17 @@ def _written(chat: Chat, tokenizer: Any) -> Iterator[tuple[str, Spans]]:
 
 def _example(ids: list[int], offsets: list[tuple[int, int]], spans: Spans, limit: int) -> Example:
     tokens = torch.tensor(ids, dtype=torch.int32)
-    begin, end = torch.tensor(offsets).view(-1, 2).unbind(1)
+    begins, ends = torch.tensor(offsets).view(-1, 2).unbind(1)
     answer = torch.zeros(len(ids), dtype=torch.bool)
     for first, last in spans:
-        answer |= torch.maximum(begin, torch.tensor(first)) < torch.minimum(end, torch.tensor(last))
+        answer |= begins.clamp(min=first) < ends.clamp(max=last)
     labels = torch.where(answer, tokens, IGNORE)
+    where = answer.nonzero().flatten().tolist()
+    end = where[-1] + 1  # nothing is learned from what follows
     # one token stays in front of the first label, to predict it
-    spare = max(0, int(answer.int().argmax()) - 1)
-    from_left = min(max(0, len(ids) - limit), spare)
-    kept = slice(from_left, from_left + limit)
-    return Example(tokens[kept], labels[kept], cut=len(ids) > limit)
+    from_left = min(max(0, end - limit), max(0, where[0] - 1))
+    kept = slice(from_left, min(end, from_left + limit))
+    return Example(tokens[kept], labels[kept], cut=end > limit)
 
 
 def common_length(examples: Sequence[Example], multiple: int = 64) -> int:

@@ -67,6 +67,7 @@ def right_answers(
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line in file][:count]
     tokenizer.padding_side = "left"  # answers begin behind the prompts, at one position
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.eval()
     right = 0
     for first in range(0, len(records), batch):
