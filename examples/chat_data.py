@@ -185,9 +185,10 @@ def _example(ids: list[int], offsets: list[tuple[int, int]], spans: Spans, limit
     return Example(tokens[kept], labels[kept], cut=end > limit)
 
 
-def common_length(examples: Sequence[Example], multiple: int = 64) -> int:
-    """One length for all batches: the longest sequence's, rounded up to a multiple."""
-    return -(-max(len(example.ids) for example in examples) // multiple) * multiple
+def common_length(examples: Sequence[Example], limit: int, multiple: int = 64) -> int:
+    """One length for all batches: the longest sequence's, rounded up to a multiple, or to the limit."""
+    longest = max(len(example.ids) for example in examples)
+    return min(limit, -(-longest // multiple) * multiple)
 
 
 def collate(examples: Sequence[Example], length: int, padding: int) -> tuple[Tensor, Tensor]:

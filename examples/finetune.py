@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from run_log import RunLog, table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cggr_compile
 
@@ -219,6 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    positions = getattr(
+        AutoConfig.from_pretrained(args.model).get_text_config(), "max_position_embeddings", args.length
+    )
+    if args.length > positions:
+        sys.exit(f"error: --length {args.length}: this model has positions for {positions} tokens")
     per_step = args.batch_size * args.accumulate
     try:
         chats = read_chats(args.train)
@@ -230,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         held_out = encode(read_chats(args.test)[: args.eval_size], tokenizer, args.length) if args.test else []
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    length = common_length(examples)
+    length = common_length(examples, args.length)
     say(f"{args.train}: {describe(examples, length)}.")
 
     labels = sorted(example.predicted for example in examples)

@@ -190,7 +190,8 @@ def test_what_follows_the_last_answer_is_left_out(tmp_path):
 
 def test_batches_have_one_size(tokenizer):
     examples = encode([chat("one?", "1"), chat("one and two and three and four?" * 9, "10")], tokenizer, 256)
-    length = common_length(examples)
+    length = common_length(examples, 256)
+    assert common_length(examples, 129) == 129
     assert length % 64 == 0 and 0 <= length - max(len(example.ids) for example in examples) < 64
     ids, labels = collate(examples, length, padding=7)
     assert ids.shape == labels.shape == (2, length) and ids.dtype == labels.dtype == torch.int64
@@ -314,9 +315,9 @@ def test_however_a_step_is_cut_into_batches_it_is_the_same_step(folder, tmp_path
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attention_dropout=0.0)  # not compiled
     examples = encode(read_chats(folder / "train.jsonl"), tokenizer, 64)[:4]
     assert len({example.predicted for example in examples}) > 1
-    training = finetune.Training(model.train(), args, common_length(examples), padding=0)
+    training = finetune.Training(model.train(), args, common_length(examples, 64), padding=0)
     found = float(training.step(examples))
-    ids, labels = collate(examples, common_length(examples), 0)
+    ids, labels = collate(examples, common_length(examples, 64), 0)
     reference = AutoModelForCausalLM.from_pretrained(folder / "model", attention_dropout=0.0)
     loss = reference(input_ids=ids, labels=labels).loss
     assert found == pytest.approx(loss.item(), rel=1e-5)
@@ -345,6 +346,8 @@ def test_a_wrong_argument_is_refused_before_any_work(folder, tmp_path, argument,
 
 
 def test_bad_data_ends_with_one_line(folder, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: --length 4096: .* 2048 tokens"):
+        finetune.main(arguments(folder, tmp_path / "out", "--length=4096"))
     (tmp_path / "bad.jsonl").write_text(GOOD + "\n{}", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"^error: .*bad\.jsonl:2: "):
         finetune.main(arguments(folder, tmp_path / "out", f"--train={tmp_path / 'bad.jsonl'}"))
