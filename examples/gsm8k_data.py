@@ -43,11 +43,3 @@ def pack(texts: list[str], tokenizer: Tokenizer, length: int) -> torch.Tensor:
     if blocks == 0:
         raise ValueError(f"{len(ids)} tokens do not fill one block of {length}")
     return torch.tensor(ids[: blocks * length]).view(blocks, length)
-
-
-def batch_order(blocks: int, batch: int, steps: int, seed: int) -> torch.Tensor:
-    """Block numbers of every step, [steps, batch]: epochs of shuffled blocks, the same for every run with one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    epochs = -(-steps * batch // blocks)
-    order = torch.cat([torch.randperm(blocks, generator=generator) for _ in range(epochs)])
-    return order[: steps * batch].view(steps, batch)

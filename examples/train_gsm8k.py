@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 import transformers
+from batch_order import batch_order
 from comparison import RunRecord, StepTimes, report, save
-from gsm8k_data import batch_order, pack, read_texts, train_tokenizer
+from gsm8k_data import pack, read_texts, train_tokenizer
 from interrupt import Interrupt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
