@@ -85,9 +85,7 @@ def test_writes_inside_of_a_checkpoint(writes):
         return torch.utils.checkpoint.checkpoint(body, x, level, use_reentrant=False)
 
     captured = Captured(program, torch.ones(2, requires_grad=True), torch.ones(()))
-    (call,) = captured.gm.graph.find_nodes(
-        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
-    )
+    (call,) = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint)
     assert bool(mutated_operands(call)) == writes
 
 

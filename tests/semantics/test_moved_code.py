@@ -6,6 +6,8 @@ Every model here trains on all its labels with ``gradient="exact"``: it must be 
 from __future__ import annotations
 
 import copy
+import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from training import complaints, metrics
 import cggr_compile
 
 HIDDEN, VOCAB, SEQ = 16, 32, 8
+SEEDS = int(os.environ.get("CGGR_TEST_SEEDS", "6"))  # more of them for a hunt
 ALL_LABELS = {"selection": "labels", "max_selected": 1.0, "gradient": "exact"}
 
 
@@ -280,7 +283,7 @@ class BufferBetweenBlocks(Model):
 class BufferThroughAView(Model):
     def logits(self, x):
         self.level.view(-1)[1:].mul_(3)
-        return F.linear(self.norm(x), self.head.weight * self.level[1])
+        return F.linear(self.norm(x), self.head.weight * self.level[1].clone())
 
 
 @variant
@@ -456,3 +459,150 @@ def test_as_plain_pytorch(name: str) -> None:
     record = report.record("insert_router")
     assert record.matched == (name not in UNROUTED), record.reason
     assert UNROUTED.get(name, "") in record.reason
+
+
+PLACES = ("block 0", "block 1", "block 2", "scale", "shift", "norm", "head")
+
+
+class Anywhere(Model):
+    """Modes, writes and computed weights at places that ``seed`` picks."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        rng = random.Random(seed)
+        self.grad = {place: rng.random() < 0.6 for place in ("block 0", "scale", "shift", "norm", "labels")}
+        self.cast = {place: rng.random() < 0.4 for place in (*PLACES, "labels")}
+        self.write_after = rng.choice((None, 0, 1, 2))
+        self.reads_level, self.own_norm = rng.random() < 0.5, rng.random() < 0.5
+
+    def grads(self, place: str) -> Any:
+        return torch.set_grad_enabled(self.grad.get(place, True))
+
+    def casts(self, place: str) -> Any:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.cast[place])
+
+    def written(self, place: int) -> None:
+        if self.write_after == place:
+            with torch.no_grad():
+                self.level.view(-1)[:1].mul_(1.5)
+
+    def stack(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            with self.grads(f"block {i}"), self.casts(f"block {i}"):
+                x = block(x)
+            x = x.float()
+            self.written(i)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        with self.grads("scale"), self.casts("scale"):
+            weight = self.head.weight * (1 + self.table.weight.norm())
+        with self.grads("shift"), self.casts("shift"):
+            weight = weight.float() + (self.table.weight @ self.blocks[1].q.weight).float()
+        if self.reads_level:
+            weight = weight * self.level[0].clone()
+        if self.own_norm:
+            with self.grads("norm"), self.casts("norm"):
+                scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            x = x * scale * (1 + self.norm.weight)
+        else:
+            x = self.norm(x)
+        with self.grads("head"), self.casts("head"):
+            return F.linear(x, weight)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        with self.grads("labels"), self.casts("labels"):
+            return torch.where(labels == 5, -100, labels)
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_modes_and_writes_anywhere(seed: int) -> None:
+    model, _ = compare(lambda: Anywhere(seed), 2e-2)
+    assert metrics(model)["matched"], metrics(model)
+    routed = cggr_compile.runtime(model).reports[0].record("insert_router").matched
+    assert routed or (model.reads_level and model.write_after is not None)
+
+
+def move_whatever(monkeypatch: Any) -> None:
+    """Nodes move along data edges alone, and the anchor is where the router's block ends."""
+    monkeypatch.setattr("cggr_compile.passes.hoist.Hoist.obstacle", lambda *args: "")
+    monkeypatch.setattr("cggr_compile.passes.hoist.Hoist._same_there", lambda *args: True)
+    monkeypatch.setattr("cggr_compile.passes.candidates._anchor", lambda gm, ctx, after: after.next)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "routed"])
+@pytest.mark.parametrize(
+    ("name", "worst"),
+    [
+        ("HeadTimesDetachedFactor", "head.weight"),
+        ("FrozenFirstBlockAndScaledHead", "head.weight"),
+        ("BufferThroughAView", ""),
+    ],
+)
+def test_verify_sees_what_has_moved(name: str, worst: str, gradient: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rule taken away, gradient and loss are wrong; ``verify`` raises, as it does not with the rule."""
+    ids = torch.randint(0, VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    options = {"compiler": "eager", "verify": True, **ALL_LABELS, "gradient": gradient}
+
+    def step() -> nn.Module:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = VARIANTS[name]()
+        model.compile(backend="cggr", options=options)
+        model(ids, ids).backward()
+        return model
+
+    verification = cggr_compile.runtime(step()).reports[0].verification
+    assert verification.steps == 1 and verification.captured_error < 1e-5 and not verification.note
+    move_whatever(monkeypatch)
+    with pytest.raises(cggr_compile.VerificationError, match=f"and the captured one differ in .*{worst}"):
+        step()
+
+
+@pytest.mark.parametrize(
+    ("selection", "becomes", "remedy"),
+    [
+        ("importance", "'importance' draws every candidate with the same probability", "scoring='random'"),
+        ("stratified", "'stratified' has nothing to rank by and becomes 'random'", "scoring='random'"),
+        ("topk", "'topk' has nothing to rank by and becomes 'random'", "scoring='random'"),
+        ("sequence_aware", "'sequence_aware' has nothing to rank by and becomes 'random'", "scoring='random'"),
+        ("labels", "", ""),
+    ],
+)
+def test_without_a_router_the_selection_is_told_and_weighted(selection: str, becomes: str, remedy: str) -> None:
+    torch.manual_seed(0)
+    model = VARIANTS["spectral_norm_head"]()
+    model.compile(backend="cggr", options={"compiler": "eager", "selection": selection, "verify": True})
+    ids = torch.randint(0, VOCAB, (4, SEQ), generator=torch.Generator().manual_seed(1))
+    with complaints() as heard:
+        for _ in range(2):
+            model(ids, ids).backward()
+    left_out = [text for text in heard if "the router is left out" in text]
+    assert len(left_out) == bool(becomes)
+    for text in left_out:
+        assert becomes in text and remedy in text and "'normalize' (normalize)" in text and "writes in place" in text
+    assert not any("biased" in text for text in heard)
+    values, runtime = metrics(model), cggr_compile.runtime(model)
+    assert values["matched"] and values["verify_steps"] == 2 and values["avg_difficulty"] is None
+    kept = runtime.selected >= 0
+    assert kept.any() and runtime.reports[0].verification.captured_error < 1e-5
+    # every weight is 1 over the share that is drawn
+    share = float(kept.sum()) / (4 * (SEQ - 1))
+    assert float((runtime.weights[kept] * share - 1).abs().max()) < 0.2
+
+
+def test_a_ratio_that_follows_the_router_stands_still_without_one() -> None:
+    torch.manual_seed(0)
+    model = VARIANTS["spectral_norm_head"]()
+    options = {"dynamic_threshold": True, "warmup_steps": 2, "selection": "random"}
+    model.compile(backend="cggr", options={"compiler": "eager", **options})
+    ids = torch.randint(0, VOCAB, (4, SEQ), generator=torch.Generator().manual_seed(1))
+    ratios = []
+    with complaints() as heard:
+        for _ in range(4):
+            model(ids, ids).backward()
+            ratios.append(metrics(model)["ratio"])
+    assert ratios[0] == 1.0 and ratios[2:] == [0.25, 0.25]
+    assert any("dynamic_threshold does nothing" in text for text in heard)
+    observed = next(r for r in cggr_compile.runtime(model).reports if r.ratio == 1.0).record("observe_router")
+    assert not observed.matched and "no router" in observed.reason
