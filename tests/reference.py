@@ -208,9 +208,13 @@ def reference(
     gradient: str = "routed",
     kv_gradient: str = "project",
     kv_weight: str = "1",
+    extra: Tensor | None = None,
     **loss: Any,
 ) -> Run:
-    """The run that a compiled model has to reproduce: ``logits`` evaluates the unmodified model eagerly."""
+    """The run that a compiled model has to reproduce: ``logits`` evaluates the unmodified model eagerly.
+
+    ``extra``: bool [B, S], positions that carry gradient whether they are selected or not.
+    """
     rows = picks.rows if isinstance(picks, Picks) else picks
     factors = None
     if kv_weight == "1/sqrt(p)":
@@ -219,7 +223,9 @@ def reference(
             (torch.arange(len(rows))[:, None].expand_as(rows)[rows >= 0], rows[rows >= 0]),
             picks.weights[rows >= 0].sqrt(),
         )
-    with routing(model, hard_mask(rows, target.shape[1]), gradient, kv_gradient, factors):
+        factors = factors if extra is None else torch.where(extra, 1.0, factors)
+    hard = hard_mask(rows, target.shape[1])
+    with routing(model, hard if extra is None else hard | extra, gradient, kv_gradient, factors):
         return backward(model, selected_loss(logits(), target, picks, **loss))
 
 

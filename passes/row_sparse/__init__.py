@@ -11,7 +11,7 @@ from torch.fx import Node
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants, is_static
 from cggr_compile.passes.resolve_markers import stop_factors, weighed
-from cggr_compile.passes.row_sparse.attention import attention
+from cggr_compile.passes.row_sparse.attention import attention, is_forward
 from cggr_compile.passes.row_sparse.experts import experts
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
@@ -21,7 +21,7 @@ from cggr_compile.passes.row_sparse.values import Rows, RowValues
 if TYPE_CHECKING:
     from torch.fx import Graph
 
-ops = torch.ops.cggr
+ops, aten = torch.ops.cggr, torch.ops.aten
 
 
 class RowSparseBackward:
@@ -60,12 +60,16 @@ class RowSparseBackward:
         rv.backward = descendants([seed])
         rv.stage = stages(nodes[: nodes.index(seed)], rows)
         places: dict[str, list[str | None]] = {}
-        for node in nodes[nodes.index(seed) :]:
+        layers = {_layer(node) for node in nodes if is_forward(node) or node.target is aten._softmax.default} - {None}
+        layers_end = max((i for i, node in enumerate(nodes) if _layer(node) in layers), default=len(nodes))
+        for index, node in enumerate(nodes[nodes.index(seed) :], nodes.index(seed)):
             before = rv.densified.total()
             with rv.emit.before(node, self.name):
                 _visit(rv, node)
             if rv.densified.total() > before:
-                places.setdefault(str(node.target), []).append(_place(node))
+                place = _place(node)
+                # behind the first layer's gradient, an unknown module is none of the layers
+                places.setdefault(str(node.target), []).append("" if place is None and index > layers_end else place)
         graph.eliminate_dead_code()
         separate(rv, set(graph.nodes).difference(nodes))
         place_early(graph, set(graph.nodes).difference(nodes))
@@ -87,6 +91,13 @@ def _place(node: Node) -> str | None:
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return ".".join(paths[-1].split(".")[1:]) if paths else None
+
+
+def _layer(node: Node) -> str | None:
+    """The module path up to the layer's number, such as model.layers.0; None if there is no number."""
+    parts = (_place(node) or "").split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else None
 
 
 def _visit(rv: RowValues, node: Node) -> None:

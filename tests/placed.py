@@ -1,0 +1,223 @@
+"""Decoders in which something trained acts at particular positions: prompts, projectors, markers, token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import models
+import torch
+import torch.nn.functional as F
+from models import HIDDEN, SEQ, VOCAB
+from torch import Tensor, nn
+
+PROMPT, IMAGE, FEATURES = 4, 1, 12
+IGNORE = -100
+
+Embed = Callable[..., Tensor]
+
+
+class Placed(models.Decoder):
+    """A decoder whose embedding is ``embed(model, ids)``, which may use parameters of the given shapes.
+
+    ``frozen``: only these are trained. Returns the loss; :meth:`logits` what it is computed from.
+    """
+
+    def __init__(self, embed: Embed, shapes: Mapping[str, tuple[int, ...]], frozen: bool = True) -> None:
+        super().__init__(fused=False)
+        self.embed = embed
+        self.requires_grad_(not frozen)
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * 0.3))
+
+    def logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
+        x = self.embed(self, ids, *inputs)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+    def forward(self, ids: Tensor, labels: Tensor, *inputs: Tensor) -> Tensor:
+        logits = self.logits(ids, *inputs)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+    def words(self, ids: Tensor) -> Tensor:
+        return self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+
+
+def images() -> Tensor:
+    """bool [2, SEQ]: where image tokens stand."""
+    mask = torch.zeros(2, SEQ, dtype=torch.bool)
+    mask[0, 2:5] = mask[1, 1:6] = True
+    return mask
+
+
+def batch(image: int | None = None) -> tuple[Tensor, Tensor]:
+    """Ids and labels [2, SEQ]; the first half has no labels, and the image tokens are ``image``, if there are any."""
+    ids = torch.randint(2, VOCAB - 2, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, : SEQ // 2] = IGNORE
+    return (ids if image is None else torch.where(images(), image, ids)), labels
+
+
+# a row for each image token of :func:`images`
+SEEN = torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(2))
+
+
+def spread(prompt: Tensor, ids: Tensor) -> Tensor:
+    return prompt.expand(len(ids), -1, -1)
+
+
+def prefix_of(size: int) -> Embed:
+    """In the place of the first tokens, so that labels line up with positions."""
+
+    def embed(m: Any, ids: Tensor) -> Tensor:
+        return torch.cat([spread(m.prompt, ids), m.words(ids[:, size:])], 1)
+
+    return embed
+
+
+def suffix(m: Any, ids: Tensor) -> Tensor:
+    return torch.cat([m.words(ids[:, PROMPT:]), spread(m.prompt, ids)], 1)
+
+
+def middle(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    x = torch.cat((x[:, :2], spread(m.prompt, ids), x[:, 2 + PROMPT :]), dim=1)
+    return F.layer_norm(x, (HIDDEN,)) * 3.0
+
+
+def nested(m: Any, ids: Tensor) -> Tensor:
+    inner = torch.cat([spread(m.prompt, ids), m.words(ids[:, 2 + PROMPT :])], 1)
+    return torch.cat([m.words(ids[:, :2]), inner], 1)
+
+
+def looked_up(m: Any, ids: Tensor) -> Tensor:
+    prompt = F.embedding(torch.arange(PROMPT).unsqueeze(0).expand(len(ids), -1), m.prompt)
+    return torch.cat([prompt, m.words(ids[:, PROMPT:])], 1)
+
+
+def encoded(m: Any, ids: Tensor) -> Tensor:
+    prompt = F.linear(F.linear(m.prompt, m.up).tanh(), m.down)
+    return torch.cat([spread(prompt, ids), m.words(ids[:, PROMPT:])], 1)
+
+
+def of_tasks(m: Any, ids: Tensor) -> Tensor:
+    return torch.cat([m.prompts[torch.tensor([0, 2])], m.words(ids[:, PROMPT:])], 1)
+
+
+def padded(m: Any, ids: Tensor) -> Tensor:
+    words = F.pad(m.words(ids[:, PROMPT:]), (0, 0, PROMPT, 0))
+    return words + F.pad(m.prompt, (0, 0, 0, SEQ - PROMPT))
+
+
+def sliced(m: Any, ids: Tensor) -> Tensor:
+    return torch.slice_scatter(m.words(ids), spread(m.prompt, ids), 1, 2, 2 + PROMPT)
+
+
+def each(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    return torch.stack([torch.cat([m.prompt, x[i, PROMPT:]], 0) for i in range(2)])
+
+
+def indexed(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids).index_add(1, torch.tensor([1, 4, 5, 6]), spread(m.prompt, ids))
+
+
+def chosen(m: Any, ids: Tensor) -> Tensor:
+    choice = F.one_hot(torch.arange(SEQ).clamp(max=PROMPT), PROMPT + 1)[:, :PROMPT]
+    return m.words(ids) + choice.float() @ m.prompt
+
+
+def speaker(m: Any, ids: Tensor) -> Tensor:
+    return torch.cat([F.embedding(ids[:, :2] % 5, m.table), m.words(ids[:, 2:])], 1)
+
+
+def scattered(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    mask = (ids == IMAGE).unsqueeze(-1).expand_as(x)
+    return x.masked_scatter(mask, F.linear(SEEN, m.projector))
+
+
+def where(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    seen = F.linear(torch.ones(*ids.shape, FEATURES), m.projector)
+    return torch.where((ids != IMAGE)[..., None], x, seen)
+
+
+def blended(m: Any, ids: Tensor) -> Tensor:
+    share = (ids == IMAGE).float()[..., None]
+    return m.words(ids) * (1 - share) + m.marker * share
+
+
+def marked(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + m.marker * (ids == IMAGE)[..., None]
+
+
+def filled(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids).masked_fill((ids == IMAGE)[..., None] & (torch.arange(HIDDEN) < 8), m.number)
+
+
+def rows_copied(m: Any, ids: Tensor) -> Tensor:
+    return F.embedding(ids, m.wte.weight.index_copy(0, torch.tensor([0, IMAGE]), m.rows))
+
+
+def rows_added(m: Any, ids: Tensor) -> Tensor:
+    return F.embedding(ids, torch.cat([m.wte.weight[: VOCAB - 2], m.rows]))
+
+
+def reordered(m: Any, ids: Tensor) -> Tensor:
+    x = torch.cat([m.words(ids[:, PROMPT:]), spread(m.prompt, ids)], 1)
+    return x[:, torch.arange(SEQ).roll(PROMPT)]
+
+
+def lerped(m: Any, ids: Tensor) -> Tensor:
+    return torch.lerp(m.words(ids), m.marker.expand(*ids.shape, -1), (ids == IMAGE).float()[..., None])
+
+
+def everywhere(m: Any, ids: Tensor, delta: Tensor) -> Tensor:
+    return m.words(ids) + delta
+
+
+_PROMPT = {"prompt": (PROMPT, HIDDEN)}
+_PROJECTOR = {"projector": (HIDDEN, FEATURES)}
+_MARKER = {"marker": (HIDDEN,)}
+_FIRST = (0, PROMPT)
+
+# name: (embedding, its parameters, the image token, positions [begin, end) or None for those of images())
+KNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int, ...] | None]] = {
+    "prefix": (prefix_of(PROMPT), _PROMPT, None, _FIRST),
+    "suffix": (suffix, _PROMPT, None, (SEQ - PROMPT, SEQ)),
+    "middle": (middle, _PROMPT, None, (2, 2 + PROMPT)),
+    "nested": (nested, _PROMPT, None, (2, 2 + PROMPT)),
+    "looked_up": (looked_up, _PROMPT, None, _FIRST),
+    "encoded": (encoded, {"prompt": (PROMPT, 8), "up": (6, 8), "down": (HIDDEN, 6)}, None, _FIRST),
+    "of_tasks": (of_tasks, {"prompts": (3, PROMPT, HIDDEN)}, None, _FIRST),
+    "padded": (padded, _PROMPT, None, _FIRST),
+    "sliced": (sliced, _PROMPT, None, (2, 2 + PROMPT)),
+    "each": (each, _PROMPT, None, _FIRST),
+    "indexed": (indexed, _PROMPT, None, (1, 4, 5, 6)),
+    "chosen": (chosen, _PROMPT, None, _FIRST),
+    "speaker": (speaker, {"table": (5, HIDDEN)}, None, (0, 2)),
+    "scattered": (scattered, _PROJECTOR, IMAGE, None),
+    "where": (where, _PROJECTOR, IMAGE, None),
+    "blended": (blended, _MARKER, IMAGE, None),
+    "marked": (marked, _MARKER, IMAGE, None),
+    "filled": (filled, {"number": ()}, IMAGE, None),
+    "rows_copied": (rows_copied, {"rows": (2, HIDDEN)}, IMAGE, None),
+    "rows_added": (rows_added, {"rows": (2, HIDDEN)}, VOCAB - 1, None),
+}
+UNKNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None]] = {
+    "reordered": (reordered, _PROMPT, None),
+    "lerped": (lerped, _MARKER, IMAGE),
+}
+
+
+def positions(name: str) -> Tensor:
+    """bool [2, SEQ]: where the trained part of a known one acts."""
+    where = KNOWN[name][3]
+    if where is None:
+        return images()
+    mask = torch.zeros(2, SEQ, dtype=torch.bool)
+    mask[:, list(where) if len(where) > 2 else slice(*where)] = True
+    return mask
