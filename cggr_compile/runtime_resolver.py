@@ -106,8 +106,8 @@ class RuntimeResolver:
     def _of_module(self, caller: compat.Caller) -> Runtime:
         module = self._module(caller)
         assert module is not None
-        scopes = caller.scopes
-        return registry.of_module(module, [m for path in self._parts if (m := compat.module_at(path, scopes))])
+        parts = [compat.module_at(path, caller.scopes) for path in self._parts]
+        return registry.of_module(module, [part for part in parts if part is not None])
 
     def _of_tensors(self, args: Sequence[Any]) -> Runtime:
         return registry.of_tensors([t for t in args if isinstance(t, Tensor) and t.requires_grad])
@@ -125,8 +125,9 @@ def _modules_read(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[str], li
     trees: dict[str, None] = {}
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         path = compat.source_path(node)
-        if path is not None and isinstance(value, Tensor) and (module := compat.outermost_module(path, scopes)):
-            taken[module] += 1 + len(inputs) * value.requires_grad
+        outermost = None if path is None else compat.outermost_module(path, scopes)
+        if path is not None and outermost is not None and isinstance(value, Tensor):
+            taken[outermost] += 1 + len(inputs) * value.requires_grad
             trees[compat.module_tree(path)] = None
-    outermost = [path for path, _ in taken.most_common()]
-    return outermost, [*outermost, *trees]
+    ranked = [path for path, _ in taken.most_common()]
+    return ranked, [*ranked, *trees]

@@ -97,6 +97,87 @@ def test_module_at():
         assert compat.module_at(path, scopes) is None
 
 
+def test_beginnings_of_paths():
+    model = torch.nn.ModuleDict({"inner": torch.nn.Linear(1, 1)})
+    model.hidden = [torch.nn.Linear(1, 1)]
+    scopes = {"L": {"step": {"models": (3, model)}}, "G": {}}
+    root = "L['step']['models'][1]"
+    for path in (f"{root}._modules['inner']._parameters['weight']", f"{root}.hidden[0]._parameters['weight']"):
+        assert compat.outermost_module(path, scopes) == root
+    assert compat.module_tree(f"{root}._modules['inner']._parameters['weight']") == root
+    hidden = compat.module_tree(f"{root}.hidden[0]._parameters['weight']")
+    assert compat.module_at(hidden, scopes) is model.hidden[0]
+    for path in ("L['step']['models'][0]", "G['step']", "L['other'].x", "L['step'].models", "3"):
+        assert compat.outermost_module(path, scopes) is None
+
+
+def test_callers():
+    """Read off the stack: what torch.compile was given, and the captured frame with its variables."""
+    found = []
+
+    def read(gm, inputs):
+        code = compat.captured_code()
+        assert code is not None and compat.caller(code).captured is None
+
+        def run(*args):
+            found.append((compat.caller(code).module, compat.caller(code).scopes))
+            return gm.forward(*args)
+
+        return run
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    model, x = Model(), torch.ones(2)
+    torch.compile(model, backend=read)(x)
+    torch.compile(model.forward, backend=read)(x)
+    torch.compile(torch.nn.ReLU(), backend=read)(x)  # Dynamo wraps what is PyTorch's own
+    torch.compile(lambda model, x: model(x), backend=read)(model, x)
+    modules = [module for module, _ in found]
+    assert modules[:2] == [model, model] and type(modules[2]) is torch.nn.ReLU and modules[3] is None
+    assert [scopes["L"].get("self") for _, scopes in found[:2]] == [model, model]
+    assert found[3][1]["L"]["model"] is model and found[3][1]["G"]["compat"] is compat
+    assert compat.caller(None) == compat.Caller(None, None) and compat.captured_code() is None
+    assert compat.original_module(torch.compile(model)) is model is compat.original_module(model)
+
+
+def test_saved_tensors_hooks():
+    names = []
+
+    def hooks(name):
+        return torch.autograd.graph.saved_tensors_hooks(lambda x: names.append(name) or x, lambda x: x)
+
+    x = torch.ones(2, requires_grad=True)
+    assert not compat.under_saved_tensors_hooks() and compat.saved_tensors_packers() == []
+    with hooks("outer"), hooks("inner"):
+        assert compat.under_saved_tensors_hooks()
+        for pack in compat.saved_tensors_packers():
+            pack(x)
+        assert names == ["inner", "outer"]
+        with compat.no_saved_tensors_hooks():
+            x.sin().sum()
+        assert names == ["inner", "outer"]
+        x.sin().sum()  # those in force are what they were
+        assert names == ["inner", "outer", "inner"]
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        assert compat.saved_tensors_packers() == [] and not compat.under_saved_tensors_hooks()
+
+
+def test_checkpoints_are_known_by_their_hooks():
+    seen = []
+
+    def body(x):
+        seen.append([compat.checkpoint_of(pack) for pack in compat.saved_tensors_packers()])
+        return x.sin()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        out = torch.utils.checkpoint.checkpoint(body, torch.ones(2, requires_grad=True), use_reentrant=False)
+    out.sum().backward()
+    (forward, other), (again, *_) = seen
+    assert other is None and forward[0] is again[0] and (forward[1], again[1]) == (False, True)
+
+
 def test_source_names():
     names = []
 

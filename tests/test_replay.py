@@ -320,3 +320,15 @@ def test_a_graph_has_a_cublas_workspace_of_its_own(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: done.append("clear"), raising=False)
     _, result = captured(lambda: done.append("record"), replay.Pool(), None)
     assert done == ["clear", "begin", "record", "end", "clear"] and result is None
+
+
+def test_nothing_is_replayed_under_saved_tensors_hooks(trained, recordings):
+    """A replay saves nothing, so a checkpoint could not recompute it."""
+    run, w, function, told = trained
+    train(run, w, range(3))
+    replayed = recordings.replayed
+    with torch.autograd.graph.save_on_cpu():
+        train(run, w, range(2))
+    assert (recordings.replayed, function.calls >= 2, told) == (replayed, True, [])
+    train(run, w, range(2))
+    assert recordings.replayed > replayed

@@ -275,3 +275,29 @@ def test_verify_uses_the_graphs_and_leaves_training_alone(replays):
     assert values["verify_steps"] == 3 and 0 < values["verify_max_error"] < 1e-5
     assert replays[-2 * (STEPS - 3) :] == ["ours"] * 2 * (STEPS - 3)
     assert_same(history, expected)
+
+
+def test_a_checkpoint_around_a_step_is_not_replayed_and_repeats_its_selection(replays):
+    """The recomputation runs in autograd's thread."""
+    model = warmed_up(models.family("llama"), {"cuda_graphs": True, "advance": "auto"}, STEPS)
+    plain = copy.deepcopy(model)
+    plain.compile(backend=models.backend(), dynamic=False)
+    first, second = batches(2)
+    runtimes = [cggr_compile.runtime(m) for m in (model, plain)]
+    runtimes[1].load_state_dict(runtimes[0].state_dict())
+    step, found = runtimes[0].metrics()["step"], []
+    replays.clear()
+    for one, checkpoints in ((model, True), (plain, False)):
+        one.zero_grad()
+
+        def loss(switch, one=one):
+            return one(**first).loss + 0 * switch
+
+        switch = torch.zeros((), device="cuda", requires_grad=True)
+        value = torch.utils.checkpoint.checkpoint(loss, switch, use_reentrant=False) if checkpoints else loss(switch)
+        one(**second)
+        value.backward()
+        found.append({name: p.grad.clone() for name, p in one.named_parameters()})
+    assert replays == ["ours"]  # the forward in between
+    assert_close(*found)
+    assert [runtime.metrics()["step"] for runtime in runtimes] == [step + 2] * 2
