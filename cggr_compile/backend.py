@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn import Parameter
 
-from cggr_compile import compat, lowerings, pass_records
+from cggr_compile import compat, lowerings, pass_records, recompile_limit
 from cggr_compile.aside import Aside, written_inputs
+from cggr_compile.causes import Cause
 from cggr_compile.dense_layers import dense_layers
-from cggr_compile.flash_attention import why_in_pieces
+from cggr_compile.diagnose import at_compiled_call, find_cause
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
@@ -29,6 +31,7 @@ from cggr_compile.pipeline import copy_module, rewrite
 from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime, runtime_of
+from cggr_compile.runtime import reset as reset_runtimes
 from cggr_compile.schedule import round_up, rungs
 from cggr_compile.variance import Gradient, VarianceMeter
 from cggr_compile.verify import Verifier, unverifiable
@@ -62,8 +65,9 @@ def cggr(
 
 
 def _reset() -> None:
-    """``torch._dynamo.reset()``: only CUDA graphs outlive the compiled code they belong to."""
+    """``torch._dynamo.reset()``: CUDA graphs outlive the compiled code they belong to, and so does what was told."""
     compat.reset_cuda_graphs()
+    reset_runtimes()
 
 
 cggr.reset = _reset  # type: ignore[attr-defined]
@@ -94,7 +98,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
         patches[compat.CUDA_GRAPHS] = False
-    training, unknown_mode = _is_training(gm, inputs)
+    training, refusal = _is_training(gm, inputs)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
     ratios = rungs(options) if training else (1.0,)
 
@@ -104,13 +108,15 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             training=training,
             compiler=engine,
             options=options.as_dict(),
-            reason=unknown_mode or "not a training graph: gradients are off or the model is in evaluation mode",
+            reason=Cause.NOT_TRAINING.says(),
         )
+        if refusal is not None:
+            report.refuse(*refusal)
         dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
         at_ratio = dataclasses.replace(options, min_tokens_ratio=ratio)
         ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
         dump.stage("captured", gm)
-        work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
+        work = rewrite(gm, ctx, report, dump) if report.training and refusal is None else gm
         owner.begin(report, options)
         return _Form(work, ctx, ctx.static if work is not gm else None, report, dump, owner, patches)
 
@@ -118,8 +124,10 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     report, ctx = form.report, form.ctx
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
+    if report.matched or (not training and at_compiled_call()):
+        recompile_limit.watch(partial(_given_up, runtime, options))
     if report.training and not report.matched:
-        report.reason += why_in_pieces(report.reason, compat.frame_scopes().get("L", {}))
+        find_cause(gm, report)
         if not ctx.dense:
             runtime.fall_back(report)
         if options.verify:
@@ -129,6 +137,10 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         return owner.before(_at_capture(form, inputs).run)
     forms = {**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}
     return owner.before(_ladder(forms, inputs, options))
+
+
+def _given_up(runtime: Runtime, options: Options, parameters: Sequence[Parameter] | None, reason: str) -> None:
+    (runtime if parameters is None else runtime_of(parameters)).give_up(reason, options)
 
 
 @dataclass
@@ -238,20 +250,22 @@ def _engine(options: Options, inputs: list[Any]) -> str:
     return "Inductor CUDA" if device == "cuda" else "Inductor CPU"
 
 
-def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, str]:
-    """Whether the graph is a training step's, and why that is uncertain where its modules' mode cannot be read."""
+def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, tuple[Cause, str] | None]:
+    """Whether the graph is a training step's, and why it cannot be rewritten where that is known beforehand."""
     if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return False, ""
+        return False, None
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
-        return False, ""  # an optimizer's update, say
+        return False, None  # an optimizer's update, say
     scopes = compat.frame_scopes()
     paths = {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
     modules = [m for path in paths if (m := compat.module_at(path, scopes)) is not None]
     if paths and not modules:
-        return True, f"whether it trains or evaluates is unknown: the captured frame has no module {min(paths)}"
+        return True, (Cause.UNKNOWN_MODE, Cause.UNKNOWN_MODE.says(module=min(paths)))
     # a frozen part may be in evaluation mode; a functional model has no mode at all
-    return not modules or any(m.training for m in modules), ""
+    training = not modules or any(m.training for m in modules)
+    piece = compat.in_ddp_piece(sys._getframe())  # it may look whole
+    return training, (Cause.DDP_PIECE, Cause.DDP_PIECE.says()) if training and piece else None
 
 
 def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:
@@ -270,7 +284,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
         return Rung(compiled)  # not noted as the last graph that ran
-    replayed = _replayed(report, patches)
+    replayed, trained = _replayed(report, patches), _trained(inputs)
 
     def run(*args: Any) -> Any:
         runtime = owner.runtime
@@ -280,10 +294,15 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
         if observed:
             *outputs, stats = outputs
             stats = stats.clone() if replayed else stats
-        runtime.record(report, None, None, stats)
+        runtime.record(report, None, None, stats, None if trained is None else args[trained])
         return tuple(outputs)
 
     return Rung(run, None if aside is None else lambda args: aside.gradient(compiled, args))
+
+
+def _trained(inputs: Sequence[Any]) -> int | None:
+    """Which argument is a trained parameter, if one is; a functional model's may be other tensors in every step."""
+    return next((i for i, t in enumerate(inputs) if isinstance(t, Parameter) and t.requires_grad), None)
 
 
 def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
@@ -319,7 +338,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
-    check = _label_check(gm, ctx)
+    check, trained = _label_check(gm, ctx), _trained(inputs)
     check(inputs)
 
     def run(*args: Any) -> Any:
@@ -335,7 +354,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         *outputs, weights, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:
             weights, selected, stats = weights.clone(), selected.clone(), stats.clone()
-        runtime.record(report, selected, weights, stats)
+        runtime.record(report, selected, weights, stats, None if trained is None else args[trained])
         return tuple(outputs)
 
     if aside is None:

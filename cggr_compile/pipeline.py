@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile import compat
+from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
 from cggr_compile.passes.angles_once import ComputeAnglesOnce
-from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult
+from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, refused
 from cggr_compile.passes.candidates import AlignTargets
 from cggr_compile.passes.causal_mask import RecoverCausalMask
 from cggr_compile.passes.detach_outputs import DetachOutputs
@@ -77,7 +79,8 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     """Run the semantic passes over a copy of ``gm``.
 
     Returns:
-        the rewritten copy, or ``gm`` itself if a required pass did not match; ``report`` says which and why.
+        the rewritten copy, or ``gm`` itself if a required pass did not match, or any pass failed (it may have left its
+        graph half-rewritten); ``report`` says which and why.
 
     Raises:
         OptionError: an option that does not fit this model.
@@ -87,8 +90,8 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
         record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
         if record.matched:
             dump.stage(graph_pass.name, work, record)
-        elif graph_pass.required:
-            report.reason = f"{graph_pass.name}: {record.reason}"
+        elif graph_pass.required or record.cause is not None:
+            report.refuse(record.cause or Cause.UNSUPPORTED_STACK, f"{graph_pass.name}: {record.reason}")
             return gm
     # only now: what one pass inserts, a later one may be the first to use
     work.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -96,10 +99,10 @@ def rewrite(gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: Graph
     dump.stage("rewritten", work)
     if ctx.dense:
         name = "the schedule's ratio" if ctx.rung else "min_tokens_ratio"
-        report.reason = f"{name} is 1.0: every token is trained on"
+        report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
     assert ctx.options.min_tokens_ratio != "auto"
-    report.matched, report.ratio = True, ctx.options.min_tokens_ratio
+    report.matched, report.cause, report.ratio = True, None, ctx.options.min_tokens_ratio
     told = (report.record(FindStack.name), report.record(SelectRows.name))
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
@@ -147,6 +150,11 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
     owner.recompile()
 
 
+def strict() -> bool:
+    """Whether a pass that fails raises (``CGGR_STRICT=1``, for tests) instead of leaving the graph dense."""
+    return os.environ.get("CGGR_STRICT") == "1"
+
+
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
     before, begin = operator_counts(graph), time.perf_counter()
     try:
@@ -155,10 +163,10 @@ def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Cal
     except (OptionError, UnresolvedMarkerError):
         raise
     except Exception as error:
-        if stage == "joint":
+        if stage == "joint" or strict():
             raise  # a half-rewritten backward must not run
         log.exception("pass %s failed; the graph is compiled as it was captured", name)
-        result = PassResult(False, f"internal error: {type(error).__name__}: {error}")
+        result = refused(Cause.INTERNAL_ERROR, name=name, error=f"{type(error).__name__}: {error}")
     after = operator_counts(graph)
     record = PassRecord(
         name,
@@ -166,6 +174,7 @@ def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Cal
         result.matched,
         result.reason,
         result.details,
+        cause=result.cause,
         added=dict(after - before),
         removed=dict(before - after),
         seconds=time.perf_counter() - begin,

@@ -13,16 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_compile import compat
+from cggr_compile import compat, recompile_limit
+from cggr_compile.causes import PIECES, Cause
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
+from cggr_compile.updates import Updates
 from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
+NOTHING = "nothing compiled yet"
 _STATE_VERSION = 2
 _STATE_KEYS = {1: {"version", "step", "seed"}, 2: {"version", "step", "seed", "schedule"}}
+
+
+# what has been said of the pieces of a step: each has parameters of its own, and may have a runtime of its own
+_told: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
@@ -57,6 +64,8 @@ class Runtime:
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
+        self._updates = Updates()
+        self._given_up = ""  # why, if Dynamo has given up on the model's code
 
     def step(self) -> None:
         """Advance the step by one. Needed with ``advance="manual"`` only (gradient accumulation)."""
@@ -73,7 +82,10 @@ class Runtime:
         ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
         unless ``selection="labels"``); matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
-        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
+        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None; stale_steps:
+        training steps since these figures were taken, which ran without the backend because Dynamo has given up on the
+        model's code (0 in normal use). They are counted by the optimizer's updates of a parameter, so the last of them
+        only after its update.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -82,7 +94,11 @@ class Runtime:
             values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=True)}
             values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
         total = values["tokens_total"]
+        stale = self._updates.missed()
+        reason = report.reason if report is not None else "; ".join(filter(None, (NOTHING, recompile_limit.given_up())))
         matched = report.matched if report is not None else False
+        if self._given_up and (stale or report is None):
+            matched, reason = False, self._given_up
         return {
             "step": self._step,
             "ratio": report.ratio if report is not None else None,
@@ -92,11 +108,12 @@ class Runtime:
             "selection": self.options.selection,
             "labels_overflow": None if self._overflow is None else int(self._overflow),
             "matched": matched,
-            "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
+            "fallback_reason": None if matched else reason,
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
             "added_variance": self._schedule.added,
+            "stale_steps": stale,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,10 +204,18 @@ class Runtime:
                 self._schedule.measured(figures, ratio)
 
     def record(
-        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
+        self,
+        report: GraphReport,
+        selected: Tensor | None,
+        weights: Tensor | None,
+        stats: Tensor | None,
+        parameter: Tensor | None = None,
     ) -> None:
+        """A training forward has run; ``parameter``: one of those that it trains."""
         self._note(report)
         if self._observed is None:
+            if parameter is not None:
+                self._updates.seen(parameter)
             self.selected, self.weights, self._stats = selected, weights, stats
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
@@ -226,7 +251,19 @@ class Runtime:
         """Say once, as the options ask, that a training graph is compiled as it is."""
         if self.options.fallback == "error":
             raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {report.reason}")
+        if report.cause in PIECES and self.options.fallback != "silent":
+            if report.reason in _told or (report.cause is Cause.PLAIN_PYTHON and _told):
+                return
+            _told.add(report.reason)
         self.warn(f"this training graph runs as it is: {report.reason}")
+
+    def give_up(self, reason: str, options: Options) -> None:
+        """Dynamo compiles this model no more: what it has not compiled yet runs without the backend."""
+        self._given_up = reason
+        if options.fallback == "error":
+            raise OptionError(f"the backend no longer sees this model and fallback='error': {reason}")
+        if options.fallback != "silent":
+            self.warn(reason)
 
     def warn(self, message: str) -> None:
         """Warn once per model, unless ``fallback="silent"``."""
@@ -260,6 +297,12 @@ class _Registry:
 
 
 _registry = _Registry()
+
+
+def reset() -> None:
+    """``torch._dynamo.reset()``: what has been said of pieces of a step may be said again."""
+    _told.clear()
+    recompile_limit.reset()
 
 
 def runtime_of(parameters: Iterable[Tensor]) -> Runtime:

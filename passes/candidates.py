@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cggr_compile import compat
+from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
-from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, shape_of
+from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, refused, shape_of
 from cggr_compile.passes.fx import Emitter, ancestors, hoist, mutated_operand, op_name
 
 if TYPE_CHECKING:
@@ -39,14 +40,12 @@ class AlignTargets:
         anchor = after.next
         obstacle = _written_late(gm, ctx, anchor)
         if obstacle is not None:
-            return PassResult(
-                False, f"{op_name(obstacle)!r} ({obstacle}) writes into the labels after the first blocks"
-            )
+            return refused(Cause.LATE_LABELS, what=f"{op_name(obstacle)!r} ({obstacle})")
         hoist(loss.target, anchor)
         start = stack.tail_start + loss.start
         rest = _positions_after(ctx, start)
         if rest is None:
-            return PassResult(False, "cannot line the targets up with the positions of the sequence")
+            return refused(Cause.UNALIGNED_TARGETS)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(anchor, self.name):
             length = emit.minus(emit.size(after, 1), start + rest)

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value, same_size, shape_of
+from cggr_compile.causes import Cause
+from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value, refused, same_size, shape_of
 from cggr_compile.passes.fx import ancestors, argument, layout_only, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-ROUTER_LOGITS = (
-    "with output_router_logits=True, transformers breaks the graph, unless the model was called so once before it was "
-    "compiled, and gets an attention_mask"
-)
 CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 
 
@@ -53,14 +50,14 @@ class FindLoss:
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         losses = [node for node in gm.graph.nodes if _is_cross_entropy(node)]
         if not losses:
-            return PassResult(False, _no_loss_reason(gm))
+            return refused(Cause.NO_LOSS)
         if len(losses) > 1:
-            return PassResult(False, f"{len(losses)} cross-entropies in one graph; exactly one is supported")
+            return refused(Cause.UNSUPPORTED_LOSS, what=f"{len(losses)} cross-entropies in one graph")
         try:
             site = _read_site(losses[0])
             _check_other_uses(gm, site)
         except NotALanguageModelLossError as why:
-            return PassResult(False, str(why))
+            return refused(Cause.UNSUPPORTED_LOSS, what=why)
         ctx.loss = site
         details = {
             "head": str(site.head),
@@ -71,21 +68,6 @@ class FindLoss:
             "scale": site.scale,
         }
         return PassResult(True, f"{site.reduction} cross-entropy over head {site.head}", details)
-
-
-def _no_loss_reason(gm: GraphModule) -> str:
-    reason = "no cross-entropy in this graph"
-    names = {op_name(node) for node in gm.graph.nodes}
-    if "scaled_dot_product_attention" in names:
-        reason += (
-            "; the model and its loss must be in one graph (was labels= given? does a graph break separate them? "
-            "TORCH_LOGS=graph_breaks tells; for transformers' GPT-2 set model.loss_type = 'ForCausalLM')"
-        )
-    if names & {"moe.default", "moe_clamped.default"}:
-        reason += f"; {ROUTER_LOGITS}"
-    elif "topk" in names:
-        reason += "; a loop over experts breaks it: model.set_experts_implementation('grouped_mm')"
-    return reason
 
 
 def _is_cross_entropy(node: Node) -> bool:
@@ -106,7 +88,7 @@ def _read_site(loss: Node) -> LossSite:
         ignore_index, reduction = argument(loss, 4, "ignore_index", -100), argument(loss, 6, "reduction", "mean")
         smoothing = argument(loss, 7, "label_smoothing", 0.0)
     if reduction not in ("mean", "sum"):  # none: the user weighs tokens in a way of his own
-        raise NotALanguageModelLossError(f"cross-entropy with reduction={reduction!r}: mean and sum are supported")
+        raise NotALanguageModelLossError(f"cross-entropy with reduction={reduction!r}")
     if fake_value(target).is_floating_point():
         raise NotALanguageModelLossError("cross-entropy with class probabilities as the target")
 

@@ -10,6 +10,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
+from cggr_compile.causes import Cause
 from cggr_compile.passes.attention import find_attention
 from cggr_compile.passes.base import (
     Attention,
@@ -18,10 +19,10 @@ from cggr_compile.passes.base import (
     LayerStack,
     PassResult,
     fake_value,
+    refused,
     same_size,
     shape_of,
 )
-from cggr_compile.passes.find_loss import ROUTER_LOGITS
 from cggr_compile.passes.fx import ancestors, argument, bottlenecks, descendants, in_order, mutated_operand, op_name
 from cggr_compile.passes.lower_experts import GROUPED
 from cggr_compile.passes.tail import tail_start
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 
 
 class NoLayerStackError(Exception):
-    """Why the graph is not a stack of decoder blocks."""
+    """Why the graph is not a stack of decoder blocks: in words, or a ``cause`` with the fields of its text."""
+
+    def __init__(self, what: str = "", cause: Cause = Cause.UNSUPPORTED_STACK, **fields: object) -> None:
+        super().__init__(what)
+        self.refusal = refused(cause, what=what, **fields)
 
 
 class FindStack:
@@ -56,7 +61,7 @@ class FindStack:
         try:
             stack = _find(gm, ctx.loss.hidden)
         except NoLayerStackError as why:
-            return PassResult(False, str(why))
+            return why.refusal
         ctx.stack = stack
         kinds = Counter(block.signature for block in stack.blocks)
         details = {
@@ -100,7 +105,7 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
 
     attentions = [a for n in ordered if (a := find_attention(n, stream, batch, length)) is not None]
     if not attentions:
-        raise NoLayerStackError(_no_attention_reason(gm))
+        raise _no_attention(gm)
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
     blocks = []
@@ -174,11 +179,22 @@ def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
     return floats[:1]
 
 
-def _no_attention_reason(gm: GraphModule) -> str:
+def _no_attention(gm: GraphModule) -> NoLayerStackError:
+    """Why no attention was found."""
+    opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
+    if opaque:
+        return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
     hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)})
     if "tag_activation_checkpoint" in hidden_in:
-        return "the blocks are inside activation checkpoints that stay closed: selective ones, or any at ratio 1.0"
-    return "no attention over the sequence between embedding and head" + (f" (saw {hidden_in})" if hidden_in else "")
+        return NoLayerStackError(cause=Cause.CLOSED_CHECKPOINTS)
+    saw = f" (saw {hidden_in})" if hidden_in else ""
+    return NoLayerStackError(f"no attention over the sequence between embedding and head{saw}")
+
+
+def _module_path(node: Node) -> str:
+    """Of the module that called ``node``; what the node is called, for a call outside of any module."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return paths[-1].partition(".")[2] or paths[-1] if paths else str(node)
 
 
 def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:
@@ -258,7 +274,7 @@ def _check_router_outputs(gm: GraphModule, blocks: list[Block]) -> None:
             continue
         used = descendants([node], stop=ends)
         if value.shape[-1] in sizes and not any(n in used and not shape_of(n) for n in returned):
-            raise NoLayerStackError(f"a loss of the routers is computed outside of this graph: {ROUTER_LOGITS}")
+            raise NoLayerStackError(cause=Cause.ROUTER_LOSS_OUTSIDE)
 
 
 _EXPERTS = ("moe.default", "moe_clamped.default", "moe_mlp.default")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype
+from cggr_compile.causes import Cause
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype, refused
 from cggr_compile.passes.fx import is_static, op_name
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
@@ -49,12 +50,7 @@ class LaunchBound:
         found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
         if arithmetic > launches:
             return PassResult(True, found)
-        return PassResult(
-            False,
-            f"{found}: at this size selecting tokens would not be faster without CUDA graphs, so every token is "
-            "trained on; options={'cuda_graphs': True} (or mode='reduce-overhead') makes it pay, "
-            "options={'launch_bound': 'select'} selects all the same",
-        )
+        return refused(Cause.LAUNCH_BOUND, found=found)
 
 
 def _weights(gm: GraphModule) -> int:
