@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,7 +126,8 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     for notice in ctx.notices if report.matched else ():
         runtime.notify(notice)
     if report.matched or (not training and at_compiled_call()):
-        recompile_limit.watch(partial(_given_up, runtime, options))
+        trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        recompile_limit.watch(partial(_given_up, trained, options))
     if report.training and not report.matched:
         find_cause(gm, report)
         if not ctx.dense:
@@ -139,8 +141,12 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     return owner.before(_ladder(forms, inputs, options))
 
 
-def _given_up(runtime: Runtime, options: Options, parameters: Sequence[Parameter] | None, reason: str) -> None:
-    (runtime if parameters is None else runtime_of(parameters)).give_up(reason, options)
+def _given_up(
+    compiled_for: list[weakref.ref[Tensor]], options: Options, parameters: list[Parameter] | None, reason: str
+) -> None:
+    """Dynamo has given up on the code of the model with these parameters; if unknown, those it was compiled for."""
+    trained: Sequence[Tensor] = parameters or [p for ref in compiled_for if (p := ref()) is not None]
+    runtime_of(trained).give_up(reason, options, trained)
 
 
 @dataclass
@@ -252,8 +258,9 @@ def _engine(options: Options, inputs: list[Any]) -> str:
 
 def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, tuple[Cause, str] | None]:
     """Whether the graph is a training step's, and why it cannot be rewritten where that is known beforehand."""
-    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return False, None
+    trained = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    if not torch.is_grad_enabled() or all(t.dim() == 0 for t in trained):
+        return False, None  # numbers alone: what is done with a loss
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
         return False, None  # an optimizer's update, say
@@ -284,7 +291,7 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
     compiled = _lower(form.graph, inputs, report.compiler, patches)
     if not report.training:
         return Rung(compiled)  # not noted as the last graph that ran
-    replayed, trained = _replayed(report, patches), _trained(inputs)
+    replayed = _replayed(report, patches)
 
     def run(*args: Any) -> Any:
         runtime = owner.runtime
@@ -294,15 +301,10 @@ def _dense(form: _Form, inputs: list[Any]) -> Rung:
         if observed:
             *outputs, stats = outputs
             stats = stats.clone() if replayed else stats
-        runtime.record(report, None, None, stats, None if trained is None else args[trained])
+        runtime.record(report, None, None, stats)
         return tuple(outputs)
 
     return Rung(run, None if aside is None else lambda args: aside.gradient(compiled, args))
-
-
-def _trained(inputs: Sequence[Any]) -> int | None:
-    """Which argument is a trained parameter, if one is; a functional model's may be other tensors in every step."""
-    return next((i for i, t in enumerate(inputs) if isinstance(t, Parameter) and t.requires_grad), None)
 
 
 def _aside(form: _Form, inputs: Sequence[Any]) -> Aside | None:
@@ -338,7 +340,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
     if message := dense_layers(report, ctx.stack.blocks):
         owner.runtime.warn(message)
     verifier = _verifier(compiled, semantic, example, ctx.options, owner.runtime, report, patches)
-    check, trained = _label_check(gm, ctx), _trained(inputs)
+    check = _label_check(gm, ctx)
     check(inputs)
 
     def run(*args: Any) -> Any:
@@ -354,7 +356,7 @@ def _selective(form: _Form, inputs: list[Any]) -> Rung:
         *outputs, weights, selected, stats = compiled(*args, runtime.next_state(device))
         if replayed:
             weights, selected, stats = weights.clone(), selected.clone(), stats.clone()
-        runtime.record(report, selected, weights, stats, None if trained is None else args[trained])
+        runtime.record(report, selected, weights, stats)
         return tuple(outputs)
 
     if aside is None:

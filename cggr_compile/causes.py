@@ -27,7 +27,7 @@ class Cause(enum.Enum):
         "(fully_shard(model) without fully_shard of its blocks), and compile the root"
     )
     ONE_BLOCK = (
-        "this graph is one part of a model, compiled by itself: it turns one hidden state into another, and has neither "
+        "this graph is a part of a model, compiled by itself: it turns one hidden state into another, and has neither "
         "embedding nor loss; compile the whole model, or the step that calls it, and not its blocks"
     )
     GRAPH_BREAK = (
@@ -67,6 +67,10 @@ class Cause(enum.Enum):
 
     # The loss.
     NO_LOSS = "no cross-entropy in this graph: give labels=, or compile a function that returns the loss"
+    NO_HEAD = (
+        "the logits come into this graph from outside ({what}), where no linear head computes them: compile a function "
+        "that calls the model and returns the loss"
+    )
     LOSS_OUTSIDE = (
         "no cross-entropy in this graph: the compiled function returns {what}, and the loss is computed outside of it; "
         "return the loss from it: pass labels=, or compile the step (cggr_compile.train_step)"

@@ -285,11 +285,6 @@ def resumed_at(code: CodeType) -> int | None:
     return int(found[1]) if found else None
 
 
-def version(tensor: torch.Tensor) -> int:
-    """How often a tensor has been written to in place."""
-    return int(tensor._version)
-
-
 def frame_scopes() -> dict[str, dict[str, Any]]:
     """Locals (L) and globals (G) of the frame that Dynamo is compiling; empty outside a capture."""
     tx = _translator()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Found = tuple[Cause, str] | None
 # Refusals that say what a graph lacks, not why.
-LACKING = frozenset({Cause.NO_LOSS, Cause.UNSUPPORTED_STACK, Cause.UNKNOWN_MODE})
+LACKING = frozenset({Cause.NO_LOSS, Cause.NO_HEAD, Cause.UNSUPPORTED_STACK, Cause.UNKNOWN_MODE})
 _TORCH = Path(torch.__file__).parent
 _LOSSES = (
     *("log_softmax", "logsumexp", "nll_loss", "kl_div", "binary_cross_entropy", "binary_cross_entropy_with_logits"),

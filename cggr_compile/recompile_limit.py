@@ -13,7 +13,7 @@ import torch
 from cggr_compile import compat
 from cggr_compile.causes import Cause
 
-# what is told of the model with these parameters, or (None) of the model that the code was compiled for
+# what to call with the trained parameters of the model that was about to run (None: unknown), and the reason
 Tell = Callable[[list[torch.nn.Parameter] | None, str], None]
 _watched: weakref.WeakKeyDictionary[CodeType, Tell] = weakref.WeakKeyDictionary()
 _given_up: dict[str, str] = {}

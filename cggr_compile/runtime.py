@@ -19,7 +19,7 @@ from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
-from cggr_compile.updates import Updates
+from cggr_compile.stale_steps import StaleSteps
 from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class Runtime:
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
-        self._updates = Updates()
+        self._stale = StaleSteps()
         self._given_up = ""  # why, if Dynamo has given up on the model's code
 
     def step(self) -> None:
@@ -84,8 +84,7 @@ class Runtime:
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
         it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None; stale_steps:
         training steps since these figures were taken, which ran without the backend because Dynamo has given up on the
-        model's code (0 in normal use). They are counted by the optimizer's updates of a parameter, so the last of them
-        only after its update.
+        model's code (0 as long as it has not). Counted are steps of a torch.optim.Optimizer.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -94,7 +93,7 @@ class Runtime:
             values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=True)}
             values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
         total = values["tokens_total"]
-        stale = self._updates.missed()
+        stale = self._stale.count
         reason = report.reason if report is not None else "; ".join(filter(None, (NOTHING, recompile_limit.given_up())))
         matched = report.matched if report is not None else False
         if self._given_up and (stale or report is None):
@@ -160,6 +159,9 @@ class Runtime:
         self.options = options
         self.reports.append(report)
         self._note(report)
+        if self._given_up and not recompile_limit.given_up():  # Dynamo compiles again
+            self._given_up = ""
+            self._stale.end()
 
     def state(self, device: torch.device) -> Tensor:
         """(seed, step) of the next training forward, as a fresh int64 [2] on ``device``."""
@@ -204,18 +206,11 @@ class Runtime:
                 self._schedule.measured(figures, ratio)
 
     def record(
-        self,
-        report: GraphReport,
-        selected: Tensor | None,
-        weights: Tensor | None,
-        stats: Tensor | None,
-        parameter: Tensor | None = None,
+        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
     ) -> None:
-        """A training forward has run; ``parameter``: one of those that it trains."""
         self._note(report)
         if self._observed is None:
-            if parameter is not None:
-                self._updates.seen(parameter)
+            self._stale.seen()
             self.selected, self.weights, self._stats = selected, weights, stats
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
@@ -257,9 +252,10 @@ class Runtime:
             _told.add(report.reason)
         self.warn(f"this training graph runs as it is: {report.reason}")
 
-    def give_up(self, reason: str, options: Options) -> None:
+    def give_up(self, reason: str, options: Options, parameters: Iterable[Tensor]) -> None:
         """Dynamo compiles this model no more: what it has not compiled yet runs without the backend."""
         self._given_up = reason
+        self._stale.begin(parameters)
         if options.fallback == "error":
             raise OptionError(f"the backend no longer sees this model and fallback='error': {reason}")
         if options.fallback != "silent":

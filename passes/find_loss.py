@@ -19,7 +19,11 @@ CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 
 
 class NotALanguageModelLossError(Exception):
-    """Why the graph's cross-entropy is not one that this pass understands."""
+    """Why the graph's cross-entropy is not one that this pass understands: in words, and its kind."""
+
+    def __init__(self, what: str, cause: Cause = Cause.UNSUPPORTED_LOSS) -> None:
+        super().__init__(what)
+        self.refusal = refused(cause, what=what)
 
 
 @dataclass
@@ -57,7 +61,7 @@ class FindLoss:
             site = _read_site(losses[0])
             _check_other_uses(gm, site)
         except NotALanguageModelLossError as why:
-            return refused(Cause.UNSUPPORTED_LOSS, what=why)
+            return why.refusal
         ctx.loss = site
         details = {
             "head": str(site.head),
@@ -127,7 +131,7 @@ def _climb_to_head(node: Node, walk: _Walk) -> tuple[Node, list[Node]]:
             break
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or node.op == "placeholder":
-            raise NotALanguageModelLossError(f"the cross-entropy's input comes from {node}, not from a linear head")
+            raise NotALanguageModelLossError(str(node), Cause.NO_HEAD)
         if name in CASTS or layout_only(node) or _swaps_class_axis(node):
             pass
         elif name in ("mul", "div") and (factor := _scalar_factor(node)) is not None:
