@@ -291,6 +291,20 @@ def test_hooks_for_router_logits():
     matches(lambda: train(model, **batch, output_router_logits=True))  # the call above has installed them
 
 
+def test_router_logits_without_their_loss():
+    model, batch = family("mixtral", num_hidden_layers=1), padded("right")
+    train(model, **batch, output_router_logits=True)  # installs the hooks
+
+    def step(outside):
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), batch["input_ids"].flatten())
+        return (loss, out.router_logits) if outside else (loss,)
+
+    run = compiled(step, fallback="warn")
+    told_once(Cause.ROUTER_LOSS_OUTSIDE, lambda: run(True)[0].backward())
+    matches(lambda: run(False)[0].backward())
+
+
 def fused_forward(model):
     """As TRL's add_fused_lm_head does it: log-probabilities of the labels, the loss left to the caller."""
     forward = model.forward
