@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,22 +16,25 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
-from cggr_compile import compat, lowerings, pass_records
+from cggr_compile import compat, lowerings, pass_records, recompile_limit
 from cggr_compile.aside import Aside, written_inputs
 from cggr_compile.captured_reference import CapturedReference
+from cggr_compile.causes import Cause
 from cggr_compile.dense_layers import dense_layers
-from cggr_compile.flash_attention import why_in_pieces
+from cggr_compile.diagnose import at_compiled_call, find_cause
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
 from cggr_compile.passes.static_sizes import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, rewrite
+from cggr_compile.registry import registry
 from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, GraphReport, Verification
 from cggr_compile.runtime import Runtime
+from cggr_compile.runtime import reset as reset_runtimes
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.schedule import round_up, rungs
 from cggr_compile.variance import Gradient, VarianceMeter
@@ -65,8 +70,9 @@ def cggr(
 
 
 def _reset() -> None:
-    """``torch._dynamo.reset()``: only CUDA graphs outlive the compiled code they belong to."""
+    """``torch._dynamo.reset()``: CUDA graphs outlive the compiled code they belong to, and so does what was told."""
     compat.reset_cuda_graphs()
+    reset_runtimes()
 
 
 cggr.reset = _reset  # type: ignore[attr-defined]
@@ -97,7 +103,7 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
     if patches.get(compat.CUDA_GRAPHS) and engine != "Inductor CUDA":
         runtime.notify(f"CUDA graphs do nothing here: the compiler is {engine}")
         patches[compat.CUDA_GRAPHS] = False
-    training, unknown_mode = _is_training(gm, inputs)
+    training, refusal = _is_training(gm, inputs)
     launches = engine == "Inductor CUDA" and not patches.get(compat.CUDA_GRAPHS)
     ratios = rungs(options) if training else (1.0,)
 
@@ -107,13 +113,15 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
             training=training,
             compiler=engine,
             options=options.as_dict(),
-            reason=unknown_mode or "not a training graph: gradients are off or the model is in evaluation mode",
+            reason=Cause.NOT_TRAINING.says(),
         )
+        if refusal is not None:
+            report.refuse(*refusal)
         dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
         at_ratio = dataclasses.replace(options, min_tokens_ratio=ratio)
         ctx = GraphContext(at_ratio, list(inputs), compat.capture_fake_mode(gm), launches, rung=len(ratios) > 1)
         dump.stage("captured", gm)
-        work = rewrite(gm, ctx, report, dump) if report.training and not unknown_mode else gm
+        work = rewrite(gm, ctx, report, dump) if report.training and refusal is None else gm
         resolver.begin(report, options)
         captured = CapturedReference(gm, work, inputs, ctx) if options.verify and report.matched else None
         static = ctx.static if work is not gm else None
@@ -125,8 +133,11 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         runtime.notify(notice)
     for warning in ctx.warnings if report.matched else ():
         runtime.warn(warning)
+    if report.matched or (not training and at_compiled_call()):
+        trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+        recompile_limit.watch(partial(_given_up, weakref.ref(runtime), trained, options))
     if report.training and not report.matched:
-        report.reason += why_in_pieces(report.reason, compat.frame_scopes().get("L", {}))
+        find_cause(gm, report)
         if not ctx.dense:
             runtime.fall_back(report)
         if options.verify:
@@ -136,6 +147,22 @@ def _compile(gm: GraphModule, inputs: list[Any], options: Options, mode: str | N
         return resolver.before(_at_capture(form, inputs).run)
     forms = {**{ratio: rewritten(ratio) for ratio in ratios[:-1]}, ratios[-1]: form}
     return resolver.before(_ladder(forms, inputs, options))
+
+
+def _given_up(
+    compiled_for: weakref.ref[Runtime],
+    trained: list[weakref.ref[Tensor]],
+    options: Options,
+    model: Module | None,
+    reason: str,
+) -> None:
+    """Dynamo has given up on the code that ``model`` runs (None: unknown, it counts as the one it was compiled for)."""
+    runtime = compiled_for() if model is None else registry.of_module(model)
+    if runtime is not None:
+        parameters = [p for ref in trained if (p := ref()) is not None]
+        runtime.give_up(
+            reason, options, parameters if model is None else [p for p in model.parameters() if p.requires_grad]
+        )
 
 
 @dataclass
@@ -249,20 +276,23 @@ def _engine(options: Options, inputs: list[Any]) -> str:
     return "Inductor CUDA" if device == "cuda" else "Inductor CPU"
 
 
-def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, str]:
-    """Whether the graph is a training step's, and why that is uncertain where its modules' mode cannot be read."""
-    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return False, ""
+def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, tuple[Cause, str] | None]:
+    """Whether the graph is a training step's, and why it cannot be rewritten where that is known beforehand."""
+    trained = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    if not torch.is_grad_enabled() or all(t.dim() == 0 for t in trained):
+        return False, None  # numbers alone: what is done with a loss
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
-        return False, ""  # an optimizer's update, say
+        return False, None  # an optimizer's update, say
     scopes = compat.frame_scopes()
     paths = {path for node in gm.graph.nodes for path, _ in node.meta.get("nn_module_stack", {}).values()}
     modules = [m for path in paths if (m := compat.module_at(path, scopes)) is not None]
     if paths and not modules:
-        return True, f"whether it trains or evaluates is unknown: the captured frame has no module {min(paths)}"
+        return True, (Cause.UNKNOWN_MODE, Cause.UNKNOWN_MODE.says(module=min(paths)))
     # a frozen part may be in evaluation mode; a functional model has no mode at all
-    return not modules or any(m.training for m in modules), ""
+    training = not modules or any(m.training for m in modules)
+    piece = compat.in_ddp_piece(sys._getframe())  # it may look whole
+    return training, (Cause.DDP_PIECE, Cause.DDP_PIECE.says()) if training and piece else None
 
 
 def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:

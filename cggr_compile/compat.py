@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
 
@@ -182,8 +183,115 @@ def recompilations_left() -> int | None:
     from torch._dynamo import config
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
+    code = captured_code()
+    return None if code is None else int(config.recompile_limit) - len(_debug_get_cache_entry_list(code))
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """An attempt of Dynamo's to compile a frame.
+
+    Attributes:
+        code, scope: the frame's, and its locals.
+        limit, value: the setting of ``torch._dynamo.config`` that forbids it, and its value; None if none does.
+    """
+
+    code: CodeType
+    scope: dict[str, Any]
+    limit: str | None
+    value: int | None
+
+
+def before_every_compilation(hook: Callable[[], str]) -> None:
+    """Let Dynamo call ``hook`` before it compiles a frame, or decides that it has done so too often.
+
+    What the hook raises reaches the user's call. It returns a text for Dynamo's records.
+    """
+    from torch._dynamo.utils import get_hook_for_recompile_user_context, register_hook_for_recompile_user_context
+
+    if hook not in (get_hook_for_recompile_user_context() or ()):
+        register_hook_for_recompile_user_context(hook)
+
+
+def compilation() -> Compilation | None:
+    """In a hook of :func:`before_every_compilation`: what Dynamo is about to compile."""
+    from torch._dynamo import config
+    from torch._dynamo.cache_size import exceeds_recompile_limit
+
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_frame_of(frame, "convert_frame.py", "_compile"):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    known = frame.f_locals
+    exceeded, limit = exceeds_recompile_limit(known["cache_size"], known["compile_id"])
+    value = int(getattr(config, limit)) if exceeded else None
+    return Compilation(known["code"], known["locals"], limit if exceeded else None, value)
+
+
+def _is_frame_of(frame: FrameType, file: str, *functions: str) -> bool:
+    """Whether a frame runs one of these functions of a file of Dynamo's."""
+    code = frame.f_code
+    return code.co_name in functions and Path(code.co_filename).parts[-3:] == ("torch", "_dynamo", file)
+
+
+def is_compiled_call(frame: FrameType) -> bool:
+    """Whether a frame is the call of something that ``torch.compile`` returned (or ``Module.compile`` made)."""
+    return _is_frame_of(frame, "eval_frame.py", "compile_wrapper")
+
+
+def below_dynamo(frame: FrameType | None) -> FrameType | None:
+    """The frame that called the one under capture, seen from a backend; None outside a capture."""
+    found = None
+    while frame is not None and not is_compiled_call(frame):
+        if _is_frame_of(frame, "convert_frame.py", "__call__"):
+            found = frame
+        elif found is not None:
+            break
+        frame = frame.f_back
+    return None if found is None else found.f_back
+
+
+def in_ddp_piece(frame: FrameType | None) -> bool:
+    """Whether a backend, called from ``frame``, gets a part of a graph that Dynamo cut for DistributedDataParallel."""
+    while frame is not None:
+        if frame.f_code.co_name == "compile_submod" and frame.f_code.co_filename.endswith("distributed.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """A graph break: Dynamo's reason, and where, from the captured frame inwards (at least one place)."""
+
+    reason: str
+    stack: tuple[FrameSummary, ...]
+
+
+def graph_breaks() -> list[GraphBreak]:
+    """Those since the last ``torch._dynamo.reset()``, oldest first; a function that is skipped whole leaves none."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    # "step_unsupported" is where, outside of the function that broke, the graph ended
+    return [found for r in graph_break_reasons if r.reason != "step_unsupported" and (found := _graph_break(r))]
+
+
+def break_at_end() -> GraphBreak | None:
+    """The break that ends the graph under compilation, if one does."""
     tx = _translator()
-    return None if tx is None else int(config.recompile_limit) - len(_debug_get_cache_entry_list(tx.f_code))
+    reason = None if tx is None else tx.output.compile_subgraph_reason
+    return None if reason is None or not reason.graph_break else _graph_break(reason)
+
+
+def _graph_break(reason: Any) -> GraphBreak | None:
+    return GraphBreak(reason.reason, tuple(reason.user_stack)) if reason.user_stack else None
+
+
+def resumed_at(code: CodeType) -> int | None:
+    """The line of its file at which a frame goes on after a graph break; None for the code of a whole function."""
+    found = re.match(r"torch_dynamo_resume_in_.*_at_(\d+)", code.co_name)
+    return int(found[1]) if found else None
 
 
 def frame_scopes() -> dict[str, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,15 +10,6 @@ from torch import nn
 
 log = logging.getLogger(__name__)
 # in order of preference
-# what a capture in pieces is told to look like, by passes that miss the loss or the layers in one of them
-_IN_PIECES = ("find_loss: no cross-entropy", "find_stack: no attention")
-_BREAKS = (
-    "; with flash_attention_2, transformers breaks the graph for every batch with an attention_mask, and for a single "
-    "sequence without cu_seq_lens_q, cu_seq_lens_k (two tensors), max_length_q and max_length_k (a "
-    "DataCollatorWithFlattening(return_flash_attn_kwargs=True) gives them): leave out a mask that hides nothing, or "
-    "take attn_implementation='sdpa'"
-)
-
 BACKENDS = ("flash_attention_2", "sdpa", "eager")
 
 
@@ -101,14 +91,3 @@ def _obstacle(model: Any, backend: str) -> str:
     if first.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, the model is in {first.dtype}"
     return "" if is_flash_attn_2_available() else "the package flash-attn is not installed"
-
-
-def why_in_pieces(reason: str, scope: Mapping[str, Any]) -> str:
-    """What to add to the ``reason`` of a fallback where transformers' flash attention may have broken the graph.
-
-    ``scope``: the locals of the captured frame.
-    """
-    values = (*scope.values(), *scope.get("args", ()))  # a decorated forward has its model there
-    configs = (getattr(value, "config", None) for value in values)
-    names = (scope.get("attn_implementation"), *(getattr(config, "_attn_implementation", None) for config in configs))
-    return _BREAKS if reason.startswith(_IN_PIECES) and BACKENDS[0] in names else ""

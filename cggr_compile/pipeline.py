@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
 from cggr_compile.passes.angles_once import ComputeAnglesOnce
-from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult
+from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, refused
 from cggr_compile.passes.candidates import AlignTargets
 from cggr_compile.passes.causal_mask import RecoverCausalMask
 from cggr_compile.passes.check_labels import CheckLabels
@@ -80,53 +82,37 @@ JOINT_PASSES: tuple[JointPass, ...] = (
 )
 
 
-# What the graph is without an optional pass, where that is not the same model.
-_WITHOUT = {
-    RouteGradient.name: "the gradient of the selected loss is not routed: as gradient='exact' has it",
-    DetachOutputs.name: "outputs besides the loss keep their gradient",
-}
-
-
 def rewrite(
-    gm: GraphModule,
-    ctx: GraphContext,
-    report: GraphReport,
-    dump: GraphDump,
-    failed: Mapping[str, str] | None = None,
+    gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump, unrouted: str = ""
 ) -> GraphModule:
     """Run the semantic passes over a copy of ``gm``.
 
-    A pass that raises may leave a graph half rewritten. Everything then begins anew without it, if it is optional;
-    ``failed`` says which did, and why. ``ctx.warnings`` tells the user.
+    A router that fails is left out (``unrouted`` says why): everything begins anew, as it may have left its graph half
+    rewritten, and ``SelectRows`` says what becomes of the selection. Any other failure leaves the graph as captured.
 
     Returns:
-        the rewritten copy, or ``gm`` itself if a required pass did not match; ``report`` says which and why.
+        the rewritten copy, or ``gm`` itself if a required pass did not match, or one failed; ``report`` says which and
+        why.
 
     Raises:
         OptionError: an option that does not fit this model.
     """
-    failed = failed or {}
     work, begin = copy_module(gm), copy.copy(ctx)
     begin.notices, begin.warnings = [], []
     for graph_pass in semantic_passes(ctx):
-        try:
-            record = _run_semantic(graph_pass, work, ctx, report, failed)
-        except (OptionError, UnresolvedMarkerError):
-            raise
-        except Exception as error:
-            why = f"internal error: {type(error).__name__}: {error}"
-            if graph_pass.required:
-                log.exception("pass %s failed; the graph is compiled as it was captured", graph_pass.name)
-                record = _note(report, PassRecord(graph_pass.name, "dynamo", False, why))
-            else:
-                log.exception("pass %s failed; the graph is rewritten without it", graph_pass.name)
-                vars(ctx).update(vars(begin))
-                report.passes.clear()
-                return rewrite(gm, ctx, report, dump, {**failed, graph_pass.name: why})
+        if unrouted and graph_pass.name == InsertRouter.name:
+            ctx.unrouted = unrouted
+            report.passes.append(PassRecord(graph_pass.name, "dynamo", False, unrouted))
+            continue
+        record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        if record.cause is Cause.INTERNAL_ERROR and graph_pass.name == InsertRouter.name:
+            vars(ctx).update(vars(begin))
+            report.passes.clear()
+            return rewrite(gm, ctx, report, dump, record.reason)
         if record.matched:
             dump.stage(graph_pass.name, work, record)
-        elif graph_pass.required:
-            report.reason = f"{graph_pass.name}: {record.reason}"
+        elif graph_pass.required or record.cause is not None:
+            report.refuse(record.cause or Cause.UNSUPPORTED_STACK, f"{graph_pass.name}: {record.reason}")
             return gm
     # only now: what one pass inserts, a later one may be the first to use
     work.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -134,34 +120,15 @@ def rewrite(
     dump.stage("rewritten", work)
     if ctx.dense:
         name = "the schedule's ratio" if ctx.rung else "min_tokens_ratio"
-        report.reason = f"{name} is 1.0: every token is trained on"
+        report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
     assert ctx.options.min_tokens_ratio != "auto"
-    report.matched, report.ratio = True, ctx.options.min_tokens_ratio
+    report.matched, report.cause, report.ratio = True, None, ctx.options.min_tokens_ratio
     report.gradient = ctx.gradient
     told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
-
-
-def _run_semantic(
-    graph_pass: GraphPass, work: GraphModule, ctx: GraphContext, report: GraphReport, failed: Mapping[str, str]
-) -> PassRecord:
-    name = graph_pass.name
-    if name not in failed:
-        return run_pass(name, "dynamo", work.graph, report, lambda: graph_pass(work, ctx))
-    why = f"{failed[name]}. This is a bug of cggr_compile"
-    if name == InsertRouter.name:
-        ctx.unrouted = why  # select_rows says what becomes of the selection
-    else:
-        ctx.warnings.append(f"{_WITHOUT.get(name, 'the graph is rewritten without it')}: pass {name} failed: {why}")
-    return _note(report, PassRecord(name, "dynamo", False, failed[name]))
-
-
-def _note(report: GraphReport, record: PassRecord) -> PassRecord:
-    report.passes.append(record)
-    return record
 
 
 def _has_effect(node: Node) -> bool:
@@ -206,11 +173,24 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
     owner.recompile()
 
 
+def strict() -> bool:
+    """Whether a pass that fails raises (``CGGR_STRICT=1``, for tests) instead of leaving the graph dense."""
+    return os.environ.get("CGGR_STRICT") == "1"
+
+
 def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
-    """Run one pass and record what it did. What it raises is raised: its graph may be half rewritten."""
+    """Run one pass and record what it did. One that fails may leave its graph half rewritten."""
     before, begin = operator_counts(graph), time.perf_counter()
-    result = call()
-    graph.lint()
+    try:
+        result = call()
+        graph.lint()
+    except (OptionError, UnresolvedMarkerError):
+        raise
+    except Exception as error:
+        if stage == "joint" or strict():
+            raise  # a half-rewritten backward must not run
+        log.exception("pass %s failed; the graph is compiled as it was captured", name)
+        result = refused(Cause.INTERNAL_ERROR, name=name, error=f"{type(error).__name__}: {error}")
     after = operator_counts(graph)
     record = PassRecord(
         name,
@@ -218,12 +198,14 @@ def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Cal
         result.matched,
         result.reason,
         result.details,
+        cause=result.cause,
         added=dict(after - before),
         removed=dict(before - after),
         seconds=time.perf_counter() - begin,
     )
     log.info("%s: %s, %s", name, "matched" if record.matched else "no match", record.reason)
-    return _note(report, record)
+    report.passes.append(record)
+    return record
 
 
 def copy_module(gm: GraphModule) -> GraphModule:

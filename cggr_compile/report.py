@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile import compat
+from cggr_compile.causes import Cause
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 class PassRecord:
     """One pass over one graph. ``added``/``removed`` count operators by name; ``seconds`` is host time.
 
+    ``cause``: why the graph is compiled as it was captured, where this pass decided that.
     ``matched`` is None where nothing is known: the compiled graph came out of a cache (see ``pass_records.py``).
     """
 
@@ -31,6 +33,7 @@ class PassRecord:
     matched: bool | None
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+    cause: Cause | None = None
     added: dict[str, int] = field(default_factory=dict)
     removed: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
@@ -79,7 +82,8 @@ class GraphReport:
     Attributes:
         index: counts the model's training graphs, and by themselves its inference graphs.
         matched: whether the graph trains on selected positions.
-        reason: why, in one sentence.
+        reason: what was found, or why it is not rewritten, in one sentence.
+        cause: which of the closed list :class:`cggr_compile.causes.Cause` that is; None exactly if it is rewritten.
         ratio: share of the positions that it trains on; a schedule has one graph per ratio.
         gradient: what the option ``gradient`` came to in a graph that trains on selected positions, "routed" or
             "exact"; empty in others.
@@ -95,6 +99,7 @@ class GraphReport:
     options: dict[str, Any]
     matched: bool = False
     reason: str = ""
+    cause: Cause | None = Cause.NOT_TRAINING
     ratio: float = 1.0
     gradient: str = ""
     waiting: bool = False
@@ -105,8 +110,17 @@ class GraphReport:
         """What the pass of this name did; None if it did not get its turn."""
         return next((record for record in self.passes if record.name == name), None)
 
+    def refuse(self, cause: Cause, reason: str) -> None:
+        """The graph is not rewritten: the cause, and its text."""
+        self.cause, self.reason = cause, reason
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON: a cause is its name."""
+        return asdict(self, dict_factory=_with_names)
+
+
+def _with_names(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value.name if isinstance(value, Cause) else value for key, value in items}
 
 
 class Explanation:
@@ -116,6 +130,7 @@ class Explanation:
         graphs: a GraphReport per graph.
         matched: whether a training graph trains on selected positions.
         reason: of the matched graph, or of the first training graph.
+        cause: its :class:`cggr_compile.causes.Cause`; None if it is matched, or there is no graph.
         passes: the PassRecords of that graph.
     """
 
@@ -125,6 +140,7 @@ class Explanation:
         chosen = next((g for g in training if g.matched), next(iter(training or graphs), None))
         self.matched = chosen.matched if chosen else False
         self.reason = chosen.reason if chosen else "the call compiled no graph"
+        self.cause = chosen.cause if chosen else None
         self.passes = chosen.passes if chosen else []
 
     def __str__(self) -> str:
@@ -145,7 +161,8 @@ class Explanation:
             console.print(table)
             if graph.verification is not None:
                 console.print(f"verified: {graph.verification}", markup=False)
-        console.print(f"matched: {self.matched} ({self.reason})", markup=False)
+        named = f"{self.cause.name}: " if self.cause is not None else ""
+        console.print(f"matched: {self.matched} ({named}{self.reason})", markup=False)
         return console.export_text()
 
     __repr__ = __str__

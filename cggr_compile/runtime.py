@@ -5,23 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cggr_compile import recompile_limit
+from cggr_compile.causes import PIECES, Cause
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.overflow import ContextOverflow
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
+from cggr_compile.stale_steps import StaleSteps
 from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
+NOTHING = "nothing compiled yet"
 _STATE_VERSION = 2
 _STATE_KEYS = {1: {"version", "step", "seed"}, 2: {"version", "step", "seed", "schedule"}}
+
+
+# what has been said of the pieces of a step: each has parameters of its own, and may have a runtime of its own
+_told: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
@@ -57,6 +65,8 @@ class Runtime:
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
+        self._stale = StaleSteps()
+        self._given_up = ""  # why, if Dynamo has given up on the model's code
 
     def step(self) -> None:
         """Advance the step by one. Needed with ``advance="manual"`` only (gradient accumulation)."""
@@ -75,7 +85,9 @@ class Runtime:
         trained image projector, say) for which there was no slot in any step so far (None without such);
         matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
-        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None.
+        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None; stale_steps:
+        training steps since these figures were taken, which ran without the backend because Dynamo has given up on the
+        model's code (0 as long as it has not). Counted are steps of a torch.optim.Optimizer.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
@@ -84,7 +96,11 @@ class Runtime:
             values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=False)}
             values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
         total = values["tokens_total"]
+        stale = self._stale.count
+        reason = report.reason if report is not None else "; ".join(filter(None, (NOTHING, recompile_limit.given_up())))
         matched = report.matched if report is not None else False
+        if self._given_up and (stale or report is None):
+            matched, reason = False, self._given_up
         return {
             "step": self._step,
             "ratio": report.ratio if report is not None else None,
@@ -95,11 +111,12 @@ class Runtime:
             "labels_overflow": None if self._overflow is None else int(self._overflow),
             "context_overflow": self._context_overflow.count(),
             "matched": matched,
-            "fallback_reason": None if matched else (report.reason if report is not None else "nothing compiled yet"),
+            "fallback_reason": None if matched else reason,
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
             "added_variance": self._schedule.added,
+            "stale_steps": stale,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +163,9 @@ class Runtime:
         self.options = options
         self.reports.append(report)
         self._note(report)
+        if self._given_up and not recompile_limit.given_up():  # Dynamo compiles again
+            self._given_up = ""
+            self._stale.end()
 
     def state(self, device: torch.device) -> Tensor:
         """(seed, step) of the next training forward, as a fresh int64 [2] on ``device``."""
@@ -188,6 +208,7 @@ class Runtime:
     ) -> None:
         self._note(report)
         if self._observed is None:
+            self._stale.seen()
             self.selected, self.weights, self._stats = selected, weights, stats
             if stats is not None and (message := self._context_overflow.add(stats)):
                 self.warn(message)
@@ -225,7 +246,20 @@ class Runtime:
         """Say once, as the options ask, that a training graph is compiled as it is."""
         if self.options.fallback == "error":
             raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {report.reason}")
+        if report.cause in PIECES and self.options.fallback != "silent":
+            if report.reason in _told or (report.cause is Cause.PLAIN_PYTHON and _told):
+                return
+            _told.add(report.reason)
         self.warn(f"this training graph runs as it is: {report.reason}")
+
+    def give_up(self, reason: str, options: Options, parameters: Iterable[Tensor]) -> None:
+        """Dynamo compiles this model no more: what it has not compiled yet runs without the backend."""
+        self._given_up = reason
+        self._stale.begin(parameters)
+        if options.fallback == "error":
+            raise OptionError(f"the backend no longer sees this model and fallback='error': {reason}")
+        if options.fallback != "silent":
+            self.warn(reason)
 
     def warn(self, message: str) -> None:
         """Warn once per model, unless ``fallback="silent"``."""
@@ -238,3 +272,9 @@ class Runtime:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
+
+
+def reset() -> None:
+    """``torch._dynamo.reset()``: what has been said of pieces of a step may be said again."""
+    _told.clear()
+    recompile_limit.reset()

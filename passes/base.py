@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule, Node
 
+    from cggr_compile.causes import Cause
     from cggr_compile.options import Options
     from cggr_compile.passes.positions import Region
 
@@ -22,11 +23,18 @@ class PassResult:
         matched: whether the pass found what it looks for (and, if it rewrites, rewrote it).
         reason: one sentence; what was found, or why nothing was done.
         details: facts for the report, JSON-serialisable.
+        cause: of a required pass without a match, the cause that ``reason`` is the text of.
     """
 
     matched: bool
     reason: str
     details: dict[str, Any] = field(default_factory=dict)
+    cause: Cause | None = None
+
+
+def refused(cause: Cause, **fields: object) -> PassResult:
+    """No match, for a cause of the closed list; ``fields`` are those of its text."""
+    return PassResult(False, cause.says(**fields), cause=cause)
 
 
 class GraphPass(Protocol):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
-from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, shape_of
+from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, refused, shape_of
 from cggr_compile.passes.fx import Emitter, op_name
 from cggr_compile.passes.hoist import Hoist
 from cggr_compile.passes.modes import modes_of
@@ -37,18 +38,20 @@ class AlignTargets:
         assert ctx.loss is not None and ctx.stack is not None
         stack, loss = ctx.stack, ctx.loss
         if not fake_value(loss.loss).requires_grad:
-            return PassResult(False, "the cross-entropy has no gradient: it, or all below it, runs under no_grad")
+            what = "a cross-entropy without gradient: it, or all below it, runs under no_grad"
+            return refused(Cause.UNSUPPORTED_LOSS, what=what)
         after = router_output(ctx)
         anchor = _anchor(gm, ctx, after)
         if anchor is None:
-            return PassResult(False, "inference mode or torch.vmap encloses everything behind the router's block")
+            what = "inference mode or torch.vmap encloses everything behind the router's block"
+            return refused(Cause.UNSUPPORTED_STACK, what=what)
         hoist = Hoist(gm.graph, anchor)
         if obstacle := hoist.obstacle(loss.target, loss.loss, stack.stream):
-            return PassResult(False, f"the targets are not known when the selection is made: {obstacle}")
+            return refused(Cause.LATE_LABELS, what=obstacle)
         start = stack.tail_start + loss.start
         rest = _positions_after(ctx, start)
         if rest is None:
-            return PassResult(False, "cannot line the targets up with the positions of the sequence")
+            return refused(Cause.UNALIGNED_TARGETS)
         emit = Emitter(gm.graph, ctx.fake_mode)
         target = hoist.bring(emit, loss.target, self.name)
         with emit.before(anchor, self.name):

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cggr_compile.causes import Cause
 from cggr_compile.passes.base import (
     GraphContext,
     LossSite,
     PassResult,
     differentiable,
     fake_value,
+    refused,
     same_size,
     shape_of,
 )
@@ -20,15 +22,15 @@ from cggr_compile.passes.fx import argument, layout_only, op_name
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-ROUTER_LOGITS = (
-    "with output_router_logits=True, transformers breaks the graph, unless the model was called so once before it was "
-    "compiled, and gets an attention_mask"
-)
 CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 
 
 class NotALanguageModelLossError(Exception):
-    """Why the graph's cross-entropy is not one that this pass understands."""
+    """Why the graph's cross-entropy is not one that this pass understands: in words, and its kind."""
+
+    def __init__(self, what: str, cause: Cause = Cause.UNSUPPORTED_LOSS) -> None:
+        super().__init__(what)
+        self.refusal = refused(cause, what=what)
 
 
 @dataclass
@@ -59,14 +61,14 @@ class FindLoss:
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         losses = [node for node in gm.graph.nodes if _is_cross_entropy(node)]
         if not losses:
-            return PassResult(False, _no_loss_reason(gm))
+            return refused(Cause.NO_LOSS)
         if len(losses) > 1:
-            return PassResult(False, f"{len(losses)} cross-entropies in one graph; exactly one is supported")
+            return refused(Cause.UNSUPPORTED_LOSS, what=f"{len(losses)} cross-entropies in one graph")
         try:
             site = _read_site(losses[0])
             _check_other_uses(gm, site)
         except NotALanguageModelLossError as why:
-            return PassResult(False, str(why))
+            return why.refusal
         ctx.loss = site
         details = {
             "head": str(site.head),
@@ -77,21 +79,6 @@ class FindLoss:
             "scale": site.scale,
         }
         return PassResult(True, f"{site.reduction} cross-entropy over head {site.head}", details)
-
-
-def _no_loss_reason(gm: GraphModule) -> str:
-    reason = "no cross-entropy in this graph"
-    names = {op_name(node) for node in gm.graph.nodes}
-    if "scaled_dot_product_attention" in names:
-        reason += (
-            "; the model and its loss must be in one graph (was labels= given? does a graph break separate them? "
-            "TORCH_LOGS=graph_breaks tells; for transformers' GPT-2 set model.loss_type = 'ForCausalLM')"
-        )
-    if names & {"moe.default", "moe_clamped.default"}:
-        reason += f"; {ROUTER_LOGITS}"
-    elif "topk" in names:
-        reason += "; a loop over experts breaks it: model.set_experts_implementation('grouped_mm')"
-    return reason
 
 
 def _is_cross_entropy(node: Node) -> bool:
@@ -112,7 +99,7 @@ def _read_site(loss: Node) -> LossSite:
         ignore_index, reduction = argument(loss, 4, "ignore_index", -100), argument(loss, 6, "reduction", "mean")
         smoothing = argument(loss, 7, "label_smoothing", 0.0)
     if reduction not in ("mean", "sum"):  # none: the user weighs tokens in a way of his own
-        raise NotALanguageModelLossError(f"cross-entropy with reduction={reduction!r}: mean and sum are supported")
+        raise NotALanguageModelLossError(f"cross-entropy with reduction={reduction!r}")
     if fake_value(target).is_floating_point():
         raise NotALanguageModelLossError("cross-entropy with class probabilities as the target")
 
@@ -148,7 +135,7 @@ def _climb_to_head(node: Node, walk: _Walk) -> tuple[Node, list[Node]]:
             break
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or node.op == "placeholder":
-            raise NotALanguageModelLossError(f"the cross-entropy's input comes from {node}, not from a linear head")
+            raise NotALanguageModelLossError(str(node), Cause.NO_HEAD)
         if name in CASTS or layout_only(node) or _swaps_class_axis(node):
             pass
         elif name in ("mul", "div") and (factor := _scalar_factor(node)) is not None:

@@ -10,6 +10,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
+from cggr_compile.causes import Cause
 from cggr_compile.passes.base import (
     Attention,
     Block,
@@ -17,6 +18,7 @@ from cggr_compile.passes.base import (
     LayerStack,
     PassResult,
     fake_value,
+    refused,
     same_size,
     shape_of,
 )
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
 
 
 class NoLayerStackError(Exception):
-    """Why the graph is not a stack of decoder blocks."""
+    """Why the graph is not a stack of decoder blocks: in words, or a ``cause`` with the fields of its text."""
+
+    def __init__(self, what: str = "", cause: Cause = Cause.UNSUPPORTED_STACK, **fields: object) -> None:
+        super().__init__(what)
+        self.refusal = refused(cause, what=what, **fields)
 
 
 class FindStack:
@@ -54,7 +60,7 @@ class FindStack:
         try:
             stack = _find(gm, ctx.loss.hidden)
         except NoLayerStackError as why:
-            return PassResult(False, str(why))
+            return why.refusal
         ctx.stack = stack
         kinds = Counter(block.signature for block in stack.blocks)
         details = {
@@ -99,7 +105,7 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
         if attentions:
             break
     else:
-        raise NoLayerStackError(_no_attention_reason(gm))
+        raise _no_attention(gm)
     spine = [n for n in spine if _has_shape(n, *shape)]
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
@@ -173,11 +179,22 @@ def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
     return floats[:1]
 
 
-def _no_attention_reason(gm: GraphModule) -> str:
+def _no_attention(gm: GraphModule) -> NoLayerStackError:
+    """Why no attention was found."""
+    opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
+    if opaque:
+        return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
     hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)})
     if "tag_activation_checkpoint" in hidden_in:
-        return "the blocks are inside activation checkpoints that stay closed: selective ones, or any at ratio 1.0"
-    return "no attention over the sequence between embedding and head" + (f" (saw {hidden_in})" if hidden_in else "")
+        return NoLayerStackError(cause=Cause.CLOSED_CHECKPOINTS)
+    saw = f" (saw {hidden_in})" if hidden_in else ""
+    return NoLayerStackError(f"no attention over the sequence between embedding and head{saw}")
+
+
+def _module_path(node: Node) -> str:
+    """Of the module that called ``node``; what the node is called, for a call outside of any module."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return paths[-1].partition(".")[2] or paths[-1] if paths else str(node)
 
 
 def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:

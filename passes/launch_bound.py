@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.causes import Cause
+from cggr_compile.passes.base import GraphContext, PassResult, fake_value, refused
 from cggr_compile.passes.fx import is_static, op_name
 from cggr_compile.passes.modes import modes_of
 
@@ -51,12 +52,7 @@ class LaunchBound:
         found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
         if arithmetic > launches:
             return PassResult(True, found)
-        return PassResult(
-            False,
-            f"{found}: at this size selecting tokens would not be faster without CUDA graphs, so every token is "
-            "trained on; options={'cuda_graphs': True} (or mode='reduce-overhead') makes it pay, "
-            "options={'launch_bound': 'select'} selects all the same",
-        )
+        return refused(Cause.LAUNCH_BOUND, found=found)
 
 
 def _weights(gm: GraphModule) -> int:

@@ -1,4 +1,4 @@
-"""One thread per worker, one seed, and a clean Dynamo for every test."""
+"""One thread per worker, one seed, a clean Dynamo for every test, and no pass that fails in silence."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+os.environ["CGGR_STRICT"] = "1"  # a pass that fails must not pass for a graph that does not match
 
 
 @pytest.fixture(autouse=True)

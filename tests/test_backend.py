@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import cggr_compile
 from cggr_compile import backend, compat
+from cggr_compile.causes import Cause
 from cggr_compile.options import Options
 from cggr_compile.runtime import FallbackWarning
 
@@ -41,24 +42,46 @@ def test_mode_and_inductor_settings_are_checked():
         model(models.make_batch()["input_ids"])
 
 
-def test_internal_error_falls_back_loudly(monkeypatch, caplog):
-    def broken(self, gm, ctx):
-        raise KeyError("oops")
+def broken(self, gm, ctx):
+    """A pass that fails when it has written half of what it wants."""
+    for node in gm.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        node.replace_all_uses_with(node.args[2])
+    raise KeyError("oops")
 
-    monkeypatch.setattr("cggr_compile.passes.rewrite_loss.RewriteLoss.__call__", broken)
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("rewrite_loss", "rewrite_loss.RewriteLoss"), ("grouped_query", "grouped_query.GroupQueries")],
+)
+def test_internal_error_falls_back_loudly(monkeypatch, caplog, name, place):
+    """To the graph as it was captured, whether the rewriting depends on the pass or not."""
+    monkeypatch.delenv("CGGR_STRICT")
+    monkeypatch.setattr(f"cggr_compile.passes.{place}.__call__", broken)
     model, batch = models.compiled(models.family("llama"), fallback="warn"), models.make_batch()
-    with pytest.warns(FallbackWarning, match="rewrite_loss: internal error: KeyError"):
+    with pytest.warns(
+        FallbackWarning, match=f"{name}: internal error: KeyError: 'oops', in pass {name}: please report"
+    ):
         loss = model(**batch).loss
     assert "Traceback" in caplog.text
-    assert not cggr_compile.runtime(model).metrics()["matched"]
+    (report,) = cggr_compile.runtime(model).reports
+    assert report.cause is Cause.INTERNAL_ERROR and not cggr_compile.runtime(model).metrics()["matched"]
     torch.testing.assert_close(loss, models.family("llama")(**batch).loss)
 
 
+@pytest.mark.parametrize("place", ["rewrite_loss.RewriteLoss", "grouped_query.GroupQueries"])
+def test_internal_errors_raise_where_they_are_looked_for(monkeypatch, place):
+    monkeypatch.setattr(f"cggr_compile.passes.{place}.__call__", broken)
+    model = models.compiled(models.family("llama"), fallback="warn")
+    with pytest.raises(Exception, match="oops"):
+        model(**models.make_batch())
+
+
 def test_a_broken_joint_pass_never_runs(monkeypatch):
-    def broken(self, graph):
+    def broken_joint(self, graph):
         raise KeyError("oops")
 
-    monkeypatch.setattr("cggr_compile.passes.resolve_markers.ResolveMarkers.__call__", broken)
+    monkeypatch.delenv("CGGR_STRICT")
+    monkeypatch.setattr("cggr_compile.passes.resolve_markers.ResolveMarkers.__call__", broken_joint)
     model = models.compiled(models.family("llama"))
     with pytest.raises(Exception, match="oops"):
         model(**models.make_batch())
@@ -111,5 +134,6 @@ def test_a_graph_of_unknown_mode_stays_dense_loudly(monkeypatch):
     models.compiled(model, fallback="warn")
     with pytest.warns(FallbackWarning, match="trains or evaluates is unknown"):
         got = model(**batch)
+    assert cggr_compile.runtime(model).reports[0].cause is Cause.UNKNOWN_MODE
     assert got.logits.shape == want.logits.shape
     torch.testing.assert_close(got.loss, want.loss)

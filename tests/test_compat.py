@@ -35,6 +35,69 @@ def test_private_signatures():
     assert {"joint_custom_pre_pass", compat.CUDA_GRAPHS} <= compat.inductor_option_names()
 
 
+def test_what_is_read_of_a_compilation():
+    """What in Dynamo tells a graph break, its limits, and the pieces that it cuts for DistributedDataParallel."""
+    from torch._dynamo import config
+    from torch._dynamo.backends import distributed
+    from torch._dynamo.cache_size import exceeds_recompile_limit
+    from torch._dynamo.convert_frame import CatchErrorsWrapper, _compile
+    from torch._dynamo.eval_frame import _TorchDynamoContext
+    from torch._dynamo.output_graph import GraphCompileReason
+    from torch._dynamo.utils import graph_break_reasons, register_hook_for_recompile_user_context
+
+    assert isinstance(graph_break_reasons, list) and callable(register_hook_for_recompile_user_context)
+    assert list(inspect.signature(GraphCompileReason).parameters) == ["reason", "user_stack", "graph_break"]
+    assert list(inspect.signature(exceeds_recompile_limit).parameters) == ["cache_size", "compile_id"]
+    assert {"code", "locals", "cache_size", "compile_id"} <= set(inspect.signature(_compile).parameters)
+    assert config.accumulated_recompile_limit > 0 and hasattr(config, "optimize_ddp")
+    assert callable(distributed.SubmodCompiler.compile_submod) and callable(CatchErrorsWrapper.__call__)
+    assert "compile_wrapper" in inspect.getsource(_TorchDynamoContext.__call__)
+
+
+def test_graph_breaks_and_places():
+    found = []
+
+    def keep(gm, inputs):
+        found.append((compat.break_at_end(), compat.resumed_at(compat.captured_code())))
+        return gm.forward
+
+    def step(x):
+        y = x + 1
+        torch._dynamo.graph_break()
+        return y * 2
+
+    line = step.__code__.co_firstlineno + 2
+    torch.compile(step, backend=keep)(torch.ones(2))
+    (first, not_resumed), (last, resumed) = found
+    assert first is not None and (first.stack[-1].filename, first.stack[-1].lineno) == (__file__, line)
+    assert compat.graph_breaks() == [first] and last is None and not_resumed is None and resumed == line
+
+
+def test_what_is_about_to_be_compiled():
+    seen = []
+
+    def hook():
+        seen.append(compat.compilation())
+        return ""
+
+    def step(x):
+        return x + 1
+
+    compat.before_every_compilation(hook)
+    compat.before_every_compilation(hook)
+    try:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            run = torch.compile(step, backend="eager", dynamic=False)
+            run(torch.ones(2)), run(torch.ones(3))
+    finally:
+        torch._dynamo.utils.get_hook_for_recompile_user_context().remove(hook)
+    assert [(one.code, one.limit, one.value) for one in seen] == [
+        (step.__code__, None, None),
+        (step.__code__, "recompile_limit", 1),
+    ]
+    assert list(seen[0].scope) == ["x"]
+
+
 def test_modes():
     modes = compat.inductor_modes()
     assert modes["default"] == {} and modes["reduce-overhead"]["triton.cudagraphs"]
@@ -42,7 +105,9 @@ def test_modes():
 
 def test_outside_a_capture():
     assert compat.frame_scopes() == {} and compat.recompilations_left() is None
-    assert compat.compilation_id() is None
+    assert compat.compilation_id() is None and compat.captured_code() is None and compat.compilation() is None
+    assert compat.break_at_end() is None and compat.below_dynamo(inspect.currentframe()) is None
+    assert not compat.in_ddp_piece(inspect.currentframe()) and compat.resumed_at(test_modes.__code__) is None
 
 
 def test_compiling_later():

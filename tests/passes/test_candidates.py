@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from capture import Captured, execute
 
+from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
 
 
@@ -30,6 +31,30 @@ def test_sliced_at_both_ends(batch):
     expected = torch.full_like(batch["labels"], -100)
     expected[:, 3:-2] = batch["labels"][:, 3:-2]
     assert torch.equal(target, expected)
+
+
+def test_labels_that_are_written_late(batch):
+    decoder = models.Decoder()
+
+    def step(ids, labels):
+        logits = decoder(ids)
+        labels[:, :4].fill_(-100)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, models.VOCAB), labels[:, 1:].reshape(-1))
+
+    result = Captured(step, *batch.values()).run("align_targets")
+    assert result.cause is Cause.LATE_LABELS and "'fill' (" in result.reason
+
+
+def test_targets_of_an_unknown_part_of_the_sequence(batch):
+    decoder = models.Decoder()
+
+    def step(ids, labels):
+        half = ids.shape[1] // 2
+        return F.cross_entropy(decoder(ids)[:, :half].reshape(-1, models.VOCAB), labels[:, :half].reshape(-1))
+
+    torch._dynamo.mark_dynamic(batch["input_ids"], 1)
+    torch._dynamo.mark_dynamic(batch["labels"], 1)
+    assert Captured(step, *batch.values()).run("align_targets").cause is Cause.UNALIGNED_TARGETS
 
 
 def test_padding_with_a_label_is_a_candidate(decoder_step, batch):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from capture import Captured
 
+from cggr_compile.causes import Cause
+
 V = models.VOCAB
 
 
@@ -99,7 +101,15 @@ NOT_MATCHED = {
 @pytest.mark.parametrize("why", NOT_MATCHED)
 def test_must_not_match(why, tensors):
     _, result = reason(NOT_MATCHED[why], *tensors)
+    assert result.cause is (Cause.NO_LOSS if why == "no cross-entropy" else Cause.UNSUPPORTED_LOSS)
     assert not result.matched and why in result.reason
+
+
+def test_logits_from_outside():
+    result = Captured(
+        lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)), torch.randn(2, 3, V), torch.ones(2, 3).long()
+    )
+    assert result.run("find_loss").cause is Cause.NO_HEAD
 
 
 def test_metrics_of_the_logits_do_not_matter(tensors):

@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 
+from cggr_compile.causes import Cause
 from cggr_compile.passes import launch_bound
 
 
@@ -26,6 +27,7 @@ def test_small_steps_stay_dense(captured):
     step = captured()
     result = step.run("launch_bound")
     assert not result.matched and "cuda_graphs" in result.reason and "launch_bound" in result.reason
+    assert result.cause is Cause.LAUNCH_BOUND
     assert launch_bound.LaunchBound.required
 
 
