@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants, is_static
+from cggr_compile.passes.patterns.attention import is_attention
 from cggr_compile.passes.resolve_markers import stop_factors, weighed
-from cggr_compile.passes.row_sparse.attention import attention, is_forward
+from cggr_compile.passes.row_sparse.attention import attention
 from cggr_compile.passes.row_sparse.experts import experts
 from cggr_compile.passes.row_sparse.placement import place_early
 from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
@@ -60,7 +61,7 @@ class RowSparseBackward:
         rv.backward = descendants([seed])
         rv.stage = stages(nodes[: nodes.index(seed)], rows)
         places: dict[str, list[str | None]] = {}
-        layers = {_layer(node) for node in nodes if is_forward(node) or node.target is aten._softmax.default} - {None}
+        layers = {_layer(node) for node in nodes if is_attention(node) or node.target is aten._softmax.default} - {None}
         layers_end = max((i for i, node in enumerate(nodes) if _layer(node) in layers), default=len(nodes))
         for index, node in enumerate(nodes[nodes.index(seed) :], nodes.index(seed)):
             before = rv.densified.total()
