@@ -96,13 +96,13 @@ def _find(gm: GraphModule, hidden: Node) -> LayerStack:
     if not shapes:
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
     # a prompt may be put in front of the embedding: the first shape may not be the one that attention sees
-    for batch, length, width in shapes:
-        attentions = [a for n in ordered if (a := find_attention(n, stream, batch, length)) is not None]
+    for shape in shapes:
+        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
         if attentions:
             break
     else:
         raise NoLayerStackError(_no_attention_reason(gm))
-    spine = [n for n in spine if _has_shape(n, batch, length, width)]
+    spine = [n for n in spine if _has_shape(n, *shape)]
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
     blocks = []
