@@ -50,8 +50,8 @@ def test_metrics_keys_and_values():
     values = rt.metrics()
     assert list(values) == [
         *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
-        *("avg_difficulty", "scoring", "selection", "labels_overflow", "matched", "fallback_reason"),
-        *("verify_steps", "verify_max_error", "verify_worst", "added_variance"),
+        *("avg_difficulty", "scoring", "selection", "labels_overflow", "context_overflow", "matched"),
+        *("fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
         "stale_steps",
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())

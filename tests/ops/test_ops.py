@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import cggr_compile.ops  # noqa: F401  (registers)
 from cggr_compile.ops import UnresolvedMarkerError
-from cggr_compile.ops.metrics import STAT_NAMES
+from cggr_compile.ops.metrics import OVERFLOW, STAT_NAMES
 
 ops = torch.ops.cggr
 
@@ -46,7 +46,9 @@ def test_opcheck_all():
         (ops.pack_rows.default, (valid, 8)),
         (ops.row_weights.default, (rows, keep, valid, torch.rand(2, 8))),
         (ops.row_weights.default, (rows, keep, valid, None)),
+        (ops.gradient_rows.default, (rows, keep, valid, 6)),
         (ops.stats.default, (keep, valid, *stats[:3])),
+        (ops.stats.default, (keep, valid, *stats[:3], torch.tensor(2))),
         (ops.stop_rows.default, (hidden.detach(), 1)),
         (ops.weigh_stops.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
@@ -97,6 +99,12 @@ def test_stats_without_router_are_nan():
     keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     out = ops.stats(keep, valid, None, None, None)
     assert out[:2].tolist() == [2.0, 4.0] and out[2:].isnan().all()
+
+
+def test_stats_tell_what_was_dropped_last():
+    keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
+    out = ops.stats(keep, valid, None, None, None, torch.tensor(3))
+    assert out.shape == (len(STAT_NAMES) + 1,) and out[OVERFLOW] == 3.0
 
 
 def test_el2n_formula():
