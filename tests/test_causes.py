@@ -169,8 +169,10 @@ def process_group(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-@pytest.mark.parametrize("cut", ["everywhere", "behind the embedding"])
+@pytest.mark.parametrize(
+    ("cut", "in_place"),
+    [("everywhere", True), ("behind the embedding", False), pytest.param("everywhere", False, marks=pytest.mark.slow)],
+)
 def test_data_parallel(process_group, monkeypatch, cut, in_place):
     """No piece is rewritten, not even one of all blocks and the loss, whether the model is compiled before or after."""
     from torch.nn.parallel import DistributedDataParallel
@@ -196,7 +198,9 @@ def test_data_parallel_in_one_bucket(process_group):
     matches(lambda: step(IDS, LABELS).backward())
 
 
-@pytest.mark.parametrize("kind", ["fully_shard", "FullyShardedDataParallel", "blocks compiled"])
+@pytest.mark.parametrize(
+    "kind", ["fully_shard", "blocks compiled", pytest.param("FullyShardedDataParallel", marks=pytest.mark.slow)]
+)
 def test_sharded_blocks(process_group, kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -283,6 +287,7 @@ def test_loop_over_experts():
     matches(lambda: train(model, **make_batch()))
 
 
+@pytest.mark.slow
 def test_hooks_for_router_logits():
     model, batch = family("mixtral", num_hidden_layers=1), padded("right")
     compiled(model, fallback="warn")
