@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, product_dtype
-from cggr_compile.passes.fx import is_static, op_name
+from cggr_compile.passes.flops import weight_flops
+from cggr_compile.passes.fx import is_static
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
 # this long, however little its kernels do.
@@ -42,7 +40,7 @@ class LaunchBound:
             return PassResult(True, "symbolic sizes: not estimated")
         stream = fake_value(output)
         batch, length, width = stream.shape
-        flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * width
+        flops = 3.0 * weight_flops(gm.graph) + 7.0 * layers * batch * length**2 * width
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
         arithmetic = flops / (processors * TFLOPS_PER_SM[2 if product_dtype(stream).itemsize <= 2 else 4] * 1e9)
         launches = LAUNCH_MS + LAUNCH_MS_PER_LAYER * layers
@@ -55,14 +53,3 @@ class LaunchBound:
             "trained on; options={'cuda_graphs': True} (or mode='reduce-overhead') makes it pay, "
             "options={'launch_bound': 'select'} selects all the same",
         )
-
-
-def _weights(gm: GraphModule) -> int:
-    """Elements of the matrices that activations are multiplied with."""
-    total = 0
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value: Any = fake_value(node)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2:
-            looked_up = all(op_name(user) == "embedding" for user in node.users)
-            total += 0 if looked_up else value.numel()
-    return total
