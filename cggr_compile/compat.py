@@ -13,9 +13,12 @@ from pathlib import Path
 from traceback import FrameSummary
 from types import CodeType, FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.fx import GraphModule, Node
+
+from cggr_compile.scoped_patch import ScopedPatch
 
 
 def capture_fake_mode(gm: GraphModule) -> Any:
@@ -425,26 +428,24 @@ def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str,
     return compiled  # type: ignore[no-any-return]
 
 
-@contextmanager
-def _quick_minimum_cuts() -> Iterator[None]:
+def _quick_minimum_cuts() -> AbstractContextManager[None]:
     """Let the partitioner cut graphs with Boykov and Kolmogorov's algorithm, a tenth of preflow-push's time or less.
 
-    The cut is the same: networkx takes the one nearest to the sink, whatever flow it found.
+    The cut is the same: networkx takes the one nearest to the sink, whatever flow it found. The partitioner has no
+    argument for the algorithm.
     """
+    return _minimum_cut_patch()()
+
+
+@functools.cache
+def _minimum_cut_patch() -> ScopedPatch:
     import networkx
-    from networkx.algorithms.flow import boykov_kolmogorov
 
-    usual = networkx.minimum_cut
-
-    def minimum_cut(graph: Any, source: Any, sink: Any, *args: Any, **kwargs: Any) -> Any:
-        chosen = {} if args else {"flow_func": boykov_kolmogorov}
+    def minimum_cut(usual: Callable[..., Any], graph: Any, source: Any, sink: Any, *args: Any, **kwargs: Any) -> Any:
+        chosen = {} if args else {"flow_func": networkx.algorithms.flow.boykov_kolmogorov}
         return usual(graph, source, sink, *args, **{**chosen, **kwargs})
 
-    networkx.minimum_cut = minimum_cut
-    try:
-        yield
-    finally:
-        networkx.minimum_cut = usual
+    return ScopedPatch(networkx, "minimum_cut", minimum_cut)
 
 
 def register_inductor_lowering(op: Any, lower: Callable[..., Any], eager_strides: bool = False) -> None:
@@ -623,34 +624,30 @@ def launch(
 
 @contextmanager
 def _analysed_once() -> Iterator[None]:
-    """Look only once for what a kernel writes: for every launch, Inductor translates the kernel to find that out."""
+    """Look only once per graph for what a kernel writes: Inductor translates the kernel for every launch of it."""
+    with ExitStack() as stack:
+        for patch in _remembered_analyses():
+            stack.enter_context(patch())
+        yield
+
+
+@functools.cache
+def _remembered_analyses() -> tuple[ScopedPatch, ...]:
     from torch._higher_order_ops import triton_kernel_wrap as module
+    from torch._inductor.virtualized import V
+
+    found: Any = WeakKeyDictionary()  # by the graph that is being lowered
+
+    def remembering(analyse: Callable[..., Any], kernel: Any, arguments: dict[str, Any], *more: Any) -> Any:
+        """``analyse``, with its results kept: of tensors only the data types matter."""
+        kinds = tuple((name, getattr(value, "dtype", value)) for name, value in arguments.items())
+        results = found.setdefault(V.graph, {})
+        if (analyse, kernel, kinds) not in results:
+            results[analyse, kernel, kinds] = analyse(kernel, arguments, *more)
+        return results[analyse, kernel, kinds]
 
     names = ("identify_accessed_tensors", "identify_mutated_tensors")
-    analyses = {name: getattr(module, name) for name in names if hasattr(module, name)}
-    for name, analyse in analyses.items():
-        setattr(module, name, _remembering(analyse))
-    try:
-        yield
-    finally:
-        for name, analyse in analyses.items():
-            setattr(module, name, analyse)
-
-
-_ANALYSES: dict[Any, Any] = {}
-
-
-def _remembering(analyse: Callable[..., Any]) -> Callable[..., Any]:
-    """``analyse``, with its results kept: of tensors only the data types matter."""
-
-    def remembering(kernel: Any, arguments: dict[str, Any], descriptors: Any) -> Any:
-        kinds = tuple((name, getattr(value, "dtype", value)) for name, value in arguments.items())
-        key = (analyse, kernel, kinds)
-        if key not in _ANALYSES:
-            _ANALYSES[key] = analyse(kernel, arguments, descriptors)
-        return _ANALYSES[key]
-
-    return remembering
+    return tuple(ScopedPatch(module, name, remembering) for name in names if hasattr(module, name))
 
 
 @functools.cache

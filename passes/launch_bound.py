@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile.causes import Cause
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, refused
-from cggr_compile.passes.fx import is_static, op_name
+from cggr_compile.passes.flops import weight_flops
+from cggr_compile.passes.fx import is_static
 from cggr_compile.passes.modes import modes_of
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
@@ -44,7 +42,7 @@ class LaunchBound:
             return PassResult(True, "symbolic sizes: not estimated")
         stream = fake_value(output)
         batch, length, hidden = stream.shape
-        flops = 6.0 * batch * length * _weights(gm) + 7.0 * layers * batch * length**2 * hidden
+        flops = 3.0 * weight_flops(gm.graph) + 7.0 * layers * batch * length**2 * hidden
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
         width = modes_of(gm.graph)[output].product_dtype(stream).itemsize
         arithmetic = flops / (processors * TFLOPS_PER_SM[2 if width <= 2 else 4] * 1e9)
@@ -53,14 +51,3 @@ class LaunchBound:
         if arithmetic > launches:
             return PassResult(True, found)
         return refused(Cause.LAUNCH_BOUND, found=found)
-
-
-def _weights(gm: GraphModule) -> int:
-    """Elements of the matrices that activations are multiplied with."""
-    total = 0
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value: Any = fake_value(node)
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2:
-            looked_up = all(op_name(user) == "embedding" for user in node.users)
-            total += 0 if looked_up else value.numel()
-    return total

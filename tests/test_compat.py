@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import weakref
 
 import networkx
 import pytest
@@ -299,8 +300,13 @@ def test_cpp_compiler(monkeypatch):
     assert compat.cpp_compiler() is None
 
 
-def test_a_kernel_is_analysed_once(monkeypatch):
+def test_a_kernel_is_analysed_once_per_graph(monkeypatch):
     """For equal arguments; of tensors their data types count."""
+    from torch._inductor.virtualized import V
+
+    class Graph:
+        """A GraphLowering's stand-in."""
+
     module = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
     names = [n for n in ("identify_accessed_tensors", "identify_mutated_tensors") if hasattr(module, n)]
     assert names, "Inductor analyses kernels under another name"
@@ -313,10 +319,12 @@ def test_a_kernel_is_analysed_once(monkeypatch):
     monkeypatch.setattr(module, names[0], analyse)
     wide, narrow = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float16)
     results = []
-    for tensor, size in ((wide, 4), (torch.ones(9, dtype=torch.float64), 4), (narrow, 4), (wide, 5)):
-        with compat._analysed_once():
-            results.append(getattr(module, names[0])("kernel", {"x": tensor, "size": size}, {}))
-    assert results == [1, 1, 2, 3] and getattr(module, names[0]) is analyse
+    for graph in (Graph(), Graph()):
+        for tensor, size in ((wide, 4), (torch.ones(9, dtype=torch.float64), 4), (narrow, 4), (wide, 5)):
+            with V.set_graph_handler(graph), compat._analysed_once():
+                results.append(getattr(module, names[0])("kernel", {"x": tensor, "size": size}, {}))
+    assert results == [1, 1, 2, 3, 4, 4, 5, 6] and getattr(module, names[0]) is analyse
+    weakref.ref(torch._inductor.graph.GraphLowering.__new__(torch._inductor.graph.GraphLowering))
 
 
 def test_fusion_limit():

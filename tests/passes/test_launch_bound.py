@@ -48,8 +48,3 @@ def test_threshold_is_the_estimate(captured, monkeypatch):
     for factor, matched in ((0.99, True), (1.01, False)):
         monkeypatch.setattr(launch_bound, "LAUNCH_MS", milliseconds * factor)
         assert captured().run("launch_bound").matched is matched
-
-
-def test_a_table_that_is_only_looked_up_multiplies_nothing(decoder_step):
-    tied, untied = (decoder_step({}, models.Decoder(tied=tied)) for tied in (True, False))
-    assert launch_bound._weights(tied.gm) == launch_bound._weights(untied.gm) > 0
