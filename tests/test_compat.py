@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networkx.algorithms.flow import boykov_kolmogorov, preflow_push
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cggr_compile import compat
 from cggr_compile.backend import cggr
@@ -33,6 +34,13 @@ def test_private_signatures():
     assert compat.next_checkpoint_id() < compat.next_checkpoint_id()
     assert inspect.isclass(compat.custom_graph_pass())
     assert {"joint_custom_pre_pass", compat.CUDA_GRAPHS} <= compat.inductor_option_names()
+
+
+def test_plain_functions_become_graphs_of_aten_calls():
+    with FakeTensorMode() as mode:
+        graph = compat.traced(lambda x: x + torch.arange(3), [torch.empty(2, 3)], mode).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.prims.iota.default, torch.ops.aten.add.Tensor]
 
 
 def test_modes():
