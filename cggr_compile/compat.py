@@ -137,6 +137,15 @@ def static_fake_mode() -> Any:
     return mode
 
 
+def traced(function: Callable[..., Any], arguments: Sequence[Any], fake_mode: Any) -> GraphModule:
+    """The ATen calls that a function of (fake) tensors makes, decomposed as Inductor does it."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with fake_mode, torch.no_grad():
+        return make_fx(function, decomposition_table=select_decomp_table())(*arguments)
+
+
 @contextmanager
 def tracing_under(fake_mode: Any) -> Iterator[None]:
     """Compile with this fake mode in place of the capture's; AOTAutograd's guards still reach Dynamo."""

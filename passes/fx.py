@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._ops import HigherOrderOperator
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
@@ -325,7 +325,15 @@ class Emitter:
     def item(self, node: Node, index: int) -> Node:
         return self.call(operator.getitem, node, index)
 
-    def kept(self, mask: Node, values: Node) -> Node:
+    def inline(self, module: GraphModule, *args: Any) -> Any:
+        """The calls of a module's graph, with its inputs replaced; what it returns, as nodes."""
+        return _Inline(module, self).run(*args)
+
+    def trace(self, function: Callable[..., Any], *args: Node) -> Any:
+        """The calls that a plain function of tensors makes (ATen graphs); what it returns, as nodes."""
+        return self.inline(compat.traced(function, [fake_value(arg) for arg in args], self.fake_mode), *args)
+
+    def masked(self, mask: Node, values: Node) -> Node:
         """``values``, with zeros where ``mask`` is False (ATen graphs)."""
         value = fake_value(values)
         zero = self.call(torch.ops.aten.full.default, [], 0.0, dtype=value.dtype, device=value.device)
@@ -367,6 +375,17 @@ class Emitter:
         modes = nullcontext() if self._modes is None else self._modes.applied()
         with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode), modes:
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
+
+
+class _Inline(Interpreter):
+    """Runs a graph on nodes instead of tensors: every call becomes one of the emitter's."""
+
+    def __init__(self, module: GraphModule, emit: Emitter) -> None:
+        super().__init__(module)
+        self.emit = emit
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Node:
+        return self.emit.call(target, *args, **kwargs)
 
 
 def backward_of(graph: Graph) -> set[Node]:

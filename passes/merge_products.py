@@ -256,7 +256,7 @@ def _with_zeros(emit: Emitter, term: Term) -> Node:
     """The gradient itself with zeros where the product is to be zero."""
     if term.mask is None:
         return term.grad
-    return emit.kept(emit.call(aten.view.default, term.mask, [shape_of(term.grad)[0], 1]), term.grad)
+    return emit.masked(emit.call(aten.view.default, term.mask, [shape_of(term.grad)[0], 1]), term.grad)
 
 
 def _input_grad(grad: Node) -> Node | None:

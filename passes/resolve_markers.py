@@ -89,7 +89,7 @@ def _mask(emit: Emitter, node: Node, selected: Node, factor: Node | None) -> Nod
     grad: Any = node.args[0]
     axis: Any = node.args[1]
     rank = fake_value(grad).dim()
-    stopped = emit.kept(_on_axis(emit, selected, axis, rank), grad)
+    stopped = emit.masked(_on_axis(emit, selected, axis, rank), grad)
     return stopped if factor is None else weighed(emit, stopped, _on_axis(emit, factor, axis, rank))
 
 

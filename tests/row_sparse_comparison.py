@@ -7,6 +7,8 @@ import torch
 from reference import assert_same, backward
 
 import cggr_compile
+from cggr_compile.passes.row_sparse.plan import At, Call
+from cggr_compile.passes.row_sparse.rules import Rule
 
 
 def compare(make, call, tolerance=1e-5, **options):
@@ -23,3 +25,11 @@ def compare(make, call, tolerance=1e-5, **options):
     assert "row_sparse" not in records[1] and records[0]["row_sparse"].matched
     assert_same(runs[0], runs[1], tolerance)
     return records[0]["row_sparse"]
+
+
+class LosesTheSign(Rule):
+    """A wrong rule for a negation, for checks that are to fail."""
+
+    def carry(self, at, node):
+        (source,) = node.args
+        return Call((At(source, at.layouts[source]),), at.layouts[source], make=lambda rv, rows: rows)

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networkx.algorithms.flow import boykov_kolmogorov, preflow_push
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cggr_compile import compat
 from cggr_compile.backend import cggr
@@ -97,6 +98,13 @@ def test_what_is_about_to_be_compiled():
         (step.__code__, "recompile_limit", 1),
     ]
     assert list(seen[0].scope) == ["x"]
+
+
+def test_plain_functions_become_graphs_of_aten_calls():
+    with FakeTensorMode() as mode:
+        graph = compat.traced(lambda x: x + torch.arange(3), [torch.empty(2, 3)], mode).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.prims.iota.default, torch.ops.aten.add.Tensor]
 
 
 def test_modes():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cggr_compile
 from cggr_compile.passes.row_sparse import rules
+from cggr_compile.passes.row_sparse.plan import At, Call
 
 SIZES = {"num_hidden_layers": 1}
 
@@ -26,11 +27,12 @@ def verified(model, batch=None, steps=1, **options):
 
 
 def break_a_rule(monkeypatch, factor):
-    def scaled(rv, node):
-        rows = rv.sparse[node.args[0]]
-        return rules.Rows(rv.emit.call(torch.ops.aten.mul.Scalar, rows.values, -factor), rows.layout)
+    class Scaled(rules.Rule):
+        def carry(self, at, node):
+            layout, mul = at.layouts[node.args[0]], torch.ops.aten.mul.Scalar
+            return Call((At(node.args[0], layout),), layout, make=lambda rv, rows: rv.emit.call(mul, rows, -factor))
 
-    monkeypatch.setitem(rules.RULES, torch.ops.aten.neg.default, scaled)
+    monkeypatch.setitem(rules.RULES, torch.ops.aten.neg.default, Scaled())
 
 
 @pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import torch
-from torch.fx import Node
 
 from cggr_compile.passes.base import PassResult, shape_of
 from cggr_compile.passes.fx import descendants, is_static
 from cggr_compile.passes.patterns.attention import is_attention
-from cggr_compile.passes.resolve_markers import stop_factors, weighed
-from cggr_compile.passes.row_sparse.attention import attention
-from cggr_compile.passes.row_sparse.experts import experts
+from cggr_compile.passes.row_sparse import rules  # noqa: F401  (registers them)
+from cggr_compile.passes.row_sparse.annotations import Annotations
 from cggr_compile.passes.row_sparse.placement import place_early
-from cggr_compile.passes.row_sparse.rules import LATE_RULES, RULES, item
 from cggr_compile.passes.row_sparse.stages import separate, stages
-from cggr_compile.passes.row_sparse.values import Rows, RowValues
+from cggr_compile.passes.row_sparse.values import RowValues
 
 if TYPE_CHECKING:
-    from torch.fx import Graph
+    from collections.abc import Sequence
+
+    from torch.fx import Graph, Node
 
 ops, aten = torch.ops.cggr, torch.ops.aten
 
@@ -55,36 +54,45 @@ class RowSparseBackward:
         if not is_static(seed, rows) or not isinstance(length, int):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
         nodes = list(graph.nodes)
-        rv = RowValues(graph, rows, keep, batch=shape_of(seed)[0], length=length)
+        at = Annotations(shape_of(seed)[0], length, shape_of(rows)[1], backward=descendants([seed]))
+        at.annotate(nodes[nodes.index(seed) :])
+        places = _places(at, nodes)
+        rv = RowValues(graph, rows, keep, at)
         with rv.emit.before(seed, self.name):
             rv.rows = rv.emit.call(ops.fusion_barrier.default, rows)
-        rv.backward = descendants([seed])
         rv.stage = stages(nodes[: nodes.index(seed)], rows)
-        places: dict[str, list[str | None]] = {}
-        layers = {_layer(node) for node in nodes if is_attention(node) or node.target is aten._softmax.default} - {None}
-        layers_end = max((i for i, node in enumerate(nodes) if _layer(node) in layers), default=len(nodes))
-        for index, node in enumerate(nodes[nodes.index(seed) :], nodes.index(seed)):
-            before = rv.densified.total()
+        for node, plan in at.plans.items():
             with rv.emit.before(node, self.name):
-                _visit(rv, node)
-            if rv.densified.total() > before:
-                place = _place(node)
-                # behind the first layer's gradient, an unknown module is none of the layers
-                places.setdefault(str(node.target), []).append("" if place is None and index > layers_end else place)
+                plan.apply(rv, node)
         graph.eliminate_dead_code()
         separate(rv, set(graph.nodes).difference(nodes))
         place_early(graph, set(graph.nodes).difference(nodes))
-        total = sum(rv.densified.values())
-        reason = f"{len(rv.sparse)} values on rows, {total} made dense again"
-        if rv.dense_attention:
-            named = ", ".join(f"{count} × {why}" for why, count in rv.dense_attention.items())
+        densified: Counter[str] = Counter()
+        for node, count in at.densified.items():
+            densified[str(node.target)] += count
+        reason = f"{len(at.layouts)} values on rows, {densified.total()} made dense again"
+        if at.dense_attention:
+            named = ", ".join(f"{count} × {why}" for why, count in at.dense_attention.items())
             reason += f"; dense attention: {named}"
         details = {
-            "densified": dict(rv.densified),
+            "densified": dict(densified),
             "densified_at": places,
-            "dense_attention": dict(rv.dense_attention),
+            "dense_attention": dict(at.dense_attention),
         }
         return PassResult(True, reason, details)
+
+
+def _places(at: Annotations, nodes: Sequence[Node]) -> dict[str, list[str | None]]:
+    """The modules whose gradients are made dense, by operator."""
+    layers = {_layer(node) for node in nodes if is_attention(node) or node.target is aten._softmax.default} - {None}
+    order = {node: i for i, node in enumerate(nodes)}
+    layers_end = max((i for i, node in enumerate(nodes) if _layer(node) in layers), default=len(nodes))
+    places: dict[str, list[str | None]] = {}
+    for node in at.densified:
+        place = _place(node)
+        # behind the first layer's gradient, an unknown module is none of the layers
+        places.setdefault(str(node.target), []).append("" if place is None and order[node] > layers_end else place)
+    return places
 
 
 def _place(node: Node) -> str | None:
@@ -99,41 +107,3 @@ def _layer(node: Node) -> str | None:
     parts = (_place(node) or "").split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else None
-
-
-def _visit(rv: RowValues, node: Node) -> None:
-    if node.target is ops.scatter_rows.default:
-        layout = rv.layout("B", "S", None)
-        values: Any = node.args[0]
-        rv.sparse[node] = Rows(rv.kept(values, layout), layout)
-        return
-    if node.target is ops.stop_rows_backward.default:
-        rv.sparse[node] = _stop(rv, node)
-        return
-    inputs = [n for n in node.all_input_nodes if n in rv.sparse]
-    if not inputs:
-        return
-    if attention(rv, node) or experts(rv, node):
-        return
-    rule = item if node.target is operator.getitem else RULES.get(node.target) or LATE_RULES.get(str(node.target))
-    result = rule(rv, node) if rule is not None else None
-    if isinstance(result, Rows):
-        rv.sparse[node] = result
-    elif result is not None:
-        rv.backward.add(result)
-        node.replace_all_uses_with(rv.strided_like(result, node))
-    else:
-        for sparse in inputs:
-            rv.densified[str(node.target)] += 1
-            node.replace_input_with(sparse, rv.dense(sparse))
-
-
-def _stop(rv: RowValues, node: Node) -> Rows:
-    """A marker: the gradient on the selected rows, weighed, nothing elsewhere."""
-    grad: Any = node.args[0]
-    axis: Any = node.args[1]
-    layout = rv.layout(*("B" if i == 0 else "S" if i == axis else None for i in range(len(shape_of(node)))))
-    known = grad in rv.sparse and rv.sparse[grad].layout == layout
-    values = rv.sparse[grad].values if known else rv.kept(rv.version(grad, layout), layout)
-    factors = stop_factors(rv.graph)
-    return Rows(values if factors is None else weighed(rv.emit, values, rv.on_slots(factors, layout, values)), layout)

@@ -8,13 +8,15 @@ function around one of them; the joint graph has its backward functionalized::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cggr_compile.passes.base import fake_value, same_size, shape_of
+from cggr_compile.passes.base import same_size, shape_of
 from cggr_compile.passes.fx import argument, op_name
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from cggr_compile.passes.row_sparse.values import RowValues
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 # known by name: the package need not be installed, nor imported before this module
 DENSE, PACKED = "flash_attn._flash_attn_forward", "flash_attn._flash_attn_varlen_forward"
@@ -157,40 +158,40 @@ def _mask(rv: RowValues, node: Node) -> tuple[Node | None, bool]:
     query's own key is the last one, of each sequence.
     """
     given: Any = node.kwargs
+    packed, tokens = _packed(node), 0 if _packed(node) else 1
     left, right = given["window_size_left"], 0 if given["causal"] else given["window_size_right"]
-    tokens = 0 if _packed(node) else 1
     queries, keys = shape_of(given["q"])[tokens], shape_of(given["k"])[tokens]
-    call, device = rv.emit.call, fake_value(rv.rows).device
-    row = call(aten.view.default, rv.rows, [rv.batch, 1, rv.slots, 1])
-    column = call(prims.iota.default, keys, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
-    seen = None
-    aligned = queries == keys
-    if _packed(node):
-        aligned = given["cu_seqlens_q"] is given["cu_seqlens_k"]
-        sequence, row = _from_the_end(rv, row, given["cu_seqlens_q"])
-        other, column = _from_the_end(rv, column, given["cu_seqlens_k"])
-        seen = call(aten.eq.Tensor, sequence, other)
-    elif not aligned:
-        column = call(aten.sub.Tensor, column, keys - queries)
+    starts = [given["cu_seqlens_q"], given["cu_seqlens_k"]] if packed else []
+    aligned = starts[0] is starts[1] if packed else queries == keys
     causal = aligned and right == 0
-    if right >= 0 and not causal:
-        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, column, row), right))
-    if 0 <= left < keys - 1:
-        seen = _both(rv, seen, call(aten.le.Scalar, call(aten.sub.Tensor, row, column), left))
-    return None if seen is None else call(aten.expand.default, seen, [rv.batch, 1, rv.slots, keys]), causal
+    before, after = 0 <= left < keys - 1, right >= 0 and not causal
+    if not packed and not before and not after:
+        return None, causal
+
+    def seen(rows: Tensor, *starts: Tensor) -> Tensor:
+        row = rows.view(rv.batch, 1, rv.slots, 1)
+        column = torch.arange(keys, device=rows.device)
+        conditions = []
+        if packed:
+            sequence, row = _from_the_end(row, starts[0])
+            other, column = _from_the_end(column, starts[1])
+            conditions.append(sequence == other)
+        elif not aligned:
+            column = column - (keys - queries)
+        if after:
+            conditions.append(column - row <= right)
+        if before:
+            conditions.append(row - column <= left)
+        return functools.reduce(torch.bitwise_and, conditions).expand(rv.batch, 1, rv.slots, keys)
+
+    return rv.emit.trace(seen, rv.rows, *starts), causal
 
 
-def _from_the_end(rv: RowValues, tokens: Node, cumulative: Node) -> tuple[Node, Node]:
+def _from_the_end(tokens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     """The packed sequence of each token, and the token's place in it counted from its end (-1 is the last).
 
-    ``cumulative`` [sequences + 1]: where each begins, and the end. Tokens behind the last one belong to it.
+    ``starts`` [sequences + 1]: where each begins, and the end. Tokens behind the last one belong to it.
     """
-    call, (count,) = rv.emit.call, shape_of(cumulative)
-    ends = call(prims.convert_element_type.default, call(aten.slice.Tensor, cumulative, 0, 1), torch.int64)
-    passed = call(aten.ge.Tensor, call(aten.unsqueeze.default, tokens, -1), ends)
-    sequence = call(aten.clamp_max.default, call(aten.sum.dim_IntList, passed, [-1]), count - 2)
-    return sequence, call(aten.sub.Tensor, tokens, call(aten.index.Tensor, ends, [sequence]))
-
-
-def _both(rv: RowValues, left: Node | None, right: Node) -> Node:
-    return right if left is None else rv.emit.call(aten.bitwise_and.Tensor, left, right)
+    ends = starts[1:].long()
+    sequence = (tokens[..., None] >= ends).sum(-1).clamp(max=len(ends) - 1)
+    return sequence, tokens - ends[sequence]

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import Graph, Node
-from torch.fx.node import map_arg
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile.passes.base import fake_value, shape_of
 from cggr_compile.passes.fx import op_name
@@ -56,7 +56,7 @@ class _Backward(Backward):
         device = fake_value(given["query"]).device.type
         if device not in DEVICES:
             return f"FlexAttention on {device}"
-        if not _identity(_subgraph(given["score_mod"])):
+        if not _identity(_subgraph(given["score_mod"]).graph):
             return "FlexAttention with a score_mod"
         if given["grad_logsumexp"] is not None:
             return "FlexAttention with a gradient of its log-sum-exp"
@@ -65,7 +65,7 @@ class _Backward(Backward):
         tables = {shape_of(table)[:2] for table in given["block_mask"][2:6] if table is not None}
         if key[0] != query[0] or any(table[i] not in (1, query[i]) for table in tables for i in (0, 1)):
             return "FlexAttention over keys or masks that sequences share in groups"
-        if not _elementwise(_subgraph(given["block_mask"][-1])):
+        if not _elementwise(_subgraph(given["block_mask"][-1]).graph):
             return "FlexAttention with a mask_mod that is not elementwise"
         return None
 
@@ -91,52 +91,53 @@ def _mask(rv: RowValues, given: dict[str, Any]) -> Node | None:
     The kernels compute only the blocks that the BlockMask lists, and apply ``mask_mod`` only in those that it does
     not list as full, so the same is done here: ``listed & mask_mod | full``.
     """
-    query, key = shape_of(given["query"]), shape_of(given["key"])
+    (batch, heads, *_), keys = shape_of(given["query"]), shape_of(given["key"])[2]
     _, _, partial, partial_at, full, full_at, *_, query_block, key_block, mask_mod = given["block_mask"]
-    device = fake_value(given["query"]).device
-    call = rv.emit.call
 
-    def numbers(size: int, axis: int) -> Node:
-        made = call(prims.iota.default, size, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False)
-        return call(aten.view.default, made, [size if i == axis else 1 for i in range(4)])
+    def places(rows: Tensor) -> tuple[Tensor, ...]:
+        queries = rows.view(rv.batch, 1, rv.slots, 1)
+        return _numbers(batch, 0, rows), _numbers(heads, 1, rows), queries, _numbers(keys, 3, rows)
 
-    queries = call(aten.view.default, rv.rows, [rv.batch, 1, rv.slots, 1])
-    keys = numbers(key[2], 3)
-    places = (numbers(query[0], 0), numbers(query[1], 1), queries, keys)
-    found = _evaluate(rv, _subgraph(mask_mod), (*places, *given["mask_buffers"]))
+    def expanded(found: Tensor) -> Tensor:
+        lead = ([1] * (4 - found.dim()) + list(found.shape))[:2]
+        return found.expand(*lead, rv.slots, keys)
+
+    def in_blocks(found: Tensor, queries: Tensor, columns: Tensor, *tables: Tensor) -> Tensor:
+        at = queries // query_block, columns // key_block
+        blocks = -(-keys // key_block)
+        found = found & _listed(tables[0], tables[1], blocks, at)
+        return expanded(found | _listed(tables[2], tables[3], blocks, at) if full is not None else found)
+
+    where = rv.emit.trace(places, rv.rows)
+    found = rv.emit.inline(_subgraph(mask_mod), *where, *given["mask_buffers"])
+    found = found[0] if isinstance(found, (tuple, list)) else found
     if query_block == key_block == UNBLOCKED:
-        if not shape_of(found):
-            return None if _always(_subgraph(mask_mod)) else call(aten.expand.default, found, [1, 1, rv.slots, key[2]])
-    else:
-        block_of = (
-            call(aten.div.Tensor_mode, queries, query_block, rounding_mode="floor"),
-            call(aten.div.Tensor_mode, keys, key_block, rounding_mode="floor"),
-        )
-
-        def listed(count: Node, at: Node) -> Node:
-            """Whether the block of each query and key is in a table: ``at[..., :count]`` are blocks of keys."""
-            *lead, width = shape_of(at)
-            blocks = -(-key[2] // key_block)
-            slot = call(prims.iota.default, width, start=0, step=1, dtype=torch.int64, device=device,
-                        requires_grad=False)  # fmt: skip
-            used = call(aten.lt.Tensor, slot, call(aten.unsqueeze.default, count, -1))
-            index = call(prims.convert_element_type.default, at, torch.int64)
-            index = call(aten.where.self, used, index, call(aten.full.default, [], blocks, dtype=torch.int64,
-                                                            device=device))  # fmt: skip
-            table = call(aten.full.default, [*lead, blocks + 1], False, dtype=torch.bool, device=device)
-            table = call(aten.scatter.value, table, -1, index, True)
-            return call(aten.index.Tensor, table, [numbers(lead[0], 0), numbers(lead[1], 1), *block_of])
-
-        found = call(aten.bitwise_and.Tensor, found, listed(partial, partial_at))
-        if full is not None:
-            found = call(aten.bitwise_or.Tensor, found, listed(full, full_at))
-    shape = [1] * (4 - len(shape_of(found))) + list(shape_of(found))
-    return call(aten.expand.default, found, [*shape[:2], rv.slots, key[2]])
+        return None if _always(_subgraph(mask_mod).graph) else rv.emit.trace(expanded, found)
+    tables = (partial, partial_at) if full is None else (partial, partial_at, full, full_at)
+    return rv.emit.trace(in_blocks, found, *where[2:], *tables)  # type: ignore[no-any-return]
 
 
-def _subgraph(held: Node) -> Graph:
-    part: Any = getattr(held.graph.owning_module, str(held.target))
-    return part.graph  # type: ignore[no-any-return]
+def _numbers(size: int, axis: int, like: Tensor) -> Tensor:
+    """0, 1, ... along one of four axes."""
+    return torch.arange(size, device=like.device).view([size if i == axis else 1 for i in range(4)])
+
+
+def _listed(count: Tensor, table: Tensor, blocks: int, at: tuple[Tensor, Tensor]) -> Tensor:
+    """Whether the blocks ``at`` of each query and key are in a table, of ``blocks`` blocks of keys.
+
+    Args:
+        count: [B or 1, heads or 1, blocks of queries]. table: [*count.shape, width]; the first ``count`` are blocks.
+    """
+    slot = torch.arange(table.shape[-1], device=table.device)
+    index = torch.where(slot < count[..., None], table.long(), blocks)
+    listed = torch.zeros(*count.shape, blocks + 1, dtype=torch.bool, device=table.device).scatter(-1, index, True)
+    return listed[_numbers(count.shape[0], 0, table), _numbers(count.shape[1], 1, table), at[0], at[1]]
+
+
+def _subgraph(held: Node) -> GraphModule:
+    part = getattr(held.graph.owning_module, str(held.target))
+    assert isinstance(part, GraphModule)
+    return part
 
 
 def _result(graph: Graph) -> Any:
@@ -170,12 +171,3 @@ def _on_numbers(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload) or any(shape_of(source) for source in node.all_input_nodes):
         return False
     return target in CONSTANTS or target in CASTS or torch.Tag.pointwise in target.tags
-
-
-def _evaluate(rv: RowValues, graph: Graph, given: tuple[Any, ...]) -> Node:
-    values: dict[Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), given, strict=True))
-    for node in graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = rv.emit.call(node.target, *args, **kwargs)
-    return values[_result(graph)]  # type: ignore[no-any-return]

@@ -66,8 +66,9 @@ class _Backward(Backward):
         if mask is not None:
             lead = [1] * (4 - len(shape_of(mask)))
             mask = rv.emit.call(aten.view.default, mask, [*lead, *shape_of(mask)]) if lead else mask
-            mask = rv.operand(mask, heads, (*shape_of(query)[:3], shape_of(key)[2]))
-            assert mask is not None  # four axes line up with the scores
+            operand = rv.at.operand(mask, heads, (*shape_of(query)[:3], shape_of(key)[2]))
+            assert operand is not None  # four axes line up with the scores
+            mask = operand.made(rv)
         statistics = given["logsumexp"]  # [B, heads, >= S] or [B, heads, S, 1]
         if len(shape_of(statistics)) == 4:
             statistics = rv.emit.call(aten.squeeze.dim, statistics, 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import models
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from cggr_compile import PersistentTRMLP
-from cggr_compile.passes import row_sparse
+from cggr_compile.passes.row_sparse import rules
+from cggr_compile.passes.row_sparse.rules.experts import ExpertsBackward, GatedExperts
 
 MIXTRAL = dict(num_hidden_layers=2)
 
@@ -84,28 +87,28 @@ def test_only_selected_tokens_enter():
     assert sizes_of_backwards() == [[8, models.HIDDEN]] * 2
 
 
+BACKWARD = torch.ops.cggr.moe_mlp_backward.default
+
+
 def test_the_check_can_fail(monkeypatch):
-    monkeypatch.setattr(row_sparse, "experts", lambda *_: False)
+    monkeypatch.delitem(rules.RULES, BACKWARD)
     assert sizes_of_backwards() == [[32, models.HIDDEN]] * 2
 
 
-def test_the_comparison_can_fail(monkeypatch):
+class OfOtherTokens(ExpertsBackward):
     """What gate and up gave for other tokens."""
-    original = row_sparse.experts
 
-    def wrong(rv, node):
-        if not original(rv, node):
-            return False
-        new = node.prev
-        while new.target is not node.target:
-            new = new.prev
-        inner = new.args[5]
-        with rv.graph.inserting_before(new):
-            flipped = rv.graph.call_function(torch.ops.aten.flip.default, (inner, [0]))
-        flipped.meta["val"] = inner.meta["val"].clone()
-        new.update_arg(5, flipped)
-        return True
+    def apply(self, rv, node):
+        flipped = rv.emit.call(torch.ops.aten.flip.default, self.inner, [0])
+        ExpertsBackward.apply(dataclasses.replace(self, inner=flipped), rv, node)
 
-    monkeypatch.setattr(row_sparse, "experts", wrong)
+
+class Wrong(GatedExperts):
+    def carry(self, at, node):
+        return OfOtherTokens(**vars(super().carry(at, node)))
+
+
+def test_the_comparison_can_fail(monkeypatch):
+    monkeypatch.setitem(rules.RULES, BACKWARD, Wrong())
     with pytest.raises(AssertionError):
         compare(lambda: models.family("mixtral", **MIXTRAL), call_with(models.make_batch()))

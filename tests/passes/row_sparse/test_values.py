@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
 from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.row_sparse.annotations import Annotations
 from cggr_compile.passes.row_sparse.values import RowValues
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def test_a_view_copies_only_what_it_must():
     graph, mode = Graph(), FakeTensorMode()
     rows = placeholder(graph, mode, "rows", B, K, dtype=torch.int64)
     keep = placeholder(graph, mode, "keep", B, K, dtype=torch.bool)
-    rv = RowValues(graph, rows, keep, batch=B, length=S)
+    rv = RowValues(graph, rows, keep, Annotations(batch=B, length=S, slots=K))
     values = placeholder(graph, mode, "values", B, K, HEADS, WIDTH)
     heads_first = rv.emit.call(aten.permute.default, values, [0, 2, 1, 3])
     assert rv.view(heads_first, [B, HEADS, K, WIDTH]) is heads_first, "the shape it has"
