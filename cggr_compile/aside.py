@@ -71,7 +71,7 @@ class Aside:
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self._scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return AsideRun(selected, weights, [root.detach() for root in roots], list(grads))
+        return AsideRun(selected, weights, [root.detach() for root in roots if root.numel()], list(grads))
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.

@@ -34,7 +34,8 @@ class DetachOutputs:
         output = gm.graph.output_node()
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         emit = Emitter(gm.graph, ctx.fake_mode)
-        dropped, detached = [], []
+        dropped: list[str] = []
+        detached: list[str] = []
         replaced: dict[Node, Node] = {}
         with emit.before(output, self.name):
             for position, kind in ctx.outputs.kinds.items():
