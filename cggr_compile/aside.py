@@ -72,7 +72,7 @@ class Aside:
             del outputs[-1]
             # as in training, nothing but the user's outputs outlives a CUDA graph
             selected, weights = outputs.pop().clone(), outputs.pop().clone()
-            places = [i for i, out in enumerate(outputs) if differentiable(out)]
+            places = [i for i, out in enumerate(outputs) if differentiable(out) and out.numel()]
             roots = [outputs[i] for i in places]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self.scale) for root in roots]

@@ -36,6 +36,15 @@ ne = ne(pad, -100)  # [2, 16]""",
     )
 
 
+def test_check_labels(decoder_step, expect):
+    expect(
+        "\n".join(added(decoder_step(), "check_labels").splitlines()[:2]),
+        """\
+check_labels_default = check_labels.default(pad, 128, -100)  # [2, 16]
+ne = ne(check_labels_default, -100)  # [2, 16]""",
+    )
+
+
 def test_insert_router(decoder_step, expect):
     expect(
         added(decoder_step(), "insert_router"),

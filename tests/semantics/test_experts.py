@@ -24,10 +24,14 @@ def with_router_logits(name: str, **overrides: Any) -> tuple[nn.Module, dict[str
 
 
 def with_aux_loss(model: nn.Module, batch: dict[str, Any], **mode: str) -> Run:
-    """The selected loss, and the load-balancing loss over every token."""
+    """The selected loss, and the load-balancing loss over every token.
+
+    A release of transformers that computes the second one in another graph needs the exact gradient of all routers.
+    """
     chosen, target = picks(model), shift(batch["labels"])
+    (routed,) = {r.record("route_gradient").matched for r in cggr_compile.runtime(model).reports if r.matched}
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with routing(model, hard_mask(chosen.rows, SEQ), "routed", "project"):
+    with routing(model, hard_mask(chosen.rows, SEQ), "routed" if routed else "exact", "project"):
         out = eager_call(model, use_cache=False, **inputs)
         return backward(model, selected_loss(out.logits, target, chosen) + 2.0 * out.aux_loss)
 
