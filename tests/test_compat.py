@@ -153,6 +153,45 @@ def test_levels_of_vmap_are_left_after_an_exception():
         assert entering.target(*entering.args) == 1
 
 
+def test_calls_that_change_modes():
+    """Dynamo's names for them, with the arguments that are read off a graph, or emitted."""
+    parameters = [list(inspect.signature(f).parameters) for f in (compat.ENTER_AUTOCAST, compat.EXIT_AUTOCAST)]
+    assert parameters == [["vals"], ["mode"]]
+    assert list(inspect.signature(torch.amp.autocast_mode._UnmanagedAutocast.__mro__[1]).parameters)[:4] == [
+        *("device_type", "dtype", "enabled", "cache_enabled")
+    ]
+    assert list(inspect.signature(compat.ENTER_INFERENCE).parameters) == ["mode"]
+    assert list(inspect.signature(compat.EXIT_INFERENCE).parameters) == ["mode"]
+    graphs = []
+
+    def keep(gm, inputs):
+        graphs.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
+        return gm.forward
+
+    def program(x):
+        with torch.no_grad(), torch.autocast("cpu"), torch.inference_mode():
+            return x + 1
+
+    torch.compile(program, backend=keep)(torch.zeros(2))
+    known = {*(compat.SET_GRAD, compat.ENTER_AUTOCAST, compat.EXIT_AUTOCAST), compat.ENTER_INFERENCE}
+    assert known | {compat.EXIT_INFERENCE} <= set(graphs[0])
+
+
+def test_modes_are_kept():
+    with pytest.raises(ValueError), compat.modes_kept():
+        compat.ENTER_AUTOCAST("cpu", torch.bfloat16, True, None)
+        compat.SET_GRAD(False)
+        raise ValueError
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_unwrapped():
+    seen = []
+    x = torch.zeros(2, 3)
+    torch.vmap(lambda row: seen.append(compat.storage_id(row) == compat.storage_id(x)) or row)(x)
+    assert seen == [True] and compat.unwrapped(x) is x
+
+
 def test_module_at():
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
     scopes = {"L": {"self": model, "args": (model,), "kwargs": {"net": model}}, "G": {"net": model}}

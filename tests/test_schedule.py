@@ -101,6 +101,8 @@ def test_figures_arrive_at_the_next_step():
     assert schedule.ratio(options, 3) == 0.125
     schedule.observe(figures(0.5))
     assert schedule.ratio(options, 4) == 0.25
+    schedule.observe(figures(float("nan")))  # without a router
+    assert schedule.ratio(options, 5) == 0.25
 
 
 @pytest.mark.parametrize("advanced", [False, True], ids=["within a step", "between steps"])

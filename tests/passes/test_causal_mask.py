@@ -410,6 +410,20 @@ def test_right_padding_becomes_causal(build, dtype, padding):
     torch.testing.assert_close(after[real], before[real])
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_padding_that_the_graph_writes_to_is_none(early):
+    def program(x: Tensor, pad: Tensor) -> Tensor:
+        if early:
+            pad.view(-1)[:2] = 1
+        y = attend(by_bool)(x, pad)
+        if not early:
+            pad.zero_()
+        return y
+
+    result, ctx = capture(program, qkv(), right_padded(16, 9)).apply(padding="right")
+    assert not result.matched and "which the graph writes to" in result.reason and ctx.padding is None
+
+
 def test_queries_of_padding_may_be_masked_too():
     one = capture(attend(with_queries), qkv(), right_padded(16, 9))
     result, ctx = one.apply()

@@ -75,12 +75,20 @@ def casts(x, w):
     return h
 
 
+def under_no_grad(x, w):
+    """The gradient of ``h`` is that of the product, whatever is written to it."""
+    h = x @ w
+    with torch.no_grad():
+        h.mul_(3)
+    return h + 1
+
+
 def the_callers(x, w):
     x += 1
     return x @ w
 
 
-@pytest.mark.parametrize("program", [through_a_view, into_a_part, old_name_is_read, casts, the_callers])
+@pytest.mark.parametrize("program", [through_a_view, into_a_part, old_name_is_read, casts, under_no_grad, the_callers])
 def test_left_alone(program):
     _, result, left = run(program, torch.randn(3, 4), torch.randn(4, 4, requires_grad=True))
     assert not result.matched and len(left) == 1
@@ -147,6 +155,15 @@ def filled(first, second, between=lambda a: None, then=lambda k, a, b: None):
 LEFT, RIGHT = (..., slice(None, 4)), (..., slice(4, None))
 
 
+def half_without_gradient(x, w):
+    a, b = x @ w, x @ w.sin()
+    k = a.new_empty(3, 8)
+    with torch.no_grad():
+        k[..., :4].copy_(a)
+    k[..., 4:].copy_(b)
+    return k.relu() * 2
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -172,8 +189,9 @@ def test_filled_by_parts(program):
         filled(LEFT, LEFT),  # the rest stays unset
         filled(LEFT, RIGHT, then=lambda k, a, b: k[..., 2:3].copy_(a[:, :1])),
         filled(LEFT, RIGHT, between=lambda a: a.mul_(2)),
+        half_without_gradient,
     ],
 )
 def test_otherwise_filled_is_no_concatenation(program):
-    captured, _, left = run(program, torch.randn(3, 4), torch.randn(4, 4))
+    captured, _, left = run(program, torch.randn(3, 4), torch.randn(4, 4, requires_grad=True))
     assert "copy" in left and not captured.operators()["cat"]

@@ -26,6 +26,11 @@ def by_repeat_interleave(x):
     return torch.repeat_interleave(x, REPEATS, dim=1)
 
 
+def by_expand_without_gradient(x):
+    with torch.no_grad():
+        return by_expand(x)
+
+
 def tiled(x):
     """The same heads in another order."""
     return x.repeat(1, REPEATS, 1, 1)
@@ -82,6 +87,7 @@ def mask_of(length):
         (lambda: decoder(tiled_by_expand), "no repeated heads"),
         (lambda: decoder(reversed_rows), "no repeated heads"),
         (lambda: decoder(by_expand, spell_value=tiled), "no repeated heads"),
+        (lambda: decoder(by_expand, spell_value=by_expand_without_gradient), "under no_grad"),
         (lambda: decoder(by_expand, dropout_p=0.1), "dropout"),
         (lambda: models.Decoder(), "no repeated heads"),
         (lambda: models.Decoder(documents=True), "mask"),

@@ -27,7 +27,7 @@ class Layer(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, H, dtype=dtype))
         self.down_proj = nn.Parameter(torch.randn(EXPERTS, H, INNER, dtype=dtype) / 4)
         self.settings = SimpleNamespace(activation=F.silu, swap=False, limit=0, drop=EXPERTS, forget=0, leak=False)
-        self.settings.__dict__.update(changes)
+        self.settings.__dict__.update({"cast": False, "grad": True, "write": False, **changes})
 
     def forward(self, hidden):
         s = self.settings
@@ -43,7 +43,10 @@ class Layer(nn.Module):
         gate, up = inner.chunk(2, -1)[:: -1 if s.swap else 1]
         if s.limit:
             up = up.clamp(-s.limit, s.limit)
-        outer = _grouped_mm(s.activation(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets)
+        if s.write:
+            self.down_proj.data.view(-1).mul_(1.0)
+        with torch.set_grad_enabled(s.grad), torch.autocast("cpu", torch.bfloat16, enabled=s.cast):
+            outer = _grouped_mm(s.activation(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets)
         weighted = outer.masked_fill(nobody, 0.0) * scales.unsqueeze(-1)
         back = torch.empty_like(perm)
         back[perm] = torch.arange(perm.size(0), device=perm.device)
@@ -81,6 +84,9 @@ def test_one_operator_takes_their_place(dtype):
         (dict(forget=5), "masks more"),
         (dict(leak=True), "used elsewhere"),
         (dict(activation=lambda gate: F.silu(gate) + 1), "not SwiGLU"),
+        (dict(grad=False), "another grad mode or autocast"),
+        (dict(cast=True), "another grad mode or autocast"),
+        (dict(write=True), "writes in place to what they are computed from"),
     ],
 )
 def test_leaves_alone(changes, reason):
