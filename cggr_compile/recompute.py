@@ -43,9 +43,6 @@ class Call:
 
     Attributes:
         repeats: whether this is a recomputation.
-
-    Raises:
-        RuntimeError: a recomputation of what ran without this backend before.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -63,18 +60,21 @@ class Call:
             checkpoint, recomputes = found
             if recomputes:
                 counts = _repeated.setdefault(pack, Counter())
-                forwards = _forwards.get(checkpoint, {}).get(self.runtime, [])
-                if counts[self.runtime] >= len(forwards):
-                    raise _unknown()
-                self.repeats, self._drawn = True, forwards[counts[self.runtime]]
+                forwards = _forwards.get(checkpoint, {}).get(self.runtime, [])[counts[self.runtime] :]
                 counts[self.runtime] += 1
+                self.repeats = True
+                self._drawn = forwards[0] if forwards else self._drawn
                 break
             around.append(checkpoint)
         for checkpoint in around:
             _forwards.setdefault(checkpoint, {}).setdefault(self.runtime, []).append(self._drawn)
 
     def ratio(self, options: Options) -> float:
-        """What the schedule wants for this call."""
+        """What the schedule wants for this call.
+
+        Raises:
+            RuntimeError: in a recomputation of what another graph, or none of this backend, computed.
+        """
         if not self.repeats:
             self._drawn.ratio = self.runtime.ratio(options)
         if self._drawn.ratio is None:
@@ -82,7 +82,11 @@ class Call:
         return self._drawn.ratio
 
     def state(self, device: torch.device) -> Tensor:
-        """(seed, step) of this call, int64 [2] on ``device``; a new forward advances the step, if that is automatic."""
+        """(seed, step) of this call, int64 [2] on ``device``; a new forward advances the step, if that is automatic.
+
+        Raises:
+            RuntimeError: as :meth:`ratio` does.
+        """
         if not self.repeats:
             self._drawn.state = self.runtime.state(device)
             self.runtime.advance()

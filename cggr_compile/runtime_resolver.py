@@ -43,7 +43,7 @@ class RuntimeResolver:
         self._begun_for: weakref.WeakSet[Runtime] = weakref.WeakSet()
         self._known: tuple[list[Any], Any] = ([], lambda: None)  # whom the last call was for, and the runtime
         self._here = threading.local()
-        caller = compat.caller(self._code)
+        caller = compat.caller(None)  # the captured frame does not run yet
         self._functional = self._module(caller) is None
         found = self._of_tensors(inputs) if self._functional else self._of_module(caller)
         self._begun_for.add(found)
@@ -123,11 +123,15 @@ def _modules_read(gm: GraphModule, inputs: Sequence[Any]) -> tuple[list[str], li
     scopes = compat.frame_scopes()
     taken: Counter[str] = Counter()
     trees: dict[str, None] = {}
-    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        path = compat.source_path(node)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    sources = [compat.source_path(node) for node in placeholders]
+    for path, value in zip(sources, inputs, strict=True):
         outermost = None if path is None else compat.outermost_module(path, scopes)
         if path is not None and outermost is not None and isinstance(value, Tensor):
             taken[outermost] += 1 + len(inputs) * value.requires_grad
             trees[compat.module_tree(path)] = None
+    if not any(sources):  # a piece that DDPOptimizer has cut out: what is left is which modules its operations are of
+        stacks = (node.meta.get("nn_module_stack", {}).values() for node in gm.graph.nodes)
+        taken.update(m for stack in stacks for path, _ in stack if (m := compat.outermost_module(path, scopes)))
     ranked = [path for path, _ in taken.most_common()]
     return ranked, [*ranked, *trees]

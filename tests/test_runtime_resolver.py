@@ -238,6 +238,21 @@ def test_the_trained_one_of_two_models():
     assert counts(*policies) == [1, 2]
 
 
+def test_pieces_without_sources():
+    """As DDPOptimizer cuts them."""
+
+    def backend(gm, inputs):
+        for node in gm.graph.find_nodes(op="placeholder"):
+            del node._dynamo_source
+        return asking(gm, inputs)
+
+    step = torch.compile(call_model, backend=backend)
+    several = [Model(nn.Linear(2, 2)) for _ in range(2)]
+    for i in (0, 1, 1):
+        step(several[i], torch.ones(1, 2))
+    assert counts(*several) == [1, 2]
+
+
 def test_functional_models():
     template = Model(nn.Linear(2, 2))
     step = compile_it(lambda parameters, x: torch.func.functional_call(template, parameters, x))
