@@ -49,7 +49,7 @@ def _is_weight(node: Node, weights: set[Node]) -> bool:
 def _flops(node: Node) -> int:
     name = op_name(node).removesuffix(".default")
     if name in GROUPED:  # [rows, K] x [experts, K, N], of which PyTorch's counter knows nothing
-        return 2 * math.prod(shape_of(node)) * int(shape_of(argument(node, 0, "input"))[-1])
+        return 2 * int(math.prod(shape_of(node))) * int(shape_of(argument(node, 0, "input"))[-1])
     if name in EXPERTS:
         return _flops_of_experts(node, clamped=name == "moe_clamped")
     if name not in PRODUCTS | CONVOLUTIONS:
