@@ -15,7 +15,7 @@ from torch.fx import Node
 from cggr_compile.passes.base import GraphContext, fake_value, same_size, shape_of
 from cggr_compile.passes.fx import ancestors, argument, descendants, op_name
 from cggr_compile.passes.positions import WHOLE, Holding, Region
-from cggr_compile.passes.uses import RULES, WEIGHED, Lookup, Place, Use, differentiable
+from cggr_compile.passes.uses import RULES, WEIGHED, Lookup, Place, Use, choice, differentiable, pointwise
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -69,7 +69,8 @@ class _Walk:
         self.gm, self.loss = gm, ctx.loss.loss
         self.boundaries = {node for block in stack.blocks for node in (block.input, block.output)}
         entry = stack.blocks[0].input
-        self.place = Place(shape_of(entry)[0], ancestors([entry]), descendants([entry]))
+        random = [node for node in gm.graph.nodes if op_name(node) in _RANDOM]
+        self.place = Place(shape_of(entry)[0], ancestors([entry]), descendants([entry, *random]))
         texts = [n for n in self.place.before if self._reads_text(n)]
         self.text = descendants(texts) if texts else stack.stream
 
@@ -135,15 +136,22 @@ class _Walk:
         if use.kind == "shared":
             yield from ((n, use) for n in operands)
             return
-        places = node in self.place.before and len([n for n in node.all_input_nodes if _is_floating(n)]) > 1
-        base = self._base(node, use) if places else operands
+        base = self._base(node, use) if self._may_place(node) else operands
         for operand in operands:
             if op_name(node) in WEIGHED and operand is not node.all_input_nodes[0]:
-                yield operand, use.shared()
+                chosen = node in self.place.before and choice(node.all_input_nodes[0]) is not None
+                yield operand, use.mixed(narrower=True) if chosen else use.shared()
             elif _foreign(node) and len(shape_of(operand)) < 2:
                 yield operand, use.shared()  # the scale of somebody's own norm
             else:
                 yield operand, use.mixed(narrower=operand not in base)
+
+    def _may_place(self, node: Node) -> bool:
+        """Whether an operand may end up at a part of the positions."""
+        name = op_name(node)
+        if node not in self.place.before or RULES.get(name) is pointwise:
+            return False
+        return name == "pad" or len([n for n in node.all_input_nodes if _is_floating(n)]) > 1
 
     def _base(self, node: Node, use: Use) -> list[Node]:
         """What the other operands may be put into: the text, or the most of it; of a table, what has as many rows."""
@@ -153,6 +161,9 @@ class _Walk:
         texts = [n for n in operands if n in self.text and _is_floating(n)]
         sizes = {n: math.prod(size if isinstance(size, int) else 1 for size in shape_of(n)) for n in texts}
         return [n for n in texts if sizes[n] == max(sizes.values())]
+
+
+_RANDOM = ("rand", "rand_like", "randn", "randn_like", "bernoulli", "uniform", "normal", "dropout", "multinomial")
 
 
 def _is_floating(node: Node) -> bool:

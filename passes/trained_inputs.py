@@ -72,7 +72,7 @@ class TrainedInputs:
             ctx.gradient = "exact"
             ctx.warnings.append(
                 f"gradient='exact' for this graph: {_told(unknown)} under 'routed'. options={{'gradient': 'exact'}} "
-                "says so without a warning, 'routed' overrules it"
+                f"says so without a warning, 'routed' overrules it{_unweighed(ctx)}"
             )
             return PassResult(True, f"gradient='exact', for the sake of {_names(unknown)}", details)
         if unknown:
@@ -164,6 +164,10 @@ class _Look:
 def _names(concerns: Sequence[Concern]) -> str:
     names = [concern.name for concern in concerns]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _unweighed(ctx: GraphContext) -> str:
+    return f"; kv_weight={ctx.options.kv_weight!r} does nothing here" if ctx.options.kv_weight != "1" else ""
 
 
 def _told(concerns: Sequence[Concern]) -> str:

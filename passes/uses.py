@@ -63,12 +63,13 @@ class Place:
     Attributes:
         batch: sequences in a batch.
         before: what the first block's input is computed from.
-        after: what is computed from that.
+        aside: masks that tell no positions: computed from the first block's input, so a block's own affair, or at
+            random, so with labels as often as elsewhere.
     """
 
     batch: Any
     before: set[Node]
-    after: set[Node]
+    aside: set[Node]
 
     def broadcast(self, node: Node, operand: Node, use: Use) -> Use:
         """``use`` of an elementwise call, for an operand."""
@@ -83,8 +84,8 @@ class Place:
             return use
         size, mask = shape_of(node)[use.axis], _unexpanded(mask)
         axis = use.axis - (len(shape_of(node)) - len(shape_of(mask)))
-        if axis < 0 or not same_size(shape_of(mask)[axis], size) or mask in self.after:
-            return use  # the same for all positions, or a block's own affair
+        if axis < 0 or not same_size(shape_of(mask)[axis], size) or mask in self.aside:
+            return use
         batched = axis == 1 and any(same_size(shape_of(mask)[0], n) for n in (1, self.batch))
         if not (axis == 0 or batched) or not isinstance(size, int):
             return replace(use, narrower=use.narrower or node in self.before)
@@ -94,14 +95,14 @@ class Place:
 Operands = list[tuple[Node, Use]]
 
 
-def _pointwise(place: Place, node: Node, use: Use) -> Operands:
+def pointwise(place: Place, node: Node, use: Use) -> Operands:
     return [(n, place.broadcast(node, n, use)) for n in node.all_input_nodes]
 
 
 def _product(place: Place, node: Node, use: Use) -> Operands:
     """``x * mask`` acts where the mask is not zero."""
     factors = [n for n in node.all_input_nodes if not differentiable(n)]
-    return _pointwise(place, node, place.masked(node, use, factors[0]) if len(factors) == 1 else use)
+    return pointwise(place, node, place.masked(node, use, factors[0]) if len(factors) == 1 else use)
 
 
 def _where(place: Place, node: Node, use: Use) -> Operands | None:
@@ -138,7 +139,7 @@ def _index_put(place: Place, node: Node, use: Use) -> Operands | None:
     if not isinstance(mask, Node) or fake_value(mask).dtype != torch.bool or len(shape_of(mask)) != use.axis + 1:
         return None
     # the mask's axes are the first ones: line them up as an elementwise operand's
-    if use.axis > 1 or not isinstance(shape_of(node)[use.axis], int) or mask in place.after:
+    if use.axis > 1 or not isinstance(shape_of(node)[use.axis], int) or mask in place.aside:
         return None
     flags = Flags(mask, use.axis, use.first)
     kept = use if added else replace(use, region=use.region.where(flags, False))
@@ -297,16 +298,17 @@ def _weighed(place: Place, node: Node, use: Use) -> Operands | None:
         return None
     if op_name(node) == "matmul" and len(shape_of(weights[0])) != 2:
         return None
-    # one-hot rows, say, choose where the weights act
-    chosen = place.masked(node, use, _whole_numbers(x)) if not differentiable(x) else use
+    chosen = place.masked(node, use, choice(x))
     return [(x, use), *((w, chosen.shared()) for w in weights)]
 
 
-def _whole_numbers(node: Node) -> Node | None:
-    """What ``node`` was before casts, if that is bools or integers."""
+def choice(node: Node) -> Node | None:
+    """The left factor of a product if it may choose where the right one acts: one-hot rows, say, or a constant."""
     while op_name(node) in _CASTS and fake_value(node).is_floating_point():
         node = node.all_input_nodes[0]
-    return None if fake_value(node).is_floating_point() else node
+    constant = node.op in ("placeholder", "get_attr") and len(shape_of(node)) <= 2
+    chooses = constant or not fake_value(node).is_floating_point()
+    return node if chooses and not differentiable(node) else None
 
 
 def _normed(place: Place, node: Node, use: Use) -> Operands | None:
@@ -344,7 +346,7 @@ _CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
 _SPREAD = ("expand", "expand_as", "broadcast_to", "contiguous", "clone", "bool", *_CASTS)
 # without a rule for the rows; what follows their first operand are weights
 WEIGHED = {
-    *("linear", "matmul", "bmm", "einsum", "addmm", "conv1d", "conv2d", "conv3d", "bilinear", "prelu", "embedding"),
+    *("linear", "matmul", "bmm", "einsum", "addmm", "conv1d", "conv2d", "conv3d", "bilinear", "prelu"),
     *("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "weight_norm"),
 }
 Rule = Callable[[Place, Node, Use], "Operands | None"]
@@ -367,7 +369,7 @@ RULES: dict[str, Rule] = {
             ),
             *("identity", "requires_grad", *_CASTS),
         ),
-        _pointwise,
+        pointwise,
     ),
     "mul": _product,
     "where": _where,

@@ -25,17 +25,18 @@ class Placed(models.Decoder):
 
     def __init__(self, embed: Embed, shapes: Mapping[str, tuple[int, ...]], frozen: bool = True) -> None:
         super().__init__(fused=False)
-        self.embed = embed
+        self.embed, self.blocks = embed, self.blocks[:2]
         self.requires_grad_(not frozen)
         generator = torch.Generator().manual_seed(3)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * 0.3))
 
     def logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        x = self.embed(self, ids, *inputs)
-        for block in self.blocks:
-            x = block(x)
-        return self.lm_head(self.ln_f(x))
+        x = self.blocks[0](self.embed(self, ids, *inputs))
+        if hasattr(self, "inner"):
+            mask = (ids == IMAGE)[..., None]
+            x = torch.where(mask, x + F.linear(x, self.expert), x) + mask * self.inner
+        return self.lm_head(self.ln_f(self.blocks[1](x)))
 
     def forward(self, ids: Tensor, labels: Tensor, *inputs: Tensor) -> Tensor:
         logits = self.logits(ids, *inputs)
@@ -158,12 +159,35 @@ def filled(m: Any, ids: Tensor) -> Tensor:
     return m.words(ids).masked_fill((ids == IMAGE)[..., None] & (torch.arange(HIDDEN) < 8), m.number)
 
 
+def put(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids).index_put((ids == IMAGE,), m.marker)
+
+
+def in_a_block(m: Any, ids: Tensor) -> Tensor:
+    """At the input of the second block, with an expert of its own."""
+    return m.words(ids)
+
+
 def rows_copied(m: Any, ids: Tensor) -> Tensor:
     return F.embedding(ids, m.wte.weight.index_copy(0, torch.tensor([0, IMAGE]), m.rows))
 
 
 def rows_added(m: Any, ids: Tensor) -> Tensor:
     return F.embedding(ids, torch.cat([m.wte.weight[: VOCAB - 2], m.rows]))
+
+
+def flipped(m: Any, ids: Tensor) -> Tensor:
+    return torch.cat([m.words(ids[:, PROMPT:]), spread(m.prompt, ids)], 1).flip(1)
+
+
+def summed(m: Any, ids: Tensor) -> Tensor:
+    choice = F.one_hot(torch.arange(SEQ).clamp(max=PROMPT), PROMPT + 1)[:, :PROMPT]
+    return m.words(ids) + torch.einsum("sp,ph->sh", choice.float(), m.prompt)
+
+
+def padded_and_mixed(m: Any, ids: Tensor) -> Tensor:
+    x = F.pad(m.words(ids[:, PROMPT:]), (0, 0, PROMPT, 0)) + F.pad(m.prompt, (0, 0, 0, SEQ - PROMPT))
+    return x + 0.1 * x.cumsum(1)[:, torch.arange(SEQ)]
 
 
 def reordered(m: Any, ids: Tensor) -> Tensor:
@@ -204,12 +228,17 @@ KNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int,
     "blended": (blended, _MARKER, IMAGE, None),
     "marked": (marked, _MARKER, IMAGE, None),
     "filled": (filled, {"number": ()}, IMAGE, None),
+    "put": (put, _MARKER, IMAGE, None),
+    "in_a_block": (in_a_block, {"inner": (HIDDEN,), "expert": (HIDDEN, HIDDEN)}, IMAGE, None),
     "rows_copied": (rows_copied, {"rows": (2, HIDDEN)}, IMAGE, None),
     "rows_added": (rows_added, {"rows": (2, HIDDEN)}, VOCAB - 1, None),
 }
 UNKNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None]] = {
     "reordered": (reordered, _PROMPT, None),
     "lerped": (lerped, _MARKER, IMAGE),
+    "padded_and_mixed": (padded_and_mixed, _PROMPT, None),
+    "flipped": (flipped, _PROMPT, None),
+    "summed": (summed, _PROMPT, None),
 }
 
 

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from capture import Captured, execute
 from models import HIDDEN, SEQ, VOCAB
 
-from cggr_compile.passes.positions import union
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.positions import Flags, Listed, Region, union
+from cggr_compile.passes.trained_inputs import TrainedInputs
 
 LABELS = {"selection": "labels", "max_selected": 1.0}
 
@@ -27,7 +29,8 @@ def test_known_positions(name: str) -> None:
     embed, shapes, image, _ = placed.KNOWN[name]
     graph = captured(embed, shapes, image)
     result = graph.run("trained_inputs")
-    assert result.matched and graph.ctx.gradient == "routed" and not graph.ctx.warnings
+    again = TrainedInputs()(graph.gm, graph.ctx)
+    assert again == result and graph.ctx.gradient == "routed" and not graph.ctx.warnings
     assert {n.rsplit(".", 1)[-1] for n in result.details["inputs"]} == set(shapes), result.details
     wanted = placed.positions(name)
     extra = graph.ctx.extra_rows
@@ -122,6 +125,33 @@ def low_rank(m, ids):
     return m.words(ids) + F.embedding(ids, m.a) @ m.b
 
 
+def dropped(m, ids):
+    """Some positions, at random."""
+    x = m.words(ids)
+    return x + F.linear(x, m.adapter) * (torch.rand(2, SEQ, 1) > 0.3) * m.scale
+
+
+def convolved(m, ids):
+    return F.conv1d(m.words(ids).mT, m.kernel, padding=1).mT
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale = ctx.saved_tensors
+        return grad * scale, (grad * x).sum((0, 1))
+
+
+def normed_by_others(m, ids):
+    """An autograd function that is not looked into."""
+    return Scale.apply(m.words(ids), m.scale)
+
+
 def masked_table(m, ids):
     return F.embedding(ids, m.wte.weight * (torch.arange(VOCAB) != 0)[:, None]) * m.scale
 
@@ -132,6 +162,9 @@ SHARED = {
     "of_types": (of_types, {"scale": (HIDDEN,), "other": (HIDDEN,)}),
     "own_positions": (own_positions, {"delta": (SEQ, HIDDEN)}),
     "low_rank": (low_rank, {"a": (VOCAB, 3), "b": (3, HIDDEN)}),
+    "dropped": (dropped, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}),
+    "convolved": (convolved, {"kernel": (HIDDEN, HIDDEN, 3)}),
+    "normed_by_others": (normed_by_others, {"scale": (HIDDEN,)}),
     "masked_table": (masked_table, {"scale": (HIDDEN,)}),
 }
 
@@ -177,9 +210,6 @@ def test_families(name: str) -> None:
 
 def test_union_of_regions(decoder_step) -> None:
     """A mask is the same in the graph and by hand, whatever is on record twice."""
-    from cggr_compile.passes.fx import Emitter
-    from cggr_compile.passes.positions import Flags, Listed, Region
-
     graph = decoder_step()
     inputs = graph.gm.graph.find_nodes(op="placeholder")
     ids = next(node for node in inputs if node.meta["example_value"].dtype == torch.int64)

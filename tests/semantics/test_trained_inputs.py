@@ -134,6 +134,7 @@ def test_input_embeddings_get_their_gradient() -> None:
     assert (grad.abs().sum(-1) > 0).sum() > 2 * 4
 
 
+@pytest.mark.slow
 def test_generated_code() -> None:
     model, ids, labels = build("prefix")
     compiled(model, compiler="inductor", kv_gradient="stop", **LABELS)
@@ -182,3 +183,42 @@ def test_peft_token_rows() -> None:
     assert_same(got, reference(model, logits, shift(batch["labels"]), picks(model), extra=extra))
     (delta,) = [grad for name, grad in got.grads.items() if "trainable_tokens_delta" in name]
     assert delta.norm() > 0
+
+
+def test_llava(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained projector between a vision model and a decoder of transformers."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # its checks of a batch break the graph
+    text = dict(model_type="llama", vocab_size=models.VOCAB, hidden_size=HIDDEN, intermediate_size=64)
+    text |= dict(num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    vision = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    vision |= dict(num_attention_heads=2, image_size=8, patch_size=4, projection_dim=16)
+    config = dict(text_config=text, vision_config=vision, image_token_index=5, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(image_seq_length=4, **config))
+    models.randomise(model).requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    ids = torch.randint(6, models.VOCAB, (2, SEQ), generator=torch.Generator().manual_seed(1))
+    ids[:, 2:6] = 5
+    labels = torch.where(torch.arange(SEQ) < 9, -100, ids)
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+    with torch.no_grad():
+        model(**batch)  # installs hooks of transformers, which would break the graph
+    compiled(model, **LABELS)
+    with complaints() as said:
+        got = backward(model, model(**batch, labels=labels).loss)
+    assert metrics(model)["matched"] is True, metrics(model)
+    assert not any("gradient=" in text or "every position" in text for text in said)
+    logits = lambda: eager_call(model, use_cache=False, **batch).logits  # noqa: E731
+    decoder = Decoder(model)
+    assert_same(got, reference(decoder, logits, shift(labels), picks(model), extra=ids == 5))
+    assert all(grad.norm() > 0 for grad in got.grads.values())
+
+
+class Decoder(torch.nn.Module):
+    """The parameters of a LLaVA model under their names, and the modules of its decoder only: what is routed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.language_model = model.model.language_model
+        self.named_parameters = model.named_parameters  # type: ignore[method-assign]
