@@ -43,7 +43,7 @@ class RowValues:
         self.sparse: dict[Node, Rows] = {}
         self.stage: dict[Node, int] = {}  # of the forward pass: see stages.py
         self._replaced: dict[Node, Node] = {}
-        self._versions: dict[tuple[Node, Layout], Node] = {}
+        self._rows_of: dict[tuple[Node, Layout], Node] = {}
         self._dense: dict[Node, Node] = {}
         self._fenced: dict[int, Node] = {}
         self._flat: dict[Node, Node] = {}
@@ -166,15 +166,15 @@ class RowValues:
         if node in self.sparse and self.sparse[node].layout == layout:
             return self.sparse[node].values
         key = (node, layout)
-        if key not in self._versions:
+        if key not in self._rows_of:
             again = node.op == "call_function" and node not in self.sparse and not kept_by_checkpoint(node)
             call = rule_of(node.target).recompute(self.at, node, layout) if again else None
             source = self.dense(node) if node in self.sparse else node
-            self._versions[key] = rows = call.made(self, node) if call is not None else self.gather(source, layout)
+            self._rows_of[key] = rows = call.made(self, node) if call is not None else self.gather(source, layout)
             self.stage[rows] = self.stage.get(node, 0)
             if recomputed(node):  # in the backward pass, as the checkpoint wants it, and not kept either
                 rows.meta.update({name: node.meta[name] for name in RECOMPUTE})
-        return self._versions[key]
+        return self._rows_of[key]
 
     def with_rank(self, node: Node, rank: int) -> Node:
         """``node`` with axes of size 1 in front, if it has fewer than ``rank``."""

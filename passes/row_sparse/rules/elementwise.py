@@ -112,12 +112,19 @@ def _is_zero_scalar(value: Any) -> bool:
 
 
 @rule("prims.fma.default")  # torch._inductor registers it, which is not imported with this module
-class FusedMultiplyAdd(Elementwise):
-    """x * g + h, which ends the backward of softmax."""
+class FusedMultiplyAdd(Rule):
+    """x * g + h, which ends the backward of softmax.
+
+    Its rows of columns, for the keys, are gathered: it is stored whole for the queries.
+    """
 
     def carry(self, at: Annotations, node: Node) -> Call | None:
         _, factor, term = node.args
-        return self._carried(at, node, factor) if at.layout_of(factor) == at.layout_of(term) else None
+        layout = at.layout_of(factor)
+        if layout is None or layout != at.layout_of(term) or not spans(factor, layout, node):
+            return None
+        args = at.aligned(node, layout)
+        return None if args is None else Call(args, layout)
 
 
 @rule(aten.cos.default, aten.sin.default)

@@ -6,6 +6,7 @@ all of them at once, but for axes of size 1, which have none and may be what car
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 
-class View(Rule):
+class View(Rule, ABC):
     """A view of the first argument, told by what it does to a layout."""
 
+    @abstractmethod
     def result(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
         """Of the view of a value laid out as ``layout``; None where positions are mixed with other axes."""
-        raise NotImplementedError
 
     def source(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
         """Of the value whose view is laid out as ``layout``; None where rows are better gathered from the view."""
@@ -144,7 +145,10 @@ class SliceOrSelect(Rule):
 
 @rule(aten.cat.default)
 class Concatenate(Rule):
-    """Along an axis that is no token axis, of sparse values and zeros."""
+    """Along an axis that is no token axis, of sparse values and zeros.
+
+    A dense part among them needs its full rows: a fused projection that learns from every position makes all dense.
+    """
 
     def carry(self, at: Annotations, node: Node) -> Call | None:
         parts: Any = node.args[0]
