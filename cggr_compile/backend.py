@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import sys
@@ -291,8 +292,19 @@ def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, tuple[Cause,
         return True, (Cause.UNKNOWN_MODE, Cause.UNKNOWN_MODE.says(module=min(paths)))
     # a frozen part may be in evaluation mode; a functional model has no mode at all
     training = not modules or any(m.training for m in modules)
+    for path in _deciding(paths, scopes):
+        compat.guard_mode(path)
     piece = compat.in_ddp_piece(sys._getframe())  # it may look whole
     return training, (Cause.DDP_PIECE, Cause.DDP_PIECE.says()) if training and piece else None
+
+
+def _deciding(paths: set[str], scopes: dict[str, dict[str, Any]]) -> set[str]:
+    """The modules whose mode tells a training step: the outermost ones, and one inside that trains where none does."""
+    found = {outer for path in paths if (outer := compat.outermost_module(path, scopes)) is not None}
+    if any(compat.module_at(path, scopes).training for path in found):  # type: ignore[union-attr]
+        return found
+    inner = (path for path in sorted(paths) if (m := compat.module_at(path, scopes)) is not None and m.training)
+    return found | set(itertools.islice(inner, 1))
 
 
 def _lower(gm: GraphModule, inputs: list[Any], engine: str, patches: dict[str, Any]) -> Callable[..., Any]:

@@ -429,6 +429,22 @@ def _parsed(path: str) -> tuple[tuple[str, str] | None, list[tuple[int, str, str
     return (head[1], head[2]), [(step.end(), step[1], step[2], step[3]) for step in steps]
 
 
+def guard_mode(path: str) -> None:
+    """Let the graph under capture hold for the present mode (train or eval) of the module at ``path`` only.
+
+    Dynamo itself guards the mode of modules that read it, such as a dropout. ``path``: as of :func:`module_at`.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, GetItemSource, GlobalSource, LocalSource, Source
+
+    head, steps = _parsed(path)
+    assert head is not None
+    source: Source = LocalSource(head[1]) if head[0] == "L" else GlobalSource(head[1])
+    for _, index, key, name in steps:
+        source = AttrSource(source, name) if name else GetItemSource(source, int(index) if index else key)
+    install_guard(AttrSource(source, "training").make_guard(GuardBuilder.CONSTANT_MATCH))
+
+
 def compile_fx(gm: GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 

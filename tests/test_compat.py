@@ -56,6 +56,20 @@ def test_what_is_read_of_a_compilation():
     assert "compile_wrapper" in inspect.getsource(_TorchDynamoContext.__call__)
 
 
+def test_a_graph_holds_for_one_mode():
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append(compat.guard_mode("L['self']"))
+        return gm.forward
+
+    model = torch.nn.Linear(2, 2)  # which does not read its mode
+    model.compile(backend=backend)
+    for training in (True, False, True):
+        model.train(training)(torch.ones(2))
+    assert len(seen) == 2
+
+
 def test_graph_breaks_and_places():
     found = []
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
 from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, backward, dense, eager_call, hf_reference
 from training import RATIO, check_against_reference, complaints, metrics, picks, selected, small
+
+import cggr_compile
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -48,6 +51,29 @@ def test_train_eval_train() -> None:
     model.train()
     check_against_reference(model, batch)
     assert metrics(model)["step"] == step + 1
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["train first", "eval first"])
+def test_a_model_that_does_not_read_its_mode(first: bool) -> None:
+    """Nothing in it depends on train() or eval(), so Dynamo alone would let either run the other's graph."""
+    model, ids = Model(), make_batch()["input_ids"]
+    compiled(model, min_tokens_ratio=RATIO, selection="random")
+    want = eager_call(model, ids)
+    for training in (first, not first):
+        model.train(training)
+        loss = model(ids)
+        assert (loss.item() == pytest.approx(want.item(), rel=1e-5)) == (not training)
+        assert metrics(model)["step"] == (training or first)
+    assert sorted(report.matched for report in cggr_compile.runtime(model).reports) == [False, True]
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = models.Decoder()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.decoder(ids)[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
 
 
 def test_training_without_labels() -> None:
