@@ -450,7 +450,7 @@ def compare(make: Callable[[], nn.Module], tolerance: float = 1e-5, **options: A
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_as_plain_pytorch(name: str) -> None:
-    model, heard = compare(VARIANTS[name], 1e-2 if "Autocast" in name else 1e-5)
+    model, heard = compare(VARIANTS[name], 3e-2 if "Autocast" in name else 1e-5)
     report = cggr_compile.runtime(model).reports[0]
     assert metrics(model)["matched"] == (name not in DENSE), metrics(model)
     if name in DENSE:
