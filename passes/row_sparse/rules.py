@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.row_sparse.layout import Layout, regroup, resize, token_axes
+from cggr_compile.passes.row_sparse.layout import Layout, positions_first, regroup, resize, token_axes
 from cggr_compile.passes.row_sparse.values import Rows, RowValues
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def permute(rv: RowValues, node: Node) -> Result:
     grad = rv.sparse[_first(node)]
     order: Any = node.args[1]
     layout = tuple(grad.layout[axis] for axis in order)
+    if positions_first(layout):
+        return None
     return Rows(rv.emit.call(node.target, grad.values, order), layout)
 
 

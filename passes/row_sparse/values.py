@@ -12,7 +12,17 @@ import torch
 
 from cggr_compile.passes.base import fake_value, shape_of
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.row_sparse.layout import SEQUENCES, Layout, Tag, align, canonical, has_rows, regroup, resize
+from cggr_compile.passes.row_sparse.layout import (
+    SEQUENCES,
+    Layout,
+    Tag,
+    align,
+    canonical,
+    has_rows,
+    positions_first,
+    regroup,
+    resize,
+)
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -192,6 +202,8 @@ class RowValues:
         if target is aten.permute.default:
             order: Any = node.args[1]
             before = tuple(layout[list(order).index(i)] for i in range(len(layout)))
+            if positions_first(before):
+                return None
             return self.emit.call(target, self.version(source, before), order)
         if target is aten.expand.default:
             rows = self.operand(source, layout, shape_of(node)) if "b" not in layout else None
