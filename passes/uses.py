@@ -131,21 +131,6 @@ def _masked_scatter(place: Place, node: Node, use: Use) -> Operands | None:
     return [(x, place.masked(node, use, mask, False)), (source, place.masked(node, use, mask).mixed())]
 
 
-def _index_put(place: Place, node: Node, use: Use) -> Operands | None:
-    """``x[mask] = values``, out of place."""
-    x, indices, values = (argument(node, i, name) for i, name in enumerate(("input", "indices", "values")))
-    added = argument(node, 3, "accumulate", False)
-    mask = indices[0] if isinstance(indices, (list, tuple)) and len(indices) == 1 else None
-    if not isinstance(mask, Node) or fake_value(mask).dtype != torch.bool or len(shape_of(mask)) != use.axis + 1:
-        return None
-    # the mask's axes are the first ones: line them up as an elementwise operand's
-    if use.axis > 1 or not isinstance(shape_of(node)[use.axis], int) or mask in place.aside:
-        return None
-    flags = Flags(mask, use.axis, use.first)
-    kept = use if added else replace(use, region=use.region.where(flags, False))
-    return [(x, kept), (values, replace(use, region=use.region.where(flags)).mixed())]
-
-
 def _index_copy(place: Place, node: Node, use: Use) -> Operands | None:
     """``x`` with the rows at ``index`` taken from ``source``, or with ``source`` added there."""
     x, dim, index, source = (argument(node, i, name) for i, name in enumerate(("input", "dim", "index", "source")))
@@ -375,7 +360,6 @@ RULES: dict[str, Rule] = {
     "where": _where,
     "masked_fill": _masked_fill,
     "masked_scatter": _masked_scatter,
-    "index_put": _index_put,
     **dict.fromkeys(("index_copy", "index_add"), _index_copy),
     "slice_scatter": _slice_scatter,
     **dict.fromkeys(("cat", "concatenate", "hstack"), _cat),

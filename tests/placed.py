@@ -121,6 +121,11 @@ def each(m: Any, ids: Tensor) -> Tensor:
     return torch.stack([torch.cat([m.prompt, x[i, PROMPT:]], 0) for i in range(2)])
 
 
+def sequence_first(m: Any, ids: Tensor) -> Tensor:
+    prompt = m.prompt[:, None].expand(-1, len(ids), -1)
+    return torch.cat([prompt, m.wte(ids.t())[PROMPT:]], 0).transpose(0, 1)
+
+
 def indexed(m: Any, ids: Tensor) -> Tensor:
     return m.words(ids).index_add(1, torch.tensor([1, 4, 5, 6]), spread(m.prompt, ids))
 
@@ -157,10 +162,6 @@ def marked(m: Any, ids: Tensor) -> Tensor:
 
 def filled(m: Any, ids: Tensor) -> Tensor:
     return m.words(ids).masked_fill((ids == IMAGE)[..., None] & (torch.arange(HIDDEN) < 8), m.number)
-
-
-def put(m: Any, ids: Tensor) -> Tensor:
-    return m.words(ids).index_put((ids == IMAGE,), m.marker)
 
 
 def in_a_block(m: Any, ids: Tensor) -> Tensor:
@@ -220,6 +221,7 @@ KNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int,
     "padded": (padded, _PROMPT, None, _FIRST),
     "sliced": (sliced, _PROMPT, None, (2, 2 + PROMPT)),
     "each": (each, _PROMPT, None, _FIRST),
+    "sequence_first": (sequence_first, _PROMPT, None, _FIRST),
     "indexed": (indexed, _PROMPT, None, (1, 4, 5, 6)),
     "chosen": (chosen, _PROMPT, None, _FIRST),
     "speaker": (speaker, {"table": (5, HIDDEN)}, None, (0, 2)),
@@ -228,7 +230,6 @@ KNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int,
     "blended": (blended, _MARKER, IMAGE, None),
     "marked": (marked, _MARKER, IMAGE, None),
     "filled": (filled, {"number": ()}, IMAGE, None),
-    "put": (put, _MARKER, IMAGE, None),
     "in_a_block": (in_a_block, {"inner": (HIDDEN,), "expert": (HIDDEN, HIDDEN)}, IMAGE, None),
     "rows_copied": (rows_copied, {"rows": (2, HIDDEN)}, IMAGE, None),
     "rows_added": (rows_added, {"rows": (2, HIDDEN)}, VOCAB - 1, None),

@@ -27,6 +27,12 @@ def has_rows(layout: Layout) -> bool:
     return "S" in layout or "BS" in layout
 
 
+def positions_first(layout: Layout) -> bool:
+    """Whether the positions have an axis in front of their sequences': [S, B, ...], which is not gathered from."""
+    tagged = [tag for tag in layout if tag]
+    return tagged[:1] == ["S"] and len(tagged) > 1
+
+
 def regroup(old: Sequence[int], layout: Layout, new: Sequence[int], batch: int) -> Layout | None:
     """Layout of a view of ``old`` as ``new``; None if it mixes positions with anything but their batch.
 

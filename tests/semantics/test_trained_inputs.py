@@ -63,7 +63,7 @@ def test_unknown_positions(name: str) -> None:
         (told,) = [text for text in said if parts(model)[0] in text]
         assert cggr_compile.runtime(model).reports[-1].gradient == taken
         assert_same(got, reference(model, lambda: model.logits(ids), shift(labels), picks(model), gradient=taken))  # noqa: B023
-        assert (got.grads[parts(model)[0]].norm() > 0) == (taken == "exact")
+        assert taken == "routed" or got.grads[parts(model)[0]].norm() > 0
         assert ("gradient='exact' for this graph" in told) == (taken == "exact")
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.nodes import argument
-from cggr_compile.passes.row_sparse.layout import Layout, regroup
+from cggr_compile.passes.row_sparse.layout import Layout, positions_first, regroup
 from cggr_compile.passes.row_sparse.plan import At, Call
 from cggr_compile.passes.row_sparse.rule import Rule, rule
 from cggr_compile.passes.row_sparse.rules.writes import is_zeros
@@ -73,11 +73,15 @@ class Permute(View):
 
     def result(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
         order: Any = node.args[1]
-        return tuple(layout[axis] for axis in order)
+        return _gatherable(tuple(layout[axis] for axis in order))
 
     def source(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
         order: Any = node.args[1]
-        return tuple(layout[list(order).index(i)] for i in range(len(layout)))
+        return _gatherable(tuple(layout[list(order).index(i)] for i in range(len(layout))))
+
+
+def _gatherable(layout: Layout) -> Layout | None:
+    return None if positions_first(layout) else layout
 
 
 @rule(aten.unsqueeze.default)
