@@ -84,6 +84,8 @@ class Annotations:
 
     def aligned(self, node: Node, layout: Layout) -> tuple[Any, ...] | None:
         """The arguments of an elementwise call on rows, or None if an operand does not line up."""
+        if any(isinstance(argument, Node) for argument in node.kwargs.values()):
+            return None
         operands: list[Any] = []
         for argument in node.args:
             if not isinstance(argument, Node) or not shape_of(argument):

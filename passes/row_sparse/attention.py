@@ -64,7 +64,7 @@ class DenseAttention:
                 if getter in results:
                     rv.put(getter, rv.rows_of(value, self.layout), self.layout)
                 else:
-                    rv.replace(getter, value)
+                    rv.stand_for(getter, value)
 
 
 @dataclass(frozen=True)

@@ -193,11 +193,14 @@ class RowValues:
         self.sparse[node] = Rows(values, layout)
 
     def replace(self, node: Node, made: Node) -> None:
-        """``made`` stands for the dense ``node`` from here on."""
+        """``made``, with the strides of the dense ``node``, stands for it from here on."""
         self.at.backward.add(made)
-        # the fake form of an operator may not tell what its call returns
-        self._replaced[node] = made if fake_value(node) is None else self.strided_like(made, node)
-        node.replace_all_uses_with(self._replaced[node])
+        self.stand_for(node, self.strided_like(made, node))
+
+    def stand_for(self, node: Node, made: Node) -> None:
+        """``made`` stands for the dense ``node`` from here on."""
+        self._replaced[node] = made
+        node.replace_all_uses_with(made)
 
     def current(self, node: Node) -> Node:
         """What stands for a dense ``node`` of the graph that was annotated."""

@@ -77,7 +77,7 @@ class ExpertsBackward:
             if getter in results:  # of the tokens, of their routing weights
                 rv.put(getter, value, LAYOUT)
             else:
-                rv.replace(getter, value)
+                rv.stand_for(getter, value)
 
 
 class Experts(Rule):
