@@ -279,8 +279,8 @@ def _engine(options: Options, inputs: list[Any]) -> str:
 def _is_training(gm: GraphModule, inputs: list[Any]) -> tuple[bool, tuple[Cause, str] | None]:
     """Whether the graph is a training step's, and why it cannot be rewritten where that is known beforehand."""
     trained = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
-    if not torch.is_grad_enabled() or all(t.dim() == 0 for t in trained):
-        return False, None  # numbers alone: what is done with a loss
+    if not torch.is_grad_enabled() or not any(t.dim() or isinstance(t, Parameter) for t in trained):
+        return False, None  # numbers that are no parameters: what is done with a loss
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
         return False, None  # an optimizer's update, say

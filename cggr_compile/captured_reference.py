@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from cggr_compile import compat
 from cggr_compile.aside import Aside, AsideRun, differentiable
 from cggr_compile.passes.base import GraphContext, fake_value
-from cggr_compile.passes.fx import argument, descendants
+from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.nodes import argument
 
 # Share of the whole gradient's norm below which a parameter's own is not told from rounding.
 _FLOOR = 1e-3

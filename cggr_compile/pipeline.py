@@ -21,10 +21,10 @@ from cggr_compile.passes.causal_mask import RecoverCausalMask
 from cggr_compile.passes.check_labels import CheckLabels
 from cggr_compile.passes.classify_outputs import ClassifyOutputs
 from cggr_compile.passes.detach_outputs import DetachOutputs
+from cggr_compile.passes.effects import mutated_operand
 from cggr_compile.passes.find_loss import FindLoss
 from cggr_compile.passes.find_stack import FindStack
 from cggr_compile.passes.functionalize import Functionalize
-from cggr_compile.passes.fx import mutated_operand
 from cggr_compile.passes.grouped_query import GroupQueries
 from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.insert_router import InsertRouter

@@ -9,9 +9,10 @@ import torch
 from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
 from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, refused, shape_of
-from cggr_compile.passes.fx import Emitter, op_name
+from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.hoist import Hoist
 from cggr_compile.passes.modes import modes_of
+from cggr_compile.passes.nodes import op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node

@@ -18,8 +18,9 @@ from cggr_compile.passes.base import (
     shape_of,
 )
 from cggr_compile.passes.find_loss import CASTS, returned_logits
-from cggr_compile.passes.fx import ancestors, argument, descendants, in_order, layout_only, op_name
+from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.lower_experts import GROUPED
+from cggr_compile.passes.nodes import argument, op_name
 from cggr_compile.passes.route_gradient import PRODUCTS
 
 if TYPE_CHECKING:

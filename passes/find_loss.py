@@ -17,7 +17,8 @@ from cggr_compile.passes.base import (
     same_size,
     shape_of,
 )
-from cggr_compile.passes.fx import argument, layout_only, op_name
+from cggr_compile.passes.fx import layout_only
+from cggr_compile.passes.nodes import argument, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node

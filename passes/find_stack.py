@@ -22,7 +22,9 @@ from cggr_compile.passes.base import (
     same_size,
     shape_of,
 )
-from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order, mutated_operands, op_name
+from cggr_compile.passes.effects import mutated_operands
+from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.passes.patterns.attention import find_attention
 from cggr_compile.passes.tail import tail_start
 

@@ -11,8 +11,9 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.fx import argument, is_static, op_name
+from cggr_compile.passes.fx import is_static
 from cggr_compile.passes.lower_experts import GROUPED
+from cggr_compile.passes.nodes import argument, op_name
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

@@ -9,16 +9,10 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
-from cggr_compile.passes.fx import (
-    Emitter,
-    inplace_position,
-    memory,
-    mutated_operand,
-    mutated_operands,
-    op_name,
-    overlap,
-)
+from cggr_compile.passes.effects import inplace_position, memory, mutated_operand, mutated_operands, overlap
+from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.modes import Modes, modes_of
+from cggr_compile.passes.nodes import op_name
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule

@@ -9,8 +9,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import argument, op_name
 from cggr_compile.passes.modes import Modes, modes_of
+from cggr_compile.passes.nodes import argument, op_name
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_DIM = 256

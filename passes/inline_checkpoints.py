@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value
-from cggr_compile.passes.fx import mutated_operand
+from cggr_compile.passes.effects import mutated_operand
 
 CALLS = ("call_function", "call_method", "call_module")
 

@@ -12,8 +12,10 @@ from torch.fx import Node
 
 from cggr_compile.ops.library import runs_kernels
 from cggr_compile.passes.base import GraphContext, PassResult, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import Emitter, ancestors, argument, descendants, memory, mutated_operands, op_name, overlap
+from cggr_compile.passes.effects import memory, mutated_operands, overlap
+from cggr_compile.passes.fx import Emitter, ancestors, descendants
 from cggr_compile.passes.modes import modes_of
+from cggr_compile.passes.nodes import argument, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

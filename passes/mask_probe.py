@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from cggr_compile.passes.base import Attention, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import argument, memory, mutated_operands, overlap
+from cggr_compile.passes.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.mask_program import MaskProgram, Sizes, Undecided, concrete
+from cggr_compile.passes.nodes import argument
 
 # An additive mask entry at or below this blocks: exp(-65000 + any sane score difference) is 0 (fp16's -inf is -65504).
 BLOCKED = -65000.0

@@ -14,7 +14,9 @@ from torch.fx.node import map_aggregate, map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import Memory, in_order, memory, mutated_operands, op_name, overlap
+from cggr_compile.passes.effects import Memory, memory, mutated_operands, overlap
+from cggr_compile.passes.fx import in_order
+from cggr_compile.passes.nodes import op_name
 
 Sizes = Mapping[Any, int]  # sympy symbol -> size
 

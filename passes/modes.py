@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.effects import mutated_operand
 
 Cast = tuple[str, bool, torch.dtype]  # device type, enabled, dtype
 
@@ -136,8 +137,6 @@ def _with_cast(modes: Modes, cast: Cast) -> tuple[Cast, ...]:
 
 def _has_unknown_effect(node: Node, name: str) -> bool:
     """A call without a value, if it is neither a write nor a check: it must be there for something else."""
-    from cggr_compile.passes.fx import mutated_operand  # which imports this file
-
     nothing = fake_value(node) is None and all(fake_value(user) is None for user in node.users)
     return nothing and not name.startswith(_HARMLESS) and mutated_operand(node) is None
 

@@ -13,7 +13,8 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
 from cggr_compile.passes.base import GraphContext, fake_value, same_size, shape_of
-from cggr_compile.passes.fx import ancestors, argument, descendants, op_name
+from cggr_compile.passes.fx import ancestors, descendants
+from cggr_compile.passes.nodes import argument, op_name
 from cggr_compile.passes.positions import WHOLE, Holding, Region
 from cggr_compile.passes.uses import RULES, WEIGHED, Lookup, Place, Use, choice, differentiable, pointwise
 

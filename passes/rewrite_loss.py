@@ -11,7 +11,8 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value
-from cggr_compile.passes.fx import Emitter, layout_only, op_name
+from cggr_compile.passes.fx import Emitter, layout_only
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.passes.tail import copy_tail
 
 if TYPE_CHECKING:

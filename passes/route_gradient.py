@@ -8,7 +8,8 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import Block, GradientRows, GraphContext, PassResult, Selection, same_size, shape_of
-from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order, op_name
+from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.passes.token_mixers import token_mixers
 
 if TYPE_CHECKING:

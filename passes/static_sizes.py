@@ -10,8 +10,8 @@ from torch.fx.node import map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext, PassResult, StaticSizes, fake_value
-from cggr_compile.passes.fx import op_name
 from cggr_compile.passes.modes import modes_of, switches_recording
+from cggr_compile.passes.nodes import op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node

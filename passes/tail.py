@@ -9,8 +9,9 @@ import torch
 
 from cggr_compile.passes.base import LayerStack, LossSite, fake_value, shape_of
 from cggr_compile.passes.find_loss import CASTS, token_slice
-from cggr_compile.passes.fx import Emitter, argument, layout_only, op_name
+from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.modes import cast_as, modes_of
+from cggr_compile.passes.nodes import argument, op_name
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.base import fake_value, same_size, shape_of
-from cggr_compile.passes.fx import argument, op_name
+from cggr_compile.passes.nodes import argument, op_name
 from cggr_compile.passes.positions import Flags, Listed, Region
 
 

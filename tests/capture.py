@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from cggr_compile import compat
 from cggr_compile.options import Options
 from cggr_compile.passes.base import GraphContext, GraphPass, PassResult
-from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.pipeline import DYNAMO_PASSES, copy_module
 
 

@@ -34,7 +34,7 @@ def test_settings_that_replay_graphs():
 def test_the_passes_create_no_tensor_on_another_device(options, monkeypatch):
     """Inductor replays no graph that touches the CPU. The meta device stands in for the accelerator."""
     # meta tensors have no values to look at, and torch asks no autocast questions about them
-    monkeypatch.setattr(insert_router, "_compute_dtype", lambda weight, _: weight.dtype)
+    monkeypatch.setattr(insert_router, "_compute_dtype", lambda weight, *_: weight.dtype)
     devices = []
 
     def partition(joint, inputs, original=compat.default_partition, **kwargs):

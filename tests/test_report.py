@@ -8,8 +8,25 @@ import pytest
 import torch
 
 STAGES = [
-    *("captured", "find_loss", "find_stack", "causal_mask", "grouped_query", "launch_bound", "align_targets"),
-    *("trained_inputs", "insert_router", "select_rows", "rewrite_loss", "route_gradient", "detach_outputs"),
+    *(
+        "captured",
+        "find_loss",
+        "find_stack",
+        "classify_outputs",
+        "causal_mask",
+        "grouped_query",
+        "launch_bound",
+        "align_targets",
+    ),
+    *(
+        "trained_inputs",
+        "check_labels",
+        "insert_router",
+        "select_rows",
+        "rewrite_loss",
+        "route_gradient",
+        "detach_outputs",
+    ),
     *("rewritten", "joint_row_sparse", "joint_merge_products", "joint_merge_sums", "joint_angles_once"),
     "joint_resolve_markers",
 ]

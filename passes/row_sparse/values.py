@@ -195,7 +195,8 @@ class RowValues:
     def replace(self, node: Node, made: Node) -> None:
         """``made`` stands for the dense ``node`` from here on."""
         self.at.backward.add(made)
-        self._replaced[node] = self.strided_like(made, node)
+        # the fake form of an operator may not tell what its call returns
+        self._replaced[node] = made if fake_value(node) is None else self.strided_like(made, node)
         node.replace_all_uses_with(self._replaced[node])
 
     def current(self, node: Node) -> Node:

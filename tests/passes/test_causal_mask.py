@@ -19,7 +19,7 @@ from cggr_compile import compat
 from cggr_compile.options import Options
 from cggr_compile.passes.base import Attention, Block, GraphContext, LayerStack, PassResult, fake_value, shape_of
 from cggr_compile.passes.causal_mask import NOT_RIGHT_PADDED, RecoverCausalMask
-from cggr_compile.passes.fx import argument
+from cggr_compile.passes.nodes import argument
 
 SDPA = torch._C._nn.scaled_dot_product_attention
 B, S = 2, 16

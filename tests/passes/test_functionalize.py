@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from capture import Captured
 
+from cggr_compile.passes.effects import mutated_operand
 from cggr_compile.passes.functionalize import Functionalize
-from cggr_compile.passes.fx import mutated_operand, op_name
+from cggr_compile.passes.nodes import op_name
 
 
 def run(function, *args):

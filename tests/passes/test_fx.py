@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import Emitter, draws, memory, mutated_operands, overlap
+from cggr_compile.passes.effects import draws, memory, mutated_operands, overlap
+from cggr_compile.passes.fx import Emitter
 
 
 @torch.library.custom_op("cggr_test::scale_second", mutates_args={"b"})

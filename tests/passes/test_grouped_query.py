@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from capture import execute
 
-from cggr_compile.passes.fx import argument, op_name
+from cggr_compile.passes.nodes import argument, op_name
 
 REPEATS = models.HEADS // 2
 

@@ -7,8 +7,9 @@ import torch
 from capture import Captured, execute
 
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import Emitter, op_name
+from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.hoist import Hoist
+from cggr_compile.passes.nodes import op_name
 
 
 def moved(x, p, b):

@@ -13,7 +13,7 @@ from capture import Captured, execute
 from torch import nn
 from transformers.integrations.moe import _grouped_mm, grouped_mm_experts_forward
 
-from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.nodes import op_name
 
 TOKENS, H, INNER, EXPERTS, TOP_K = 10, 8, 16, 4, 2
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cggr_compile import compat
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.fx import Emitter, op_name
+from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.modes import changes_modes, modes_of
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.passes.static_sizes import _evaluate
 
 

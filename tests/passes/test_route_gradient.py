@@ -5,7 +5,7 @@ import pytest
 from capture import Captured
 
 from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.nodes import op_name
 
 
 def markers(captured):

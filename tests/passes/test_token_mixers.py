@@ -117,7 +117,7 @@ def test_the_gradient_says_the_same(mixing: bool) -> None:
     """With a mixer rows that are not selected do get a gradient, and the user is told; without one they do not."""
     model, batch = Hybrid(MIXERS["cumsum" if mixing else "gate"][0]), make_batch()
     hidden = torch.zeros(2, SEQ, HIDDEN, requires_grad=True)
-    run = compiled(lambda: model(*batch.values(), hidden), min_tokens_ratio=RATIO)
+    run = compiled(lambda: model(*batch.values(), hidden), min_tokens_ratio=RATIO, gradient="routed")
     with complaints() as found:
         run().backward()
     assert metrics(model)["matched"] is True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.fx import op_name
+from cggr_compile.passes.nodes import op_name
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
 if TYPE_CHECKING:

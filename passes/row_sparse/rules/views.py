@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.fx import argument
+from cggr_compile.passes.nodes import argument
 from cggr_compile.passes.row_sparse.layout import Layout, regroup
 from cggr_compile.passes.row_sparse.plan import At, Call
 from cggr_compile.passes.row_sparse.rule import Rule, rule
