@@ -30,7 +30,7 @@ from reference import (
     worst,
 )
 from torch import Tensor
-from training import picks
+from training import picks, small
 
 import cggr_compile
 
@@ -40,6 +40,12 @@ MODES = {
     "project": {"gradient": "routed", "kv_gradient": "project"},
 }
 RATIO = 0.25
+# Depth is checked with one family and one program; what only varies them has two layers: half the time.
+DEEP = ("llama", "outside")
+
+
+def tiny(name: str) -> torch.nn.Module:
+    return family(name) if name in DEEP else small(name)
 
 
 def check_selection(selected: Tensor, valid: Tensor, slots: int) -> None:
@@ -56,10 +62,16 @@ def run_hf(model: torch.nn.Module, batch: dict[str, Any]) -> Run:
     return backward(model, model(**batch).loss)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES)
+def family_modes() -> list[Any]:
+    """Without markers, ``exact``, what a family is matters to the selected loss alone: one of them is quick."""
+    pairs = [(name, mode) for name in FAMILIES for mode in MODES]
+    slow = pytest.mark.slow
+    return [pytest.param(*pair, marks=slow if pair[1] == "exact" and pair[0] not in DEEP else ()) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "mode"), family_modes())
 def test_family_equals_reference(name: str, mode: str) -> None:
-    model, batch = family(name), make_batch()
+    model, batch = tiny(name), make_batch()
     compiled(model, min_tokens_ratio=RATIO, **MODES[mode])
     got = run_hf(model, batch)
 
@@ -79,7 +91,7 @@ def test_family_equals_reference(name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ratio_one_is_the_unmodified_model(name: str) -> None:
-    model, batch = family(name), make_batch()
+    model, batch = tiny(name), make_batch()
     compiled(model, min_tokens_ratio=1.0)
     assert_same(run_hf(model, batch), dense(model, batch))
 
@@ -102,8 +114,8 @@ def test_other_family_is_never_wrong(name: str, ratio: float) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "gemma2"])
 def test_other_head_tying(name: str) -> None:
     """The families' own defaults are tested above; here the opposite."""
-    tied = family(name).config.tie_word_embeddings
-    model, batch = family(name, tie_word_embeddings=not tied), make_batch()
+    tied = small(name).config.tie_word_embeddings
+    model, batch = small(name, tie_word_embeddings=not tied), make_batch()
     shared = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert shared is not tied
     compiled(model, min_tokens_ratio=RATIO)
@@ -250,14 +262,32 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "bidirectional": lambda: outside(attend=models.attend_bidirectional),
     "documents": lambda: outside(documents=True),
 }
+# Those that vary the loss or the head, not attention: where keys and values are stopped is the same for all of them.
+LOSS_PROGRAMS = {"nanogpt", "outside-head-bias", "label-smoothing", "criterion", "functional-indexing"}
+
+
+@pytest.fixture
+def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.getfixturevalue("name") not in DEEP:
+        monkeypatch.setattr(models, "LAYERS", 2)
+
+
+def program_modes() -> list[Any]:
+    pairs = [(name, mode) for name in PROGRAMS for mode in MODES]
+    slow = pytest.mark.slow
+
+    def repeats(name: str, mode: str) -> bool:
+        return mode == "exact" or (mode == "stop" and name in LOSS_PROGRAMS)
+
+    return [pytest.param(*pair, marks=slow if repeats(*pair) else ()) for pair in pairs]
 
 
 def loss_of(output: Any) -> Tensor:
     return output[1] if isinstance(output, tuple) else output
 
 
-@pytest.mark.parametrize("mode", [pytest.param("exact", marks=pytest.mark.slow), "stop", "project"])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.usefixtures("depth")
+@pytest.mark.parametrize(("name", "mode"), program_modes())
 def test_own_model_equals_reference(name: str, mode: str) -> None:
     program = PROGRAMS[name]()
     ids, labels = program.batch()
@@ -276,6 +306,7 @@ def test_own_model_equals_reference(name: str, mode: str) -> None:
     assert worst(got, program.reference(ids, labels, chosen, **MODES[inert]))[0] > 1e-3
 
 
+@pytest.mark.usefixtures("depth")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_own_model_at_ratio_one(name: str) -> None:
     program = PROGRAMS[name]()
@@ -299,7 +330,7 @@ def test_class_axis_second_is_never_wrong() -> None:
 
 
 def test_hf_model_with_the_users_own_loss() -> None:
-    model, batch = family("llama"), make_batch()
+    model, batch = small("llama"), make_batch()
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
         return loss_outside(lambda x: model(input_ids=x, use_cache=False).logits, ids, labels)

@@ -12,7 +12,6 @@ from triton_harness import (  # noqa: E402
     binaries_for,
     compiled,
     interpreted,
-    pass_under_the_interpreter,
     poison_empty_memory,
 )
 
@@ -125,12 +124,6 @@ def test_the_comparison_can_fail():
     grad = torch.randn_like(case[0])
     with pytest.raises(AssertionError):
         check(run((*case[:4], case[4].flip(0)), grad, **SMALL), expected(*case, grad), 1e-5)
-
-
-@compiled
-@pytest.mark.slow
-def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=23)
 
 
 @compiled

@@ -13,7 +13,6 @@ from triton_harness import (
     binaries_for,
     compiled,
     interpreted,
-    pass_under_the_interpreter,
     poison_empty_memory,
 )
 
@@ -88,12 +87,6 @@ def test_what_is_no_number_stays_so():
     case[0][3] = torch.nan
     out = run(case, torch.randn_like(case[0]), **SMALL)[0]
     assert out[3].isnan().all() and out.isfinite().all(1).sum() == 7
-
-
-@compiled
-@pytest.mark.slow
-def test_under_the_interpreter():
-    pass_under_the_interpreter(__file__, at_least=13)
 
 
 @compiled
