@@ -450,6 +450,8 @@ def compare(make: Callable[[], nn.Module], tolerance: float = 1e-5, **options: A
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_as_plain_pytorch(name: str) -> None:
+    if name.startswith("InferenceFront") and torch.__version__ < "2.13":
+        pytest.skip("AOTAutograd itself fails on inference mode inside of a graph, and leaves it on")
     model, heard = compare(VARIANTS[name], 3e-2 if "Autocast" in name else 1e-5)
     report = cggr_compile.runtime(model).reports[0]
     assert metrics(model)["matched"] == (name not in DENSE), metrics(model)
