@@ -189,7 +189,7 @@ def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Cal
     except Exception as error:
         if stage == "joint" or strict():
             raise  # a half-rewritten backward must not run
-        log.exception("pass %s failed; the graph is compiled as it was captured", name)
+        log.exception("pass %s failed", name)
         result = refused(Cause.INTERNAL_ERROR, name=name, error=f"{type(error).__name__}: {error}")
     after = operator_counts(graph)
     record = PassRecord(

@@ -63,7 +63,11 @@ def test_a_graph_holds_for_one_mode():
         seen.append(compat.guard_mode("L['self']"))
         return gm.forward
 
-    model = torch.nn.Linear(2, 2)  # which does not read its mode
+    class Doubled(torch.nn.Module):  # which does not read its mode
+        def forward(self, x):
+            return x * 2
+
+    model = Doubled()
     model.compile(backend=backend)
     for training in (True, False, True):
         model.train(training)(torch.ones(2))
@@ -171,7 +175,7 @@ def test_calls_that_change_modes():
     """Dynamo's names for them, with the arguments that are read off a graph, or emitted."""
     parameters = [list(inspect.signature(f).parameters) for f in (compat.ENTER_AUTOCAST, compat.EXIT_AUTOCAST)]
     assert parameters == [["vals"], ["mode"]]
-    assert list(inspect.signature(torch.amp.autocast_mode._UnmanagedAutocast.__mro__[1]).parameters)[:4] == [
+    assert list(inspect.signature(torch.autocast).parameters)[:4] == [
         *("device_type", "dtype", "enabled", "cache_enabled")
     ]
     assert list(inspect.signature(compat.ENTER_INFERENCE).parameters) == ["mode"]

@@ -42,10 +42,12 @@ class Training:
 
     def generate(self, lengths):
         self.model.eval()
-        with torch.no_grad():
-            for length in lengths:
-                self.model(make_batch(1, length)["input_ids"])
-        self.model.train()
+        try:
+            with torch.no_grad():
+                for length in lengths:
+                    self.model(make_batch(1, length)["input_ids"])
+        finally:
+            self.model.train()
 
 
 def limits(found):

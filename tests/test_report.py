@@ -12,7 +12,6 @@ STAGES = [
         "captured",
         "find_loss",
         "find_stack",
-        "classify_outputs",
         "causal_mask",
         "grouped_query",
         "launch_bound",

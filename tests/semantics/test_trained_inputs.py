@@ -159,7 +159,7 @@ def test_peft_prompts(kind: str) -> None:
     with complaints() as said:
         got = backward(model, model(**batch).loss)
     assert metrics(model)["matched"] is True, metrics(model)
-    assert not any("gradient=" in text or "every position" in text for text in said)
+    assert not any("gradient=" in text for text in said)
     ids, none = batch["input_ids"], torch.full((2, 4), -100)
     target = shift(torch.cat([none, batch["labels"]], 1))
     extra = (torch.arange(SEQ + 4) < 4).expand(2, -1)
