@@ -32,7 +32,8 @@ def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[
     size = shape_of(stack.source)[1]
     found: dict[Node, str] = {}
     for node in ancestors([stack.source]) & stack.stream - {stack.source}:
-        if op_name(node) != "cat" and _mixes(node, stack, size):  # a prompt in front of the tokens moves them, at most
+        # a prompt in front of the tokens moves them, at most; what an encoder mixes are no tokens, but images, say
+        if op_name(node) != "cat" and _on_tokens(node, size) and _mixes(node, stack, size):
             found[node] = module_of(node) or "the embedding"
     for i in blocks:
         block = stack.blocks[i]
@@ -69,6 +70,12 @@ def _mixes(node: Node, stack: LayerStack, length: Any) -> bool:
         after = 2 * (len(shape_of(node)) - 1 - axis)
         return any(isinstance(amount, int) and amount < 0 for amount in amounts[after : after + 2])
     return name in _ALONG and axis in _axes(_dims(node, name), len(shape_of(source)))
+
+
+def _on_tokens(node: Node, length: Any) -> bool:
+    """Whether a call works on something that has an axis of the sequence's length behind its first one."""
+    shapes = [shape_of(n) for n in (node, *node.all_input_nodes)]
+    return any(same_size(size, length) for shape in shapes for size in shape[1:])
 
 
 def _token_axis(node: Node, length: Any) -> int | None:
