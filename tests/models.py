@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,6 +132,11 @@ def backend() -> Any:
     from cggr_compile.backend import cggr
 
     return cggr
+
+
+def every_other_slow(names: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: of many variants alike ``make test`` runs half, ``make test-all`` all."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if i % 2 else []) for i, name in enumerate(names)]
 
 
 def compiled(target: Any, *, in_place: bool | None = None, **options: Any) -> Any:

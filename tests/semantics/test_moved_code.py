@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from models import every_other_slow
 from reference import assert_same, backward, eager_call
 from torch import Tensor, nn
 from training import complaints, metrics
@@ -448,7 +449,7 @@ def compare(make: Callable[[], nn.Module], tolerance: float = 1e-5, **options: A
     return model, heard
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", every_other_slow(VARIANTS))
 def test_as_plain_pytorch(name: str) -> None:
     if name.startswith("InferenceFront") and torch.__version__ < "2.13":
         pytest.skip("AOTAutograd itself fails on inference mode inside of a graph, and leaves it on")
@@ -517,7 +518,7 @@ class Anywhere(Model):
             return torch.where(labels == 5, -100, labels)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", every_other_slow(range(SEEDS)))
 def test_modes_and_writes_anywhere(seed: int) -> None:
     model, _ = compare(lambda: Anywhere(seed), 2e-2)
     assert metrics(model)["matched"], metrics(model)

