@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat
+from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.effects import memory, mutated_operands, overlap
 
 # Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
 _FLOAT16_SCALE = 4096.0

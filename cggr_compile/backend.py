@@ -29,7 +29,7 @@ from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_wi
 from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.base import GraphContext, StaticSizes, fake_value
-from cggr_compile.passes.static_sizes import has_symbolic_sizes
+from cggr_compile.passes.semantic.make_sizes_static import has_symbolic_sizes
 from cggr_compile.pipeline import copy_module, rewrite
 from cggr_compile.registry import registry
 from cggr_compile.replay import Replay

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cggr_compile.passes.base import Block
-from cggr_compile.passes.row_sparse import RowSparseBackward
+from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport
 
 _FUSED = " (keys and values of a fused projection learn from every position; kv_gradient='stop' avoids it)"

@@ -62,7 +62,7 @@ class Options:
             attention; ``exact`` is the true gradient of the selected loss. ``auto`` is ``routed``, but ``exact`` for a
             model that trains something through positions which no label may select and which are not known (where
             they are known, as a soft prompt's are, they carry gradient under ``routed`` as well); see
-            :class:`cggr_compile.passes.trained_inputs.TrainedInputs`.
+            :class:`cggr_compile.passes.semantic.trained_inputs.TrainedInputs`.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
             weights still learn from every position), ``stop`` at the keys and values.
         kv_weight: what the gradient that ``routed`` lets through there, at a selected position, is multiplied with:

@@ -14,33 +14,33 @@ from torch.fx import Graph, GraphModule, Node
 from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError
-from cggr_compile.passes.angles_once import ComputeAnglesOnce
+from cggr_compile.passes.analysis.effects import mutated_operand
+from cggr_compile.passes.analysis.modes import changes_modes
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, refused
-from cggr_compile.passes.candidates import AlignTargets
-from cggr_compile.passes.causal_mask import RecoverCausalMask
-from cggr_compile.passes.check_labels import CheckLabels
-from cggr_compile.passes.classify_outputs import ClassifyOutputs
-from cggr_compile.passes.detach_outputs import DetachOutputs
-from cggr_compile.passes.effects import mutated_operand
-from cggr_compile.passes.find_loss import FindLoss
-from cggr_compile.passes.find_stack import FindStack
-from cggr_compile.passes.functionalize import Functionalize
-from cggr_compile.passes.grouped_query import GroupQueries
-from cggr_compile.passes.inline_checkpoints import InlineCheckpoints
-from cggr_compile.passes.insert_router import InsertRouter
-from cggr_compile.passes.launch_bound import LaunchBound
-from cggr_compile.passes.lower_experts import LowerExperts
-from cggr_compile.passes.merge_products import MergeProducts
-from cggr_compile.passes.merge_sums import MergeSums
-from cggr_compile.passes.modes import changes_modes
-from cggr_compile.passes.observe_router import ObserveRouter
-from cggr_compile.passes.resolve_markers import ResolveMarkers
-from cggr_compile.passes.rewrite_loss import RewriteLoss
-from cggr_compile.passes.route_gradient import RouteGradient
-from cggr_compile.passes.row_sparse import RowSparseBackward
-from cggr_compile.passes.select_rows import SelectRows
-from cggr_compile.passes.static_sizes import MakeSizesStatic
-from cggr_compile.passes.trained_inputs import TrainedInputs
+from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
+from cggr_compile.passes.joint.merge_products import MergeProducts
+from cggr_compile.passes.joint.merge_sums import MergeSums
+from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
+from cggr_compile.passes.joint.row_sparse import RowSparseBackward
+from cggr_compile.passes.semantic.align_targets import AlignTargets
+from cggr_compile.passes.semantic.check_labels import CheckLabels
+from cggr_compile.passes.semantic.classify_outputs import ClassifyOutputs
+from cggr_compile.passes.semantic.detach_outputs import DetachOutputs
+from cggr_compile.passes.semantic.find_loss import FindLoss
+from cggr_compile.passes.semantic.find_stack import FindStack
+from cggr_compile.passes.semantic.functionalize import Functionalize
+from cggr_compile.passes.semantic.group_queries import GroupQueries
+from cggr_compile.passes.semantic.inline_checkpoints import InlineCheckpoints
+from cggr_compile.passes.semantic.insert_router import InsertRouter
+from cggr_compile.passes.semantic.launch_bound import LaunchBound
+from cggr_compile.passes.semantic.lower_experts import LowerExperts
+from cggr_compile.passes.semantic.make_sizes_static import MakeSizesStatic
+from cggr_compile.passes.semantic.observe_router import ObserveRouter
+from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
+from cggr_compile.passes.semantic.rewrite_loss import RewriteLoss
+from cggr_compile.passes.semantic.route_gradient import RouteGradient
+from cggr_compile.passes.semantic.select_rows import SelectRows
+from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ JOINT_PASSES: tuple[JointPass, ...] = (
     RowSparseBackward(),
     MergeProducts(),
     MergeSums(),
-    ComputeAnglesOnce(),
+    MaterializeRotaryTables(),
     ResolveMarkers(),
 )
 

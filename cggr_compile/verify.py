@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.aside import Aside, AsideRun, differentiable
 from cggr_compile.captured_reference import CapturedReference
-from cggr_compile.passes.row_sparse import RowSparseBackward
+from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.runtime import Runtime
 

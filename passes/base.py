@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from cggr_compile.causes import Cause
     from cggr_compile.options import Options
-    from cggr_compile.passes.positions import Region
+    from cggr_compile.passes.analysis.positions import Region
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
+from cggr_compile.passes.analysis.modes import Modes, modes_of
 from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.modes import Modes, modes_of
 from cggr_compile.passes.nodes import op_name
 
 if TYPE_CHECKING:

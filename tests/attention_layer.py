@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from cggr_compile import compat
-from cggr_compile.passes.resolve_markers import ResolveMarkers
-from cggr_compile.passes.row_sparse import RowSparseBackward
+from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
+from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 
 
 class Layer:

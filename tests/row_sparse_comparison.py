@@ -7,8 +7,8 @@ import torch
 from reference import assert_same, backward
 
 import cggr_compile
-from cggr_compile.passes.row_sparse.plan import At, Call
-from cggr_compile.passes.row_sparse.rules import Rule
+from cggr_compile.passes.joint.row_sparse.plan import At, Call
+from cggr_compile.passes.joint.row_sparse.rules import Rule
 
 
 def compare(make, call, tolerance=1e-5, **options):

@@ -51,12 +51,12 @@ def broken(self, gm, ctx):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("rewrite_loss", "rewrite_loss.RewriteLoss"), ("grouped_query", "grouped_query.GroupQueries")],
+    [("rewrite_loss", "rewrite_loss.RewriteLoss"), ("group_queries", "group_queries.GroupQueries")],
 )
 def test_internal_error_falls_back_loudly(monkeypatch, caplog, name, place):
     """To the graph as it was captured, whether the rewriting depends on the pass or not."""
     monkeypatch.delenv("CGGR_STRICT")
-    monkeypatch.setattr(f"cggr_compile.passes.{place}.__call__", broken)
+    monkeypatch.setattr(f"cggr_compile.passes.semantic.{place}.__call__", broken)
     model, batch = models.compiled(models.family("llama"), fallback="warn"), models.make_batch()
     with pytest.warns(
         FallbackWarning, match=f"{name}: internal error: KeyError: 'oops', in pass {name}: please report"
@@ -68,9 +68,9 @@ def test_internal_error_falls_back_loudly(monkeypatch, caplog, name, place):
     torch.testing.assert_close(loss, models.family("llama")(**batch).loss)
 
 
-@pytest.mark.parametrize("place", ["rewrite_loss.RewriteLoss", "grouped_query.GroupQueries"])
+@pytest.mark.parametrize("place", ["rewrite_loss.RewriteLoss", "group_queries.GroupQueries"])
 def test_internal_errors_raise_where_they_are_looked_for(monkeypatch, place):
-    monkeypatch.setattr(f"cggr_compile.passes.{place}.__call__", broken)
+    monkeypatch.setattr(f"cggr_compile.passes.semantic.{place}.__call__", broken)
     model = models.compiled(models.family("llama"), fallback="warn")
     with pytest.raises(Exception, match="oops"):
         model(**models.make_batch())
@@ -81,7 +81,7 @@ def test_a_broken_joint_pass_never_runs(monkeypatch):
         raise KeyError("oops")
 
     monkeypatch.delenv("CGGR_STRICT")
-    monkeypatch.setattr("cggr_compile.passes.resolve_markers.ResolveMarkers.__call__", broken_joint)
+    monkeypatch.setattr("cggr_compile.passes.joint.resolve_markers.ResolveMarkers.__call__", broken_joint)
     model = models.compiled(models.family("llama"))
     with pytest.raises(Exception, match="oops"):
         model(**models.make_batch())

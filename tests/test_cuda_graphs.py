@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from cggr_compile import compat
-from cggr_compile.passes import insert_router
+from cggr_compile.passes.semantic import insert_router
 
 
 @pytest.mark.parametrize("arguments", [{"options": {"cuda_graphs": True}}, {"mode": "reduce-overhead"}])

@@ -20,7 +20,7 @@ def test_explains_and_leaves_everything_as_it_was(compile_first):
     explanation = cggr_compile.explain(model, **models.make_batch())
     assert explanation.matched and "3 blocks" in explanation.reason
     names = [record.name for record in explanation.passes]
-    assert names[:3] == ["inline_checkpoints", "static_sizes", "functionalize"] and names[-1] == "resolve_markers"
+    assert names[:3] == ["inline_checkpoints", "make_sizes_static", "functionalize"] and names[-1] == "resolve_markers"
     assert rt.metrics()["step"] == 0 and rt.selected is None
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())

@@ -35,7 +35,7 @@ def test_a_router_that_fails_half_way(monkeypatch, caplog):
         emit._switch(torch.amp.autocast_mode._enter_autocast, "cpu", torch.bfloat16, True, None)
         raise KeyError("oops")
 
-    monkeypatch.setattr("cggr_compile.passes.insert_router.difficulty", broken)
+    monkeypatch.setattr("cggr_compile.passes.semantic.insert_router.difficulty", broken)
     model, batch, run, heard = trained(selection="topk")
     assert_same(run, hf_reference(model, batch, picks(model)))
     (told,) = heard
@@ -64,12 +64,12 @@ def test_routing_that_fails_half_way(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["functionalize.Functionalize", "grouped_query.GroupQueries"])
+@pytest.mark.parametrize("name", ["functionalize.Functionalize", "group_queries.GroupQueries"])
 def test_any_other_optional_pass(name, monkeypatch):
     def broken(self, gm, ctx):
         raise KeyError("oops")
 
-    monkeypatch.setattr(f"cggr_compile.passes.{name}.__call__", broken)
+    monkeypatch.setattr(f"cggr_compile.passes.semantic.{name}.__call__", broken)
     check_dense(name.partition(".")[0])
 
 

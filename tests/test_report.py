@@ -12,8 +12,8 @@ STAGES = [
         "captured",
         "find_loss",
         "find_stack",
-        "causal_mask",
-        "grouped_query",
+        "recover_causal_mask",
+        "group_queries",
         "launch_bound",
         "align_targets",
     ),
@@ -26,7 +26,7 @@ STAGES = [
         "route_gradient",
         "detach_outputs",
     ),
-    *("rewritten", "joint_row_sparse", "joint_merge_products", "joint_merge_sums", "joint_angles_once"),
+    *("rewritten", "joint_row_sparse", "joint_merge_products", "joint_merge_sums", "joint_materialize_rotary_tables"),
     "joint_resolve_markers",
 ]
 
@@ -47,7 +47,7 @@ def test_dump(tmp_path):
     )
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    joint = ["row_sparse", "merge_products", "merge_sums", "angles_once", "resolve_markers"]
+    joint = ["row_sparse", "merge_products", "merge_sums", "materialize_rotary_tables", "resolve_markers"]
     assert [p["name"] for p in report["passes"][-5:]] == joint
     assert report["passes"][-5]["details"] == {"densified": {}, "densified_at": {}, "dense_attention": {}}
 

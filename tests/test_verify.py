@@ -12,8 +12,8 @@ from reference import assert_same, backward
 from torch import Tensor, nn
 
 import cggr_compile
-from cggr_compile.passes.row_sparse import rules
-from cggr_compile.passes.row_sparse.plan import At, Call
+from cggr_compile.passes.joint.row_sparse import rules
+from cggr_compile.passes.joint.row_sparse.plan import At, Call
 
 SIZES = {"num_hidden_layers": 1}
 

@@ -24,7 +24,7 @@ Batch = dict[str, Any]
 
 def as_on_an_accelerator(monkeypatch: Any) -> None:
     """Leave out what a step reads on the CPU only, where that waits for nothing."""
-    monkeypatch.setattr("cggr_compile.passes.check_labels.reads_on_the_host", lambda device: False)
+    monkeypatch.setattr("cggr_compile.passes.semantic.check_labels.reads_on_the_host", lambda device: False)
     monkeypatch.setattr("cggr_compile.ops.attention_rows._last_of", lambda rows: 10**6)
 
 

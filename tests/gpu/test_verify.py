@@ -10,7 +10,7 @@ import torch
 from row_sparse_comparison import LosesTheSign
 
 import cggr_compile
-from cggr_compile.passes.row_sparse import rules
+from cggr_compile.passes.joint.row_sparse import rules
 
 KINDS = ["float32", "tf32", "float16", "bfloat16", "autocast"]
 

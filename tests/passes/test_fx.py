@@ -11,8 +11,8 @@ from capture import Captured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
+from cggr_compile.passes.analysis.effects import draws, memory, mutated_operands, overlap
 from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.effects import draws, memory, mutated_operands, overlap
 from cggr_compile.passes.fx import Emitter
 
 

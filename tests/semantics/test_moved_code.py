@@ -528,9 +528,9 @@ def test_modes_and_writes_anywhere(seed: int) -> None:
 
 def move_whatever(monkeypatch: Any) -> None:
     """Nodes move along data edges alone, and the anchor is where the router's block ends."""
-    monkeypatch.setattr("cggr_compile.passes.hoist.Hoist.obstacle", lambda *args: "")
-    monkeypatch.setattr("cggr_compile.passes.hoist.Hoist._same_there", lambda *args: True)
-    monkeypatch.setattr("cggr_compile.passes.candidates._anchor", lambda gm, ctx, after: after.next)
+    monkeypatch.setattr("cggr_compile.passes.analysis.hoist.Hoist.obstacle", lambda *args: "")
+    monkeypatch.setattr("cggr_compile.passes.analysis.hoist.Hoist._same_there", lambda *args: True)
+    monkeypatch.setattr("cggr_compile.passes.semantic.align_targets._anchor", lambda gm, ctx, after: after.next)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "routed"])

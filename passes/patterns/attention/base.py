@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch.fx import Node
 
 if TYPE_CHECKING:
-    from cggr_compile.passes.row_sparse.layout import Layout, Tag
-    from cggr_compile.passes.row_sparse.values import RowValues
+    from cggr_compile.passes.joint.row_sparse.layout import Layout, Tag
+    from cggr_compile.passes.joint.row_sparse.values import RowValues
 
 # the gradients of an attention backward
 QUERY, KEY, VALUE, MASK = range(4)

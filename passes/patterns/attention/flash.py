@@ -21,8 +21,8 @@ from cggr_compile.passes.nodes import argument, op_name
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
 if TYPE_CHECKING:
-    from cggr_compile.passes.row_sparse.layout import Layout
-    from cggr_compile.passes.row_sparse.values import RowValues
+    from cggr_compile.passes.joint.row_sparse.layout import Layout
+    from cggr_compile.passes.joint.row_sparse.values import RowValues
 
 aten = torch.ops.aten
 

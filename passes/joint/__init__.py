@@ -1,0 +1,1 @@
+"""Passes over AOTAutograd's joint graph: exact with respect to the graph that they get."""

@@ -1,0 +1,73 @@
+"""Products of matrices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cggr_compile.passes.base import shape_of
+from cggr_compile.passes.joint.row_sparse.checkpoints import only_rows_wanted
+from cggr_compile.passes.joint.row_sparse.layout import Layout
+from cggr_compile.passes.joint.row_sparse.plan import At, Call
+from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from cggr_compile.passes.joint.row_sparse.annotations import Annotations
+
+aten = torch.ops.aten
+POSITIONS = ("S", "BS")
+
+
+@rule(aten.bmm.default)
+class Product(Rule):
+    """Rows of a factor are rows of the result, unless summed over: then the result is dense, a weight's gradient."""
+
+    def carry(self, at: Annotations, node: Node) -> Call | None:
+        factors: Any = node.args
+        for position in (0, 1):
+            layout = at.layout_of(factors[position])
+            if layout is None:
+                continue
+            *lead, left, right = layout
+            if any(tag in POSITIONS for tag in lead):
+                return None
+            summed, free = (right, left) if position == 0 else (left, right)
+            if summed in POSITIONS and free is None:
+                return Call((At(factors[0], (*lead, None, summed)), At(factors[1], (*lead, summed, None))), None)
+            other = factors[1 - position]
+            if free in POSITIONS and summed is None and other not in at.layouts:
+                rows = At(factors[position], layout)
+                return Call((rows, other) if position == 0 else (other, rows), layout)
+        return None
+
+    def recompute(self, at: Annotations, node: Node, layout: Layout) -> Call | None:
+        """In the forward pass the product is there already; where it is not, only its rows may be needed."""
+        if "b" in layout or not only_rows_wanted(at, node):
+            return None
+        left, right = node.args
+        if layout[-2] in POSITIONS:
+            return Call((At(left, layout), right), layout)  # type: ignore[arg-type]
+        if layout[-1] in POSITIONS:
+            return Call((left, At(right, layout)), layout)  # type: ignore[arg-type]
+        return None
+
+
+@rule(aten.mm.default)
+class MatrixProduct(Product):
+    mixes = "features"
+
+
+@rule(aten.addmm.default)
+class AddedProduct(Rule):
+    """b + x W of a forward pass that is computed again."""
+
+    mixes = "features"
+
+    def recompute(self, at: Annotations, node: Node, layout: Layout) -> Call | None:
+        bias, factor, other = node.args
+        if layout != ("BS", None) or len(shape_of(bias)) != 1 or not only_rows_wanted(at, node):
+            return None
+        return Call((bias, At(factor, layout), other), layout)  # type: ignore[arg-type]

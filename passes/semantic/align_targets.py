@@ -1,0 +1,109 @@
+"""Lines the loss's targets up with sequence positions and marks the positions that may be selected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cggr_compile.causes import Cause
+from cggr_compile.options import OptionError
+from cggr_compile.passes.analysis.hoist import Hoist
+from cggr_compile.passes.analysis.modes import modes_of
+from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, refused, shape_of
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import op_name
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
+
+class AlignTargets:
+    """Brings the target in front of the router and brings it to one entry per position.
+
+    Before, with logits for positions 0..S-2 only::
+
+        loss = cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+
+    After (the loss itself is rewritten later)::
+
+        target = pad(labels[:, 1:].reshape(-1).reshape(B, -1), (0, 1), value=-100)   # [B, S]
+        valid = target != -100
+    """
+
+    name = "align_targets"
+    required = True
+    analysis = False
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        assert ctx.loss is not None and ctx.stack is not None
+        stack, loss = ctx.stack, ctx.loss
+        if not fake_value(loss.loss).requires_grad:
+            what = "a cross-entropy without gradient: it, or all below it, runs under no_grad"
+            return refused(Cause.UNSUPPORTED_LOSS, what=what)
+        after = router_output(ctx)
+        anchor = _anchor(gm, ctx, after)
+        if anchor is None:
+            what = "inference mode or torch.vmap encloses everything behind the router's block"
+            return refused(Cause.UNSUPPORTED_STACK, what=what)
+        hoist = Hoist(gm.graph, anchor)
+        if obstacle := hoist.obstacle(loss.target, loss.loss, stack.stream):
+            return refused(Cause.LATE_LABELS, what=obstacle)
+        start = stack.tail_start + loss.start
+        rest = _positions_after(ctx, start)
+        if rest is None:
+            return refused(Cause.UNALIGNED_TARGETS)
+        emit = Emitter(gm.graph, ctx.fake_mode)
+        target = hoist.bring(emit, loss.target, self.name)
+        with emit.before(anchor, self.name):
+            length = emit.minus(emit.size(after, 1), start + rest)
+            target = emit.method("reshape", target, emit.size(after, 0), length)
+            if start or rest:
+                target = emit.call(torch.nn.functional.pad, target, (start, rest), "constant", loss.ignore_index)
+            valid = emit.call(torch.ne, target, loss.ignore_index)
+        ctx.candidates = Candidates(target, valid, anchor)
+        return PassResult(True, f"candidates: positions whose target is not {loss.ignore_index}")
+
+
+def _positions_after(ctx: GraphContext, start: int) -> int | None:
+    """How many positions at the end of the sequence have no logit row, or None if that is no fixed number."""
+    assert ctx.loss is not None and ctx.stack is not None
+    rows = full = shape_of(ctx.stack.blocks[-1].output)
+    for node in (*ctx.stack.tail, *ctx.loss.chain):
+        if op_name(node) in ("transpose", "swapaxes", "permute", "mT"):
+            break
+        if len(shape_of(node)) == 3:
+            rows = shape_of(node)
+    missing = full[1] - rows[1] - start
+    if isinstance(missing, int):
+        return missing if missing >= 0 else None
+    expression = missing.node.expr
+    return int(expression) if expression.is_Integer and expression >= 0 else None
+
+
+def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
+    """The node in front of which router and selection go: as early as possible, in the modes that the graph begins in.
+
+    In inference mode, or a function under ``torch.vmap``, they cannot be: what is computed there cannot be saved for
+    the backward pass. Without a place in the right grad mode, any other will do: neither has a gradient of its own.
+    """
+    assert ctx.stack is not None and ctx.loss is not None
+    modes = modes_of(gm.graph)
+    nodes: list[Node] = list(gm.graph.nodes)
+    gather = ctx.stack.tail[0] if ctx.stack.tail else ctx.loss.head
+    places = nodes[nodes.index(after) + 1 : nodes.index(gather) + 1]
+    places = [node for node in places if not modes[node].inference and not modes[node].levels]
+    recording = (node for node in places if modes[node].grad == modes[nodes[0]].grad)
+    return next(recording, next(iter(places), None))
+
+
+def router_output(ctx: GraphContext) -> Node:
+    """The residual stream after the block that the router reads (default: about an eighth of the stack)."""
+    assert ctx.stack is not None
+    blocks, wanted = ctx.stack.blocks, ctx.options.router_layers
+    if wanted == "full":
+        return blocks[-1].output
+    count = max(1, round(len(blocks) / 8)) if wanted is None else int(wanted)
+    if count > len(blocks):
+        raise OptionError(f"router_layers must be at most {len(blocks)}, the model's number of blocks, got {count}")
+    return blocks[count - 1].output

@@ -1,0 +1,266 @@
+"""Finds the decoder's layer stack by dataflow; module names only label what was found."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import Node
+
+from cggr_compile.causes import Cause
+from cggr_compile.passes.analysis.effects import mutated_operands
+from cggr_compile.passes.base import (
+    Attention,
+    Block,
+    GraphContext,
+    LayerStack,
+    PassResult,
+    fake_value,
+    refused,
+    same_size,
+    shape_of,
+)
+from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
+from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.patterns.attention import find_attention
+from cggr_compile.passes.patterns.tail import tail_start
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+class NoLayerStackError(Exception):
+    """Why the graph is not a stack of decoder blocks: in words, or a ``cause`` with the fields of its text."""
+
+    def __init__(self, what: str = "", cause: Cause = Cause.UNSUPPORTED_STACK, **fields: object) -> None:
+        super().__init__(what)
+        self.refusal = refused(cause, what=what, **fields)
+
+
+class FindStack:
+    """Records residual stream, blocks and tail in ``ctx.stack``; changes nothing.
+
+    The residual stream is what every path from the embedding to the head goes through. Between two attentions
+    the last such node is a block boundary::
+
+        x0 = embedding(ids)                     # source
+        a0 = x0 + attention(norm(x0))           # on every path, but no boundary: the MLP follows
+        x1 = a0 + mlp(norm(a0))                 # output of block 0, input of block 1
+        ...
+        logits = linear(norm(xL), lm_head)      # tail = [norm ...]
+    """
+
+    name = "find_stack"
+    required = True
+    analysis = True
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        assert ctx.loss is not None
+        try:
+            stack = _find(gm, ctx.loss.hidden)
+        except NoLayerStackError as why:
+            return why.refusal
+        ctx.stack = stack
+        kinds = Counter(block.signature for block in stack.blocks)
+        details = {
+            "blocks": [
+                {
+                    "name": block.name,
+                    "input": str(block.input),
+                    "output": str(block.output),
+                    "attention": block.attention.kind,
+                    "signature": block.signature,
+                }
+                for block in stack.blocks
+            ]
+        }
+        alike = "alike" if len(kinds) == 1 else f"of {len(kinds)} kinds"
+        return PassResult(True, f"{len(stack.blocks)} blocks, {alike}", details)
+
+
+def _find(gm: GraphModule, hidden: Node) -> LayerStack:
+    reaching = ancestors([hidden])
+    roots = _roots(gm, reaching)
+    carrying = _carrying(roots)
+    for node in gm.graph.nodes:
+        targets = mutated_operands(node)
+        if not targets or not any(n in carrying for n in node.all_input_nodes):
+            continue
+        # what a layer keeps about itself in a buffer, such as a metric, is not read on the way to the head
+        if node.users or any(t.op != "placeholder" or t in reaching or t in carrying for t in targets):
+            raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
+    stream = carrying & reaching
+    ordered = in_order(gm.graph, stream)
+    # several embeddings (tokens, positions) join before the first block: look from the join on
+    spine = _common_path(ordered, roots)
+    if not spine:
+        raise NoLayerStackError("no node lies on every path from the embedding to the head")
+    shapes = _stream_shapes(spine)
+    if not shapes:
+        raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
+    # a prompt may be put in front of the embedding: the first shape may not be the one that attention sees
+    for shape in shapes:
+        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
+        if attentions:
+            break
+    else:
+        raise _no_attention(gm)
+    spine = [n for n in spine if _has_shape(n, *shape)]
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    boundaries = _boundaries(spine, attentions, place)
+    blocks = []
+    for i, attention in enumerate(attentions):
+        begin, end = boundaries[i], boundaries[i + 1]
+        body = [n for n in ordered if place[begin] < place[n] <= place[end]]
+        blocks.append(Block(begin, end, attention, _block_name(attention.node, i), _signature(body)))
+    _check_repetition(blocks)
+    last = boundaries[-1]
+    tail = tuple(n for n in ordered if place[n] > place[last] and n in descendants([last]))
+    start = tail_start(tail, last)
+    if isinstance(start, str):
+        raise NoLayerStackError(start)
+    return LayerStack(boundaries[0], tuple(blocks), tail, start, frozenset(stream))
+
+
+def _is_lookup(node: Node) -> bool:
+    """``embedding(ids, table)``, or ``table[ids]`` and ``index_select(table, 0, ids)`` on a matrix parameter."""
+    name = op_name(node)
+    if name == "embedding":
+        return True
+    if name not in ("getitem", "index_select"):
+        return False
+    table, index = node.args[0], node.args[-1]
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    if not isinstance(table, Node) or not isinstance(index, Node) or len(shape_of(table)) != 2:
+        return False
+    value = fake_value(index)
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return whole and bool(fake_value(table).is_floating_point())
+
+
+_SHAPE_ONLY = {"new_ones", "new_zeros", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
+
+
+def _carrying(roots: list[Node]) -> set[Node]:
+    """Nodes that hold values of the roots: not their sizes (dynamic shapes), masks or constants of their shape."""
+    found: set[Node] = set()
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        value = fake_value(node)
+        tensors = value if isinstance(value, (tuple, list)) else (value,)
+        floats = any(isinstance(t, torch.Tensor) and t.is_floating_point() for t in tensors)
+        if node in found or not floats or op_name(node) in _SHAPE_ONLY:
+            continue
+        found.add(node)
+        todo.extend(node.users)
+    return found
+
+
+def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
+    embeddings = [n for n in gm.graph.nodes if n in reaching and _is_lookup(n)]
+    if embeddings:
+        return embeddings
+    # inputs_embeds given by the caller
+    floats = [
+        n
+        for n in gm.graph.nodes
+        if n.op == "placeholder"
+        and n in reaching
+        and isinstance(value := fake_value(n), torch.Tensor)
+        and not isinstance(value, torch.nn.Parameter)
+        and value.is_floating_point()
+        and value.dim() == 3
+    ]
+    if not floats:
+        raise NoLayerStackError("no token embedding before the head")
+    return floats[:1]
+
+
+def _no_attention(gm: GraphModule) -> NoLayerStackError:
+    """Why no attention was found."""
+    opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
+    if opaque:
+        return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
+    hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)})
+    if "tag_activation_checkpoint" in hidden_in:
+        return NoLayerStackError(cause=Cause.CLOSED_CHECKPOINTS)
+    saw = f" (saw {hidden_in})" if hidden_in else ""
+    return NoLayerStackError(f"no attention over the sequence between embedding and head{saw}")
+
+
+def _module_path(node: Node) -> str:
+    """Of the module that called ``node``; what the node is called, for a call outside of any module."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return paths[-1].partition(".")[2] or paths[-1] if paths else str(node)
+
+
+def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:
+    found = bottlenecks(ordered)
+    if len(roots) == 1:
+        return found
+    last_root = max(ordered.index(r) for r in roots)
+    return [n for n in found if ordered.index(n) > last_root]
+
+
+def _stream_shapes(spine: list[Node]) -> list[tuple[object, object, object]]:
+    """The shapes that a residual stream may have, in the order in which they appear."""
+    found: list[tuple[object, object, object]] = []
+    for node in spine:
+        shape = shape_of(node)
+        if len(shape) == 3 and isinstance(shape[2], int) and not any(_has_shape(node, *other) for other in found):
+            found.append((shape[0], shape[1], shape[2]))
+    return found
+
+
+def _has_shape(node: Node, *sizes: object) -> bool:
+    shape = shape_of(node)
+    return len(shape) == len(sizes) and all(same_size(a, b) for a, b in zip(shape, sizes, strict=True))
+
+
+def _boundaries(spine: list[Node], attentions: list[Attention], place: dict[Node, int]) -> list[Node]:
+    """One boundary before each attention and one after the last."""
+    found: list[Node] = []
+    for i, attention in enumerate(attentions):
+        upto = place[attention.node]
+        after = place[attentions[i - 1].node] if i else -1
+        candidates = [n for n in spine if after < place[n] < upto]
+        if not candidates:
+            raise NoLayerStackError(f"no residual stream between attention {i - 1} and attention {i}")
+        found.append(candidates[-1])
+    # the last block ends at its residual addition: what follows is the final norm
+    rest = [n for n in spine if place[n] > place[attentions[-1].node]]
+    sums = [n for n in rest if op_name(n) == "add"]
+    if not rest:
+        raise NoLayerStackError("no residual stream after the last attention")
+    found.append((sums or rest)[-1])
+    return found
+
+
+def _block_name(node: Node, index: int) -> str:
+    """The module path up to the layer number, e.g. ``model.layers.0``."""
+    for path, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            return ".".join(parts[1 : numbers[-1] + 1])
+    return f"block_{index}"
+
+
+def _signature(body: list[Node]) -> str:
+    """Equal for isomorphic blocks: operators, ranks and static widths, in order."""
+    lines = []
+    for node in body:
+        shape = shape_of(node)
+        lines.append(f"{op_name(node)}/{len(node.all_input_nodes)}/{len(shape)}/{shape[-1] if shape else ''}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:8]
+
+
+def _check_repetition(blocks: list[Block]) -> None:
+    kinds = {block.signature for block in blocks}
+    if len(blocks) >= 3 and len(kinds) == len(blocks):
+        raise NoLayerStackError(f"{len(blocks)} attentions, but no two blocks are alike: not a layer stack")

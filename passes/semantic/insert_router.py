@@ -1,0 +1,107 @@
+"""Scores every position with the truncated router: the model's own first blocks, final norm and head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile import compat
+from cggr_compile.passes.analysis.hoist import Hoist
+from cggr_compile.passes.analysis.modes import Modes
+from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.patterns.tail import copy_tail
+from cggr_compile.passes.semantic.align_targets import router_output
+from cggr_compile.passes.semantic.difficulty import STATISTICS, difficulty
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
+
+class InsertRouter:
+    """Adds, after block ``router_layers``, without gradient and sharing the prefix with the main forward::
+
+    h = x_k.detach()
+    lse, entropy, top1, top2, label_logprob = cggr.score(norm(h), lm_head.detach(), None, target, 1.0, 0.0)
+    difficulty = cggr.difficulty(entropy, top1, top2, label_logprob, "combined")     # [B, S]
+    """
+
+    name = "insert_router"
+    required = False
+    analysis = False
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        assert ctx.loss is not None and ctx.stack is not None and ctx.candidates is not None
+        if not ctx.options.needs_router:
+            return PassResult(False, "scoring='random' needs no router")
+        stack, loss, anchor = ctx.stack, ctx.loss, ctx.candidates.anchor
+        source = router_output(ctx)
+        hoist = Hoist(gm.graph, anchor)
+        if obstacle := _obstacle(ctx, hoist):
+            ctx.unrouted = f"{obstacle}, between the block that the router reads and the head"
+            return PassResult(False, f"no router: {ctx.unrouted}")
+        emit = Emitter(gm.graph, ctx.fake_mode)
+        there = {node: hoist.bring(emit, node, self.name) for node, _ in _needed(ctx)}
+        with emit.before(anchor, self.name), emit.under(_without_gradient(emit.modes, hoist.modes[source])):
+            hidden = copy_tail(emit, stack, loss, emit.method("detach", source), in_place=False, replaced=there)
+            weight = emit.method("detach", there[loss.weight])
+            if loss.transposed:
+                weight = emit.method("t", weight)
+            bias = emit.method("detach", there[loss.bias]) if loss.bias is not None else None
+            dtype = _compute_dtype(fake_value(loss.weight), ctx.options.router_precision, hoist.modes[loss.head])
+            operands = [
+                node if node is None or fake_value(node).dtype == dtype else emit.method("to", node, dtype)
+                for node in (emit.method("detach", hidden[loss.hidden]), weight, bias)
+            ]
+
+            target = ctx.candidates.target
+
+            def score(factor: float) -> Node:
+                """Statistics of the softmax of ``factor`` times the logits."""
+                scale, softcap = factor * loss.scale, factor * loss.softcap
+                fp8 = ctx.options.router_precision == "fp8"
+                return emit.call(torch.ops.cggr.score.default, *operands, target, scale, softcap, fp8)
+
+            scored = score(1.0)
+            statistics = [emit.item(scored, i) for i in range(len(STATISTICS))]
+            found = difficulty(emit, statistics, ctx.options.scoring, lambda: emit.item(score(2.0), 0))
+        _, entropy, top1, _, _ = statistics
+        ctx.router = RouterScores(found, top1, entropy)
+        number = [block.output for block in stack.blocks].index(source) + 1
+        return PassResult(True, f"{ctx.options.scoring_name} difficulty after block {number} of {len(stack.blocks)}")
+
+
+def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:
+    """What the router needs besides the hidden states, such as Gemma's ``1 + weight``, and what reads it last."""
+    assert ctx.loss is not None and ctx.stack is not None
+    inside = {ctx.stack.blocks[-1].output, *ctx.stack.tail}
+    found = {other: node for node in ctx.stack.tail for other in node.all_input_nodes if other not in inside}
+    found |= {node: ctx.loss.head for node in (ctx.loss.weight, ctx.loss.bias) if node is not None}
+    return list(found.items())
+
+
+def _obstacle(ctx: GraphContext, hoist: Hoist) -> str:
+    """Why the router cannot be inserted."""
+    assert ctx.stack is not None
+    here = hoist.modes[hoist.anchor]
+    for node in ctx.stack.tail:
+        if (hoist.modes[node].unknown, hoist.modes[node].levels) != (here.unknown, here.levels):
+            return f"the final norm runs behind {hoist.modes[node].unknown}, whose effect on it is unknown"
+    found = (hoist.obstacle(node, reader, ctx.stack.stream) for node, reader in _needed(ctx))
+    return next(filter(None, found), "")
+
+
+def _without_gradient(modes: Modes, source: Modes) -> Modes:
+    """No gradient is recorded of what comes out of inference mode: it cannot be saved for the backward pass."""
+    return replace(modes, grad=modes.grad and not source.inference)
+
+
+def _compute_dtype(weight: torch.Tensor, precision: str, modes: Modes) -> torch.dtype:
+    """The dtype of what the router's head is given; ``model`` is that of the model's own, autocast's where it is on."""
+    kind = weight.device.type
+    if precision == "bf16" or (precision == "auto" and kind == "cpu" and compat.cpu_multiplies_bf16()):
+        return torch.bfloat16
+    return modes.product_dtype(weight)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cggr_compile.ops import UnresolvedMarkerError
+from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
+
+ops = torch.ops.cggr
+
+
+def joint(gather: bool = True):
+    """Forward and backward of ``gather(stop(x) * 2)``, x laid out [B, heads, S, D] and [B, S, H]."""
+
+    def program(x, rows, keep, tangent):
+        heads = ops.stop_rows(x.view(2, 6, 2, 2).transpose(1, 2), 2)
+        flat = heads.transpose(1, 2).reshape(2, 6, 4)
+        mixed = torch.cumsum(flat, 1)  # every row receives gradient
+        out = ops.gather_rows(mixed, rows, keep) if gather else mixed[:, :2]
+        return torch.autograd.grad(out, x, tangent)[0]
+
+    x = torch.randn(2, 6, 4, requires_grad=True)
+    rows, keep = torch.tensor([[1, 4], [2, 0]]), torch.tensor([[True, True], [True, False]])
+    arguments = (x, rows, keep, torch.randn(2, 2, 4))
+    return make_fx(program, tracing_mode="fake")(*arguments), arguments
+
+
+def test_masks_unselected_rows():
+    gm, arguments = joint()
+    result = ResolveMarkers()(gm.graph)
+    assert result.matched and result.details == {"markers": 1}
+    gm.graph.lint()
+    gm.recompile()
+    assert not any("stop_rows" in str(n.target) for n in gm.graph.nodes)
+    grad = gm(*arguments)
+    assert grad[0].abs().sum(-1).nonzero().flatten().tolist() == [1, 4]
+    assert grad[1].abs().sum(-1).nonzero().flatten().tolist() == [2]
+    # the kept rows have the plain gradient
+    x, rows, keep, tangent = arguments
+    leaf = x.detach().requires_grad_()
+    ops.gather_rows(torch.cumsum(leaf, 1), rows, keep).backward(tangent)
+    torch.testing.assert_close(grad[0, [1, 4]], leaf.grad[0, [1, 4]])
+
+
+def test_control_inert_marker_fails():
+    """The marker matters: dropping it, instead of resolving it, gives another gradient."""
+    gm, arguments = joint()
+    for node in list(gm.graph.nodes):
+        if "stop_rows" in str(node.target):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+    gm.recompile()
+    inert = gm(*arguments)
+    resolved, _ = joint()
+    ResolveMarkers()(resolved.graph)
+    resolved.recompile()
+    assert (inert - resolved(*arguments)).abs().max() > 0.1
+
+
+def test_idempotent():
+    gm, _ = joint()
+    ResolveMarkers()(gm.graph)
+    assert not ResolveMarkers()(gm.graph).matched
+
+
+def test_markers_without_rows_raise():
+    gm, _ = joint(gather=False)
+    with pytest.raises(UnresolvedMarkerError, match="gather_rows"):
+        ResolveMarkers()(gm.graph)
