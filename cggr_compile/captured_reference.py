@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from cggr_compile import compat
-from cggr_compile.aside import Aside, AsideRun, differentiable
-from cggr_compile.passes.base import GraphContext, fake_value
+from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.facts import LayerStack, LossSite, StaticSizes
 from cggr_compile.passes.fx import descendants
-from cggr_compile.passes.nodes import argument
+from cggr_compile.passes.nodes import argument, fake_value
 
 # Share of the whole gradient's norm below which a parameter's own is not told from rounding.
 _FLOOR = 1e-3
@@ -34,10 +35,9 @@ class CapturedReference:
     """
 
     def __init__(self, captured: GraphModule, rewritten: GraphModule, inputs: Sequence[Any], ctx: GraphContext) -> None:
-        assert ctx.loss is not None and ctx.stack is not None
-        self.captured, self.found = captured, ctx.loss
-        self.begin = ctx.stack.tail_start + ctx.loss.start
-        self.kept = tuple(range(len(inputs))) if ctx.static is None else ctx.static.kept
+        self.captured, self.found = captured, ctx[LossSite]
+        self.begin = ctx[LayerStack].tail_start + ctx[LossSite].start
+        self.kept = tuple(range(len(inputs))) if (static := ctx.get(StaticSizes)) is None else static.kept
         # sizes that have become numbers, and no longer are arguments
         self.sizes = {i: compat.hint(value) for i, value in enumerate(inputs) if i not in self.kept}
         places = captured.graph.find_nodes(op="placeholder")
@@ -45,7 +45,7 @@ class CapturedReference:
         # of the rewritten graph's arguments: the name of each whose gradient is the same
         self.names = [compat.source_name(places[i]) if str(places[i]) in unrouted else None for i in self.kept]
 
-    def compare(self, args: Sequence[Any], ours: AsideRun, scale: float) -> tuple[float, str] | str:
+    def compare(self, args: Sequence[Any], ours: ProbeRun, scale: float) -> tuple[float, str] | str:
         """The largest error of an output or gradient, and whose; or, as one string, why there is none.
 
         An output's error is relative to 1 if it is smaller. A gradient's is in Euclidean norms, and relative to a
@@ -60,10 +60,10 @@ class CapturedReference:
         for place, size in sorted(self.sizes.items()):
             whole.insert(place, size)
         device = ours.selected.device
-        aside = Aside(self.captured, device)
-        with aside.apart(), torch.enable_grad(), compat.modes_kept():
+        probe = GradientProbe(self.captured, device)
+        with probe.apart(), torch.enable_grad(), compat.modes_kept():
             before = _generators(device)
-            fresh = aside.fresh(whole)
+            fresh = probe.fresh(whole)
             evaluation = _Evaluation(self.captured, self.found.loss, self._loss(ours))
             try:
                 results = evaluation.run(*fresh)
@@ -85,7 +85,7 @@ class CapturedReference:
         names = [name for name, i in zip(self.names, self.kept, strict=True) if differentiable(fresh[i])]
         return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
 
-    def _loss(self, ours: AsideRun) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
+    def _loss(self, ours: ProbeRun) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
         found, selected, weights = self.found, ours.selected, ours.weights
 
         def loss(logits: Tensor, target: Tensor) -> tuple[Tensor, int]:
@@ -132,7 +132,7 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 
 def _largest_error(
-    ours: AsideRun, outputs: list[Tensor], grads: list[Tensor | None], names: list[str | None]
+    ours: ProbeRun, outputs: list[Tensor], grads: list[Tensor | None], names: list[str | None]
 ) -> tuple[float, str] | str:
     """Of the outputs, and of the gradients that have a name."""
     whole = math.sqrt(sum(_norm(grad) ** 2 for grad in grads if grad is not None))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cggr_compile.passes.base import Block
+from cggr_compile.options import Options
+from cggr_compile.passes.facts import Block
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport
 
 _FUSED = " (keys and values of a fused projection learn from every position; kv_gradient='stop' avoids it)"
 
 
-def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
+def dense_layers(report: GraphReport, options: Options, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
     """One sentence for the user about operators that were made dense in a layer; empty if there are none.
 
     What is dense outside the layers (the sum over sequences that learned positions need) costs once, not per layer,
@@ -30,7 +31,7 @@ def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection
     for operator, places in record.details.get("densified_at", {}).items():
         inside = [place for place in places if not (told and place is None) and _in_a_layer(place, blocks)]
         if inside:
-            hint = _FUSED if operator == "aten.cat.default" and report.options["kv_gradient"] == "project" else ""
+            hint = _FUSED if operator == "aten.cat.default" and options.kv_gradient == "project" else ""
             found.append(f"{operator} {_where(inside)}{hint}")
     if not found:
         return ""

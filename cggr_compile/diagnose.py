@@ -15,8 +15,7 @@ from torch.fx import Graph
 
 from cggr_compile import compat
 from cggr_compile.causes import Cause
-from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node

@@ -9,6 +9,7 @@ import torch
 
 import cggr_compile
 from cggr_compile import compat
+from cggr_compile.engine import engine_for
 
 
 def findings() -> list[tuple[str, str]]:
@@ -25,14 +26,13 @@ def findings() -> list[tuple[str, str]]:
         ("Triton usable", "yes" if cuda and compat.has_triton() else "no"),
         ("C++ compiler", compiler or "none"),
     ]
-    if cuda and compat.has_triton():
-        path = "Inductor CUDA for models on the GPU"
-    elif cuda:
-        path = "eager on the GPU: a CUDA device is there, but Triton is not usable"
-    else:
-        path = "no CUDA device"
-    cpu = "Inductor CPU (C++ compiler found)" if compiler else "eager (no C++ compiler for Inductor)"
-    return [*rows, ("path", f"{path}; {cpu} for models on the CPU")]
+    path = f"{_path('cuda')} for models on the GPU" if cuda else "no CUDA device"
+    return [*rows, ("path", f"{path}; {_path('cpu')} for models on the CPU")]
+
+
+def _path(device: str) -> str:
+    engine, why = engine_for(device)
+    return f"{engine} ({why})"
 
 
 def _version(name: str) -> str:

@@ -36,7 +36,7 @@ def source_digest() -> str:
 
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
     """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
-    return _pre_pass(lambda graph: run_joint_passes(graph, report, dump), passes_key(options, report))
+    return _pre_pass(lambda graph: run_joint_passes(graph, options, report, dump), passes_key(options, report))
 
 
 def passes_key(options: Options, report: GraphReport) -> tuple[str, str]:
@@ -74,11 +74,11 @@ def holds_our_operators(gm: GraphModule) -> bool:
     return any(calls_our_operators(module.graph) for module in gm.modules() if isinstance(module, GraphModule))
 
 
-def partition_with_passes(report: GraphReport, dump: GraphDump) -> Callable[..., Any]:
+def partition_with_passes(options: Options, report: GraphReport, dump: GraphDump) -> Callable[..., Any]:
     """A partition function that runs the passes over the joint graph first."""
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        run_joint_passes(joint.graph, report, dump)
+        run_joint_passes(joint.graph, options, report, dump)
         return compat.default_partition(joint, inputs, **kwargs)
 
     return partition

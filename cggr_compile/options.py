@@ -103,6 +103,8 @@ class Options:
             or be ``silent``. The graph is compiled as it is in any case.
         launch_bound: on CUDA without CUDA graphs, where kernel launches and not arithmetic take the time, selecting
             tokens is no faster: there the graph stays ``dense``, with the reason, or tokens are ``select``-ed anyway.
+        disable_passes: names of optional passes that do not run, such as ``("merge_sums",)``: to find out what one
+            contributes, or whether it is at fault. Every other name is a ValueError that lists them.
         compiler: ``inductor``, ``eager`` (AOTAutograd, no code generation), or ``auto``.
         dump_dir: folder for readable graphs and report.json; None reads the environment's CGGR_DUMP_DIR.
         cuda_graphs: replay the step as CUDA graphs (Inductor's ``triton.cudagraphs``, as ``mode="reduce-overhead"``
@@ -137,6 +139,7 @@ class Options:
     measure_every: int = 100
     fallback: Literal["warn", "error", "silent"] = "warn"
     launch_bound: Literal["dense", "select"] = "dense"
+    disable_passes: Sequence[str] = ()
     compiler: Literal["auto", "inductor", "eager"] = "auto"
     dump_dir: str | None = None
     cuda_graphs: bool = False
@@ -164,6 +167,9 @@ class Options:
             raise OptionError(f"verify must be True, False or a number of steps >= 0, got {self.verify!r}")
         if not (self.dump_dir is None or isinstance(self.dump_dir, str)):
             raise OptionError(f"dump_dir must be a string or None, got {self.dump_dir!r}")
+        names = self.disable_passes
+        if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+            raise OptionError(f"disable_passes must be a list of names of passes, got {names!r}")
         if not isinstance(self.inductor, Mapping):
             raise OptionError(f"inductor must be a dict of Inductor settings, got {self.inductor!r}")
         self._check_selection()

@@ -42,7 +42,7 @@ def kept(gm: GraphModule, inputs: Sequence[Any], options: Options, report: Graph
         for fields in json.loads(path.read_text(encoding="utf-8")):
             report.passes.append(PassRecord(**{**fields, "reason": CACHED + fields["reason"], "seconds": 0.0}))
     else:
-        report.passes += [PassRecord(joint_pass.name, "joint", None, NOT_KEPT) for joint_pass in joint_passes(report)]
+        report.passes += [PassRecord(joint_pass.name, "joint", None, NOT_KEPT) for joint_pass in joint_passes(options)]
 
 
 def _place(gm: GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Path:

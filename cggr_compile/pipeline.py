@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
-from cggr_compile.options import OptionError
+from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.analysis.effects import mutated_operand
 from cggr_compile.passes.analysis.modes import changes_modes
-from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, refused
+from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, SemanticPass, refused
+from cggr_compile.passes.facts import NoRouter, Routing
 from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
 from cggr_compile.passes.joint.merge_products import MergeProducts
 from cggr_compile.passes.joint.merge_sums import MergeSums
@@ -45,8 +46,10 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 
 log = logging.getLogger(__name__)
 
-# Semantic passes over the Dynamo graph that leave the mathematics alone: all that run at ratio 1.0.
-EXACT_PASSES: tuple[GraphPass, ...] = (
+# Every pass, in order. ``check_order`` holds it to what the passes declare, at import.
+PASSES: tuple[GraphPass, ...] = (
+    InlineCheckpoints(),
+    MakeSizesStatic(),
     Functionalize(),
     LowerExperts(),
     FindLoss(),
@@ -54,26 +57,16 @@ EXACT_PASSES: tuple[GraphPass, ...] = (
     ClassifyOutputs(),
     RecoverCausalMask(),
     GroupQueries(),
-)
-# The semantic passes, in order. Checkpoints stay closed at ratio 1.0, where nothing inside them would be changed.
-DYNAMO_PASSES: tuple[GraphPass, ...] = (
-    InlineCheckpoints(),
-    MakeSizesStatic(),
-    *EXACT_PASSES,
     LaunchBound(),
     AlignTargets(),
     TrainedInputs(),
     CheckLabels(),
     InsertRouter(),
+    ObserveRouter(),
     SelectRows(),
     RewriteLoss(),
     RouteGradient(),
     DetachOutputs(),
-)
-# At ratio 1.0, where the schedule depends on the router.
-OBSERVING_PASSES: tuple[GraphPass, ...] = (AlignTargets(), InsertRouter(), ObserveRouter())
-# Optimising passes over AOTAutograd's joint graph, in order. They must be exact.
-JOINT_PASSES: tuple[JointPass, ...] = (
     RowSparseBackward(),
     MergeProducts(),
     MergeSums(),
@@ -82,72 +75,115 @@ JOINT_PASSES: tuple[JointPass, ...] = (
 )
 
 
+def check_order(passes: Sequence[GraphPass]) -> None:
+    """Hold an order to what its passes declare.
+
+    Raises:
+        ValueError: two passes of one name; a semantic pass behind a joint one; a fact that no earlier pass leaves, or
+            one that may be switched off.
+    """
+    names: set[str] = set()
+    left: dict[type, bool] = {}  # whether a pass that always runs leaves it
+    stages = [p.stage for p in passes]
+    if stages != sorted(stages, key=("semantic", "joint").index):
+        raise ValueError("semantic passes come before joint ones")
+    for one in passes:
+        if one.name in names:
+            raise ValueError(f"two passes are named {one.name}")
+        names.add(one.name)
+        if not isinstance(one, SemanticPass):
+            continue
+        for fact in (*one.needs, *one.uses):
+            if fact not in left:
+                raise ValueError(f"{one.name} reads {fact.__name__}, which no earlier pass leaves")
+        for fact in one.needs:
+            if not left[fact]:
+                raise ValueError(f"{one.name} needs {fact.__name__}, which an optional pass leaves: it is a use")
+        for fact in one.provides:
+            left[fact] = left.get(fact, False) or not one.optional
+
+
+check_order(PASSES)
+
+
+def check_disabled(options: Options) -> None:
+    """Raises:
+    OptionError: ``disable_passes`` names something else than an optional pass.
+    """
+    optional = sorted(p.name for p in PASSES if p.optional)
+    for name in options.disable_passes:
+        if name not in optional:
+            why = "the graph is wrong without it" if name in {p.name for p in PASSES} else "there is no such pass"
+            raise OptionError(f"disable_passes may name {optional}, got {name!r}: {why}")
+
+
+def semantic_passes(ctx: GraphContext) -> list[SemanticPass]:
+    """The semantic passes that have a turn in this graph, in order."""
+    return [p for p in PASSES if isinstance(p, SemanticPass) and p.enabled(ctx)]
+
+
+def joint_passes(options: Options) -> list[JointPass]:
+    """The optimising passes that have a turn, in order."""
+    return [p for p in PASSES if isinstance(p, JointPass) and p.enabled(options)]
+
+
 def rewrite(
-    gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump, unrouted: str = ""
+    gm: GraphModule, ctx: GraphContext, report: GraphReport, dump: GraphDump, failed_router: str = ""
 ) -> GraphModule:
     """Run the semantic passes over a copy of ``gm``.
 
-    A router that fails is left out (``unrouted`` says why): everything begins anew, as it may have left its graph half
-    rewritten, and ``SelectRows`` says what becomes of the selection. Any other failure leaves the graph as captured.
+    A router that fails is left out (``failed_router`` says why): everything begins anew, as it may have left its graph
+    half rewritten, and ``SelectRows`` says what becomes of the selection. Any other failure leaves the graph as
+    captured.
 
     Returns:
-        the rewritten copy, or ``gm`` itself if a required pass did not match, or one failed; ``report`` says which and
-        why.
+        the rewritten copy, or ``gm`` itself if a pass refused it, or one failed; ``report`` says which and why.
 
     Raises:
         OptionError: an option that does not fit this model.
     """
-    work, begin = copy_module(gm), copy.copy(ctx)
-    begin.notices, begin.warnings = [], []
+    work, begin = copy_module(gm), replace(ctx)
     for graph_pass in semantic_passes(ctx):
-        if unrouted and graph_pass.name == InsertRouter.name:
-            ctx.unrouted = unrouted
-            report.passes.append(PassRecord(graph_pass.name, "dynamo", False, unrouted))
+        off = SWITCHED_OFF if graph_pass.name in ctx.options.disable_passes else ""
+        if graph_pass.name == InsertRouter.name and ctx.options.needs_router and (off or failed_router):
+            off = failed_router or off
+            ctx.add(NoRouter(off))
+        if off:
+            report.passes.append(PassRecord(graph_pass.name, graph_pass.stage, False, off))
             continue
-        record = run_pass(graph_pass.name, "dynamo", work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        ctx.running = graph_pass
+        record = run_pass(graph_pass, work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        ctx.running = None
         if record.cause is Cause.INTERNAL_ERROR and graph_pass.name == InsertRouter.name:
-            vars(ctx).update(vars(begin))
+            ctx.restart(begin)
             report.passes.clear()
             return rewrite(gm, ctx, report, dump, record.reason)
         if record.matched:
             dump.stage(graph_pass.name, work, record)
-        elif graph_pass.required or record.cause is not None:
-            report.refuse(record.cause or Cause.UNSUPPORTED_STACK, f"{graph_pass.name}: {record.reason}")
+        elif record.cause is not None:
+            report.refuse(record.cause, f"{graph_pass.name}: {record.reason}")
             return gm
     # only now: what one pass inserts, a later one may be the first to use
     work.graph.eliminate_dead_code(is_impure_node=_has_effect)
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:
-        name = "the schedule's ratio" if ctx.rung else "min_tokens_ratio"
+        name = "the schedule's ratio" if ctx.scheduled else "min_tokens_ratio"
         report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
-    assert ctx.options.min_tokens_ratio != "auto"
-    report.matched, report.cause, report.ratio = True, None, ctx.options.min_tokens_ratio
-    report.gradient = ctx.gradient
+    report.matched, report.cause, report.ratio = True, None, float(ctx.options.ratio)
+    report.gradient = ctx[Routing].gradient
     told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
 
 
+SWITCHED_OFF = "switched off (disable_passes)"
+
+
 def _has_effect(node: Node) -> bool:
     return node.is_impure() or mutated_operand(node) is not None or changes_modes(node)
-
-
-def semantic_passes(ctx: GraphContext) -> tuple[GraphPass, ...]:
-    """The semantic passes for this ratio, in order."""
-    if not ctx.dense:
-        return DYNAMO_PASSES
-    # a rung that is compiled later can have no guards on symbolic sizes
-    before = (MakeSizesStatic(),) if ctx.rung else ()
-    after = OBSERVING_PASSES if ctx.rung and ctx.options.dynamic_threshold else ()
-    return (*before, *EXACT_PASSES, *after)
-
-
-def joint_passes(report: GraphReport) -> list[JointPass]:
-    """The optimising passes that the options ask for."""
-    return [p for p in JOINT_PASSES if report.options["row_sparse"] or isinstance(p, ResolveMarkers)]
 
 
 def calls_our_operators(graph: Graph) -> bool:
@@ -156,7 +192,7 @@ def calls_our_operators(graph: Graph) -> bool:
     return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "cggr" for target in targets)
 
 
-def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None:
+def run_joint_passes(graph: Graph, options: Options, report: GraphReport, dump: GraphDump) -> None:
     """Run the optimising passes over a joint graph, in place.
 
     Inductor hands over the graphs inside that graph as well, such as a score function of FlexAttention: none of our
@@ -166,8 +202,11 @@ def run_joint_passes(graph: Graph, report: GraphReport, dump: GraphDump) -> None
         return
     owner = graph.owning_module
     assert owner is not None
-    for joint_pass in joint_passes(report):
-        record = run_pass(joint_pass.name, "joint", graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
+    for joint_pass in joint_passes(options):
+        if joint_pass.name in options.disable_passes:
+            report.passes.append(PassRecord(joint_pass.name, joint_pass.stage, False, SWITCHED_OFF))
+            continue
+        record = run_pass(joint_pass, graph, report, lambda p=joint_pass: p(graph))  # type: ignore[misc]
         if record.matched:
             dump.stage(f"joint_{joint_pass.name}", owner, record)
     owner.recompile()
@@ -178,8 +217,9 @@ def strict() -> bool:
     return os.environ.get("CGGR_STRICT") == "1"
 
 
-def run_pass(name: str, stage: str, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
+def run_pass(graph_pass: GraphPass, graph: Graph, report: GraphReport, call: Callable[[], PassResult]) -> PassRecord:
     """Run one pass and record what it did. One that fails may leave its graph half rewritten."""
+    name, stage = graph_pass.name, graph_pass.stage
     before, begin = operator_counts(graph), time.perf_counter()
     try:
         result = call()

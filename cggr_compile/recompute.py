@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cggr_compile import compat
 from cggr_compile.options import Options
+from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Runtime
 from cggr_compile.variance import Gradient, VarianceMeter
@@ -110,12 +111,10 @@ class Call:
         if not self.repeats:
             self.runtime.measure(meter, args, ratio, gradients)
 
-    def record(
-        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
-    ) -> None:
+    def record(self, report: GraphReport, returned: StepOutputs) -> None:
         """See :meth:`Runtime.record`."""
         if not self.repeats:
-            self.runtime.record(report, selected, weights, stats)
+            self.runtime.record(report, returned)
 
 
 def _unknown() -> RuntimeError:

@@ -17,6 +17,7 @@ from cggr_compile.causes import PIECES, Cause
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.overflow import ContextOverflow
+from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
 from cggr_compile.stale_steps import StaleSteps
@@ -203,13 +204,13 @@ class Runtime:
             if figures is not None:
                 self._schedule.measured(figures, ratio)
 
-    def record(
-        self, report: GraphReport, selected: Tensor | None, weights: Tensor | None, stats: Tensor | None
-    ) -> None:
+    def record(self, report: GraphReport, returned: StepOutputs) -> None:
+        """A training forward has run, and the graph has returned this besides the user's results."""
         self._note(report)
         if self._observed is None:
             self._stale.seen()
-            self.selected, self.weights, self._stats = selected, weights, stats
+            selected, stats = returned.selected, returned.stats
+            self.selected, self.weights, self._stats = selected, returned.weights, stats
             if stats is not None and (message := self._context_overflow.add(stats)):
                 self.warn(message)
             if stats is not None and self.options.dynamic_threshold:

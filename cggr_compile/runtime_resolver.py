@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -51,33 +51,29 @@ class RuntimeResolver:
         self._capturing: Runtime | None = found
 
     @property
-    def call(self) -> Call:
-        """The call under way in this thread."""
-        call: Call = self._here.call
-        return call
-
-    @property
     def runtime(self) -> Runtime:
         """Of the model that this call, or at first the capture, is for."""
-        return self._capturing or self.call.runtime
+        if self._capturing is not None:
+            return self._capturing
+        call: Call = self._here.call
+        return call.runtime
 
     def begin(self, report: GraphReport, options: Options) -> None:
-        """A form of the graph has been rewritten."""
+        """The graph has been rewritten for one ratio."""
         self._begun.append((report, options))
         self.runtime.begin(report, options)
 
-    def before(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """``run``, after a look at whose call it is. This ends the capture."""
-        here, self._capturing = self._here, None
+    def end_capture(self) -> None:
+        """From now on ``runtime`` is that of the call under way."""
+        self._capturing = None
 
-        def run_for(*args: Any) -> Any:
-            here.call = Call(self._runtime_of(args))
-            try:
-                return run(*args)
-            finally:
-                del here.call
+    def begin_call(self, args: Sequence[Any]) -> Call:
+        """Look at whose call this is; ``end_call`` has to follow."""
+        call = self._here.call = Call(self._runtime_of(args))
+        return call
 
-        return run_for
+    def end_call(self) -> None:
+        del self._here.call
 
     def _runtime_of(self, args: Sequence[Any]) -> Runtime:
         if self._kept is not None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat
-from cggr_compile.aside import Aside, AsideRun, differentiable
 from cggr_compile.captured_reference import CapturedReference
+from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
+from cggr_compile.options import Options
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.runtime import Runtime
@@ -54,8 +55,7 @@ class Verifier:
 
     Args:
         ours, dense: compiled forms of ``graph`` with the row-sparse pass and without it.
-        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the selected
-            positions and the metrics.
+        graph: the rewritten graph, which takes and returns what ``step_interface`` says.
         steps: how many to compare; True for all.
         captured: the graph before the passes; dropped after the first step.
     """
@@ -71,8 +71,8 @@ class Verifier:
     ) -> None:
         self.ours, self.dense, self.device, self.captured = ours, dense, device, captured
         self.remaining = math.inf if steps is True else steps
-        self.aside = Aside(graph, device)
-        epsilons = [torch.finfo(dtype).eps for dtype in self.aside.dtypes]
+        self.probe = GradientProbe(graph, device)
+        epsilons = [torch.finfo(dtype).eps for dtype in self.probe.dtypes]
         if device.type == "cuda" and compat.multiplies_in_tf32():
             epsilons.append(_TF32_EPSILON)
         self.tolerance = max([1e-5, *(2 * epsilon for epsilon in epsilons)])
@@ -86,7 +86,7 @@ class Verifier:
         """
         self.remaining -= 1
         state = runtime.state(self.device)
-        ours = self.aside.run(self.ours, args, state)
+        ours = self.probe.run(self.ours, args, state)
         report.verification = report.verification or Verification(tolerance=self.tolerance)
         if self.captured is not None:
             self._compare_captured(self.captured, args, ours, runtime, report.verification)
@@ -104,10 +104,10 @@ class Verifier:
             )
 
     def _compare_captured(
-        self, captured: CapturedReference, args: Sequence[Any], ours: AsideRun, runtime: Runtime, found: Verification
+        self, captured: CapturedReference, args: Sequence[Any], ours: ProbeRun, runtime: Runtime, found: Verification
     ) -> None:
         self.captured = None  # also if it raises: neither the graph nor what it ran on may stay
-        outcome = captured.compare(args, ours, self.aside.scale)
+        outcome = captured.compare(args, ours, self.probe.scale)
         if isinstance(outcome, str):
             found.note = f"not compared with the captured graph: {outcome}"
             runtime.notify(f"verify: the first step is not compared with the captured graph: {outcome}")
@@ -120,15 +120,15 @@ class Verifier:
                 "graphs that options={'dump_dir': ...} writes"
             )
 
-    def compare(self, args: Sequence[Any], state: Tensor, ours: AsideRun) -> tuple[float, str] | str:
+    def compare(self, args: Sequence[Any], state: Tensor, ours: ProbeRun) -> tuple[float, str] | str:
         """The largest error and the name of its tensor; or, as one string, why this step cannot be compared.
 
         Args:
             args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
             ours: what the row-sparse form gave.
         """
-        dense = self.aside.run(self.dense, args, state)
-        other = self.aside.run(self.dense, args, state, _OTHER_SCALE)
+        dense = self.probe.run(self.dense, args, state)
+        other = self.probe.run(self.dense, args, state, _OTHER_SCALE)
         same_weights = torch.allclose(dense.weights, ours.weights, rtol=self.tolerance / 2, atol=0.0)
         if not torch.equal(dense.selected, ours.selected) or not same_weights:
             return "rounding of the router's scores changed the selection (not so with selection='random')"
@@ -138,7 +138,7 @@ class Verifier:
             names.append(f"output {i}")
             difference = torch.maximum((mine - theirs).abs().max(), (again - theirs).abs().max())
             figures.append([difference, theirs.abs().max().clamp(min=1.0), torch.zeros_like(difference)])
-        leaves = [name for name, arg in zip(self.aside.names, args, strict=False) if differentiable(arg)]
+        leaves = [name for name, arg in zip(self.probe.names, args, strict=False) if differentiable(arg)]
         for name, *grads in zip(leaves, ours.grads, dense.grads, other.grads, strict=True):
             some = next((grad for grad in grads if grad is not None), None)
             if some is not None:
@@ -160,9 +160,9 @@ class Verifier:
         return difference / allowed if math.isfinite(difference) and allowed > 0.0 else math.inf
 
 
-def unverifiable(report: GraphReport, device: torch.device) -> str:
+def unverifiable(report: GraphReport, options: Options, device: torch.device) -> str:
     """Why there is nothing to compare for a compiled graph; empty if there is."""
-    if not report.options["row_sparse"]:
+    if not options.row_sparse:
         return "row_sparse is False"
     record = report.record(RowSparseBackward.name)
     if record is not None and record.matched is False:

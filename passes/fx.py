@@ -14,8 +14,7 @@ from torch.fx.node import map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.modes import Modes, modes_of
-from cggr_compile.passes.base import fake_value, shape_of
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

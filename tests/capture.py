@@ -11,9 +11,9 @@ from torch.fx import GraphModule, Node
 
 from cggr_compile import compat
 from cggr_compile.options import Options
-from cggr_compile.passes.base import GraphContext, GraphPass, PassResult
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.nodes import op_name
-from cggr_compile.pipeline import DYNAMO_PASSES, copy_module
+from cggr_compile.pipeline import copy_module, semantic_passes
 
 
 class Captured:
@@ -32,19 +32,21 @@ class Captured:
         self.ctx = GraphContext(Options.parse(options), self.inputs, compat.capture_fake_mode(self.gm))
         self.results: dict[str, PassResult] = {}
 
-    def run(self, upto: str, passes: Sequence[GraphPass] = DYNAMO_PASSES) -> PassResult:
+    def run(self, upto: str, passes: Sequence[SemanticPass] | None = None) -> PassResult:
         """Run the passes that have not run yet, up to the one named ``upto``; checks the graph after each."""
-        for graph_pass in passes:
+        for graph_pass in semantic_passes(self.ctx) if passes is None else passes:
             if graph_pass.name in self.results:
                 continue
             before = self.operators()
+            self.ctx.running = graph_pass
             result = self.results[graph_pass.name] = graph_pass(self.gm, self.ctx)
+            self.ctx.running = None
             self.gm.graph.lint()
             if graph_pass.analysis or not result.matched:
                 assert self.operators() == before, f"{graph_pass.name} changed a graph it must leave alone"
             if graph_pass.name == upto:
                 break
-            assert result.matched or not graph_pass.required, f"{graph_pass.name}: {result.reason}"
+            assert result.cause is None, f"{graph_pass.name}: {result.reason}"
         return result
 
     def operators(self) -> Counter[str]:

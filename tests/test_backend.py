@@ -8,20 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import cggr_compile
-from cggr_compile import backend, compat
+from cggr_compile import compat
 from cggr_compile.causes import Cause
-from cggr_compile.options import Options
 from cggr_compile.runtime import FallbackWarning
-
-
-def test_engine_choice(monkeypatch):
-    cpu = [torch.ones(1)]
-    assert backend._engine(Options(compiler="eager"), cpu) == "eager"
-    monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: "g++")
-    assert backend._engine(Options(), cpu) == "Inductor CPU"
-    monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: None)
-    assert backend._engine(Options(), cpu) == "eager"
-    assert backend._engine(Options(), [torch.ones(1, device="meta")]) == "eager"
 
 
 def test_no_cpp_compiler_trains_all_the_same(monkeypatch):

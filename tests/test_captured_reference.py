@@ -118,7 +118,7 @@ def test_a_loss_inside_of_a_checkpoint_is_not_compared():
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_control_a_small_difference_is_seen(what, monkeypatch):
     """One in two hundred of the loss, or of a single gradient, raises, and leaves no gradient behind."""
-    run = verify.Aside.run
+    run = verify.GradientProbe.run
 
     def off(self, function, args, state, scale=1.0):
         found = run(self, function, args, state, scale)
@@ -128,7 +128,7 @@ def test_control_a_small_difference_is_seen(what, monkeypatch):
             found.grads[-1].mul_(1.005)
         return found
 
-    monkeypatch.setattr(verify.Aside, "run", off)
+    monkeypatch.setattr(verify.GradientProbe, "run", off)
     model = models.family("llama", **SIZES)
     worst = r"output \d" if what == "loss" else "lm_head.weight"
     with pytest.raises(cggr_compile.VerificationError, match=f"the captured one differ in {worst}"):

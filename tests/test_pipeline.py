@@ -1,4 +1,4 @@
-"""A pass that raises: a router is left out, any other leaves the graph as captured, and the user is told."""
+"""Passes that raise (the user is told), what passes declare, and passes that are switched off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from training import complaints, metrics, picks
 
 import cggr_compile
 from cggr_compile.causes import Cause
+from cggr_compile.options import Options
+from cggr_compile.passes.base import GraphContext, JointPass, PassResult, SemanticPass, UndeclaredFactError
+from cggr_compile.passes.facts import NoRouter, Routing
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.pipeline import PASSES, SWITCHED_OFF, check_order
 
 SIZES = {"num_hidden_layers": 2}
 
@@ -81,3 +85,91 @@ def check_dense(name):
     assert "internal error: KeyError: 'oops', in pass" in told and "please report" in told
     assert cggr_compile.runtime(model).reports[0].cause is Cause.INTERNAL_ERROR
     assert name in told and not metrics(model)["matched"]
+
+
+# What passes declare.
+
+
+class Given(SemanticPass):
+    """Leaves a fact, or reads one."""
+
+    name = "given"
+    provides = (Routing,)
+
+
+class Reader(SemanticPass):
+    name = "reader"
+    needs = (Routing,)
+
+    def __call__(self, gm, ctx):
+        return PassResult(True, ctx[Routing].gradient)
+
+
+class Other(JointPass):
+    name = "other"
+
+
+def test_order_is_held_to_what_passes_declare():
+    given, reader = Given(), Reader()
+    check_order((given, reader, Other()))
+    with pytest.raises(ValueError, match="reader reads Routing, which no earlier pass leaves"):
+        check_order((reader, given))
+    with pytest.raises(ValueError, match="two passes are named given"):
+        check_order((given, Given()))
+    with pytest.raises(ValueError, match="semantic passes come before joint ones"):
+        check_order((Other(), given))
+    given.optional = True
+    with pytest.raises(ValueError, match="reader needs Routing, which an optional pass leaves"):
+        check_order((given, reader))
+
+
+def test_a_pass_gets_only_the_facts_that_it_declares():
+    ctx = GraphContext(Options(), [], None)
+    ctx.add(Routing("exact"))
+    assert Reader()(None, ctx).reason == "exact" and ctx.get(NoRouter) is None
+    ctx.running = Reader()
+    assert ctx[Routing].gradient == "exact"
+    with pytest.raises(UndeclaredFactError, match="reader does not say that it needs or uses NoRouter"):
+        ctx.get(NoRouter)
+    with pytest.raises(UndeclaredFactError, match="reader does not say that it provides Routing"):
+        ctx.add(Routing("routed"))
+
+
+# Passes that are switched off.
+
+OPTIONAL = [p.name for p in PASSES if p.optional]
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_training_is_right_without_it(name):
+    """Each optional pass by itself: the gradients stay right, and explain() says that it is off."""
+    model, batch = models.compiled(models.family("llama", **SIZES), disable_passes=[name]), models.make_batch()
+    run = backward(model, model(**batch).loss)
+    assert_same(run, hf_reference(model, batch, picks(model)))
+    report = cggr_compile.runtime(model).reports[0]
+    assert report.matched and report.record(name).reason == SWITCHED_OFF and not report.record(name).matched
+
+
+def test_what_becomes_of_experts_and_of_ranks_without_their_pass():
+    """What a pass is there for is not done, and that is said."""
+    with complaints() as heard:
+        experts = models.compiled(models.family("mixtral", **SIZES), disable_passes=["lower_experts"], fallback="warn")
+        experts(**models.make_batch()).loss.backward()
+        ranked = models.compiled(models.family("llama", **SIZES), disable_passes=["insert_router"], selection="topk")
+        ranked(**models.make_batch()).loss.backward()
+    assert not metrics(experts)["matched"]
+    assert any(f"becomes 'random': the router is left out: {SWITCHED_OFF}" in text for text in heard)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["find_loss"], "got 'find_loss': the graph is wrong without it"),
+        (["merge_sum"], "got 'merge_sum': there is no such pass"),
+        ("merge_sums", "must be a list of names"),
+    ],
+)
+def test_passes_that_cannot_be_switched_off(names, message):
+    model = models.compiled(models.family("llama", **SIZES), disable_passes=names)
+    with pytest.raises(ValueError, match=message):
+        model(**models.make_batch())

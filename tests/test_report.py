@@ -14,7 +14,6 @@ STAGES = [
         "find_stack",
         "recover_causal_mask",
         "group_queries",
-        "launch_bound",
         "align_targets",
     ),
     *(
@@ -43,7 +42,7 @@ def test_dump(tmp_path):
     number = f"{STAGES.index('rewrite_loss'):02d}"
     text = (tmp_path / f"{number}_rewrite_loss.py").read_text()
     assert text.startswith(
-        f"# graph 0, stage {number}: rewrite_loss\n# pass: rewrite_loss (dynamo graph)\n# matched: True"
+        f"# graph 0, stage {number}: rewrite_loss\n# pass: rewrite_loss (semantic graph)\n# matched: True"
     )
     assert "cggr.gather_rows" in text and "# operators: +" in text
     report = json.loads((tmp_path / "report.json").read_text())

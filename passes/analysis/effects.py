@@ -12,8 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
-from cggr_compile.passes.base import fake_value
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name
 
 
 def mutated_operand(node: Node) -> Node | None:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cggr_compile.passes.base import GraphContext, differentiable, fake_value
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.facts import LossSite
+from cggr_compile.passes.nodes import differentiable, fake_value
 from cggr_compile.passes.patterns.mask_program import MaskProgram, Undecided
 
 if TYPE_CHECKING:
@@ -20,9 +22,8 @@ def example_target(gm: GraphModule, ctx: GraphContext) -> Tensor | None:
     None where that cannot be told without running the model or drawing random numbers, or where the inputs have no
     values.
     """
-    assert ctx.loss is not None
     try:
-        program = MaskProgram.of(ctx.loss.target, [ctx.loss.loss])
+        program = MaskProgram.of(ctx[LossSite].target, [ctx[LossSite].loss])
         inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), ctx.example_inputs, strict=True))
         feeds = {node: inputs[node] for node in program.inputs if node in inputs}
         if any(map(differentiable, program.nodes)) or not all(map(_is_data, feeds.values())):

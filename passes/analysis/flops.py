@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils.flop_counter import FlopCounterMode
 
-from cggr_compile.passes.base import fake_value, shape_of
 from cggr_compile.passes.fx import is_static
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
 from cggr_compile.passes.semantic.lower_experts import GROUPED
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from torch.fx import Graph, Node
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import draws, memory, mutated_operands, overlap
 from cggr_compile.passes.analysis.modes import cast_as, modes_of
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import Emitter, ancestors
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 
 
 class Hoist:

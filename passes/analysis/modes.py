@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import mutated_operand
-from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.nodes import fake_value
 
 Cast = tuple[str, bool, torch.dtype]  # device type, enabled, dtype
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from cggr_compile import compat
-from cggr_compile.passes.base import GraphContext, fake_value, shape_of
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.mask_program import MaskProgram, Undecided
 
 if TYPE_CHECKING:
@@ -174,9 +176,8 @@ class FirstBatch:
     """Values of masks for the batch that the graph is captured with."""
 
     def __init__(self, gm: GraphModule, ctx: GraphContext) -> None:
-        assert ctx.stack is not None
         self.gm, self.ctx = gm, ctx
-        source = ctx.stack.source
+        source = ctx[LayerStack].source
         self.batch, self.length = shape_of(source)[:2]
         self.device = fake_value(source).device
 

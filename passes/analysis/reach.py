@@ -14,9 +14,10 @@ from torch.fx import Node
 
 from cggr_compile.passes.analysis.positions import WHOLE, Holding, Region
 from cggr_compile.passes.analysis.uses import RULES, WEIGHED, Lookup, Place, Use, choice, differentiable, pointwise
-from cggr_compile.passes.base import GraphContext, fake_value, same_size, shape_of
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.facts import LayerStack, LossSite
 from cggr_compile.passes.fx import ancestors, descendants
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -65,9 +66,9 @@ def reach(gm: GraphModule, ctx: GraphContext) -> Reach:
 
 class _Walk:
     def __init__(self, gm: GraphModule, ctx: GraphContext) -> None:
-        stack = ctx.stack
-        assert stack is not None and ctx.loss is not None
-        self.gm, self.loss = gm, ctx.loss.loss
+        stack = ctx[LayerStack]
+        assert stack is not None and ctx[LossSite] is not None
+        self.gm, self.loss = gm, ctx[LossSite].loss
         self.boundaries = {node for block in stack.blocks for node in (block.input, block.output)}
         entry = stack.blocks[0].input
         random = [node for node in gm.graph.nodes if op_name(node) in _RANDOM]

@@ -10,8 +10,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.analysis.positions import Flags, Listed, Region
-from cggr_compile.passes.base import fake_value, same_size, shape_of
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
 
 
 @dataclass(frozen=True)

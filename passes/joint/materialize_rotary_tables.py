@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile.passes.base import PassResult, fake_value
+from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,7 +25,7 @@ VIEWS = {
 MIN_READERS = 2
 
 
-class MaterializeRotaryTables:
+class MaterializeRotaryTables(JointPass):
     """Puts a fusion barrier behind cosines and sines of positions that many nodes read.
 
     Before::
@@ -40,6 +41,7 @@ class MaterializeRotaryTables:
     """
 
     name = "materialize_rotary_tables"
+    optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
         angles = _angles(graph)

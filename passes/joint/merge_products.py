@@ -12,8 +12,9 @@ import torch
 from torch.fx import Node
 
 from cggr_compile import compat
-from cggr_compile.passes.base import PassResult, fake_value, shape_of
+from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import Emitter, backward_of, is_static, sort_stably
+from cggr_compile.passes.nodes import fake_value, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,7 +42,7 @@ class Product:
         return math.prod((*shape_of(self.grad), shape_of(self.weight_grad)[1]))
 
 
-class MergeProducts:
+class MergeProducts(JointPass):
     """Merges the products of linear layers with one input, such as the projections to queries, keys and values.
 
     Before::
@@ -61,6 +62,7 @@ class MergeProducts:
     """
 
     name = "merge_products"
+    optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
         groups = _groups(graph)

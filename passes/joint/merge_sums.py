@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cggr_compile.passes.base import PassResult, fake_value, shape_of
+from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import Emitter, backward_of, is_static
+from cggr_compile.passes.nodes import fake_value, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ class RowSum:
         return tuple(terms.shape), terms.dtype, fake_value(self.result).dtype, terms.device
 
 
-class MergeSums:
+class MergeSums(JointPass):
     """Defers sums over rows until there are several of one shape, and computes these as one.
 
     Before::
@@ -57,6 +58,7 @@ class MergeSums:
     """
 
     name = "merge_sums"
+    optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
         groups = list(_groups(graph))

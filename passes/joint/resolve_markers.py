@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cggr_compile.ops import UnresolvedMarkerError
-from cggr_compile.passes.base import PassResult, fake_value
+from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
+    from cggr_compile.options import Options
+
 aten = torch.ops.aten
 
 
-class ResolveMarkers:
+class ResolveMarkers(JointPass):
     """Turns markers into masks of the selected rows, in ATen.
 
     Before::
@@ -33,6 +36,9 @@ class ResolveMarkers:
     """
 
     name = "resolve_markers"
+
+    def enabled(self, options: Options) -> bool:
+        return True
 
     def __call__(self, graph: Graph) -> PassResult:
         forward = graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)

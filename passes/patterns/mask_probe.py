@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
-from cggr_compile.passes.base import Attention, fake_value, same_size, shape_of
-from cggr_compile.passes.nodes import argument
+from cggr_compile.passes.facts import Attention
+from cggr_compile.passes.nodes import argument, fake_value, same_size, shape_of
 from cggr_compile.passes.patterns.mask_program import MaskProgram, Sizes, Undecided, concrete
 
 # An additive mask entry at or below this blocks: exp(-65000 + any sane score difference) is 0 (fp16's -inf is -65504).

@@ -14,9 +14,8 @@ from torch.fx.node import map_aggregate, map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import Memory, memory, mutated_operands, overlap
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import in_order
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 
 Sizes = Mapping[Any, int]  # sympy symbol -> size
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from cggr_compile.passes.analysis.modes import cast_as, modes_of
-from cggr_compile.passes.base import LayerStack, LossSite, fake_value, shape_of
+from cggr_compile.passes.facts import LayerStack, LossSite
 from cggr_compile.passes.fx import Emitter, layout_only
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
 from cggr_compile.passes.semantic.find_loss import CASTS, token_slice
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cggr_compile.passes.base import LayerStack, module_of, same_size, shape_of
+from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import ancestors, descendants
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, module_of, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Node

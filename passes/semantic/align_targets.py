@@ -10,15 +10,16 @@ from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import modes_of
-from cggr_compile.passes.base import Candidates, GraphContext, PassResult, fake_value, refused, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 
-class AlignTargets:
+class AlignTargets(SemanticPass):
     """Brings the target in front of the router and brings it to one entry per position.
 
     Before, with logits for positions 0..S-2 only::
@@ -32,12 +33,14 @@ class AlignTargets:
     """
 
     name = "align_targets"
-    required = True
-    analysis = False
+    needs = (LossSite, LayerStack)
+    provides = (Candidates,)
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return not ctx.dense or ctx.observing
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.loss is not None and ctx.stack is not None
-        stack, loss = ctx.stack, ctx.loss
+        stack, loss = ctx[LayerStack], ctx[LossSite]
         if not fake_value(loss.loss).requires_grad:
             what = "a cross-entropy without gradient: it, or all below it, runs under no_grad"
             return refused(Cause.UNSUPPORTED_LOSS, what=what)
@@ -61,15 +64,14 @@ class AlignTargets:
             if start or rest:
                 target = emit.call(torch.nn.functional.pad, target, (start, rest), "constant", loss.ignore_index)
             valid = emit.call(torch.ne, target, loss.ignore_index)
-        ctx.candidates = Candidates(target, valid, anchor)
+        ctx.add(Candidates(target, valid, anchor))
         return PassResult(True, f"candidates: positions whose target is not {loss.ignore_index}")
 
 
 def _positions_after(ctx: GraphContext, start: int) -> int | None:
     """How many positions at the end of the sequence have no logit row, or None if that is no fixed number."""
-    assert ctx.loss is not None and ctx.stack is not None
-    rows = full = shape_of(ctx.stack.blocks[-1].output)
-    for node in (*ctx.stack.tail, *ctx.loss.chain):
+    rows = full = shape_of(ctx[LayerStack].blocks[-1].output)
+    for node in (*ctx[LayerStack].tail, *ctx[LossSite].chain):
         if op_name(node) in ("transpose", "swapaxes", "permute", "mT"):
             break
         if len(shape_of(node)) == 3:
@@ -87,10 +89,9 @@ def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
     In inference mode, or a function under ``torch.vmap``, they cannot be: what is computed there cannot be saved for
     the backward pass. Without a place in the right grad mode, any other will do: neither has a gradient of its own.
     """
-    assert ctx.stack is not None and ctx.loss is not None
     modes = modes_of(gm.graph)
     nodes: list[Node] = list(gm.graph.nodes)
-    gather = ctx.stack.tail[0] if ctx.stack.tail else ctx.loss.head
+    gather = ctx[LayerStack].tail[0] if ctx[LayerStack].tail else ctx[LossSite].head
     places = nodes[nodes.index(after) + 1 : nodes.index(gather) + 1]
     places = [node for node in places if not modes[node].inference and not modes[node].levels]
     recording = (node for node in places if modes[node].grad == modes[nodes[0]].grad)
@@ -99,8 +100,7 @@ def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
 
 def router_output(ctx: GraphContext) -> Node:
     """The residual stream after the block that the router reads (default: about an eighth of the stack)."""
-    assert ctx.stack is not None
-    blocks, wanted = ctx.stack.blocks, ctx.options.router_layers
+    blocks, wanted = ctx[LayerStack].blocks, ctx.options.router_layers
     if wanted == "full":
         return blocks[-1].output
     count = max(1, round(len(blocks) / 8)) if wanted is None else int(wanted)

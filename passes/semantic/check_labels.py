@@ -11,8 +11,10 @@ import torch
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.ops.check_labels import check_labels_reference, expected_labels
 from cggr_compile.passes.analysis.example_target import example_target
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, LossSite, Padding
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -24,7 +26,7 @@ LABELS_ON_PADDING = (
 )
 
 
-class CheckLabels:
+class CheckLabels(SemanticPass):
     """Looks at the target, as the loss gets it, in every step.
 
     Before::
@@ -41,24 +43,26 @@ class CheckLabels:
     """
 
     name = "check_labels"
-    required = False
-    analysis = False
+    needs = (LossSite, Candidates)
+    uses = (Padding,)
+    provides = (Candidates,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        loss, candidates = ctx.loss, ctx.candidates
-        assert loss is not None and candidates is not None
+        loss, candidates = ctx[LossSite], ctx[Candidates]
+        padding = ctx.get(Padding)
+        unmasked = padding.unmasked if padding else ()
         emit = Emitter(gm.graph, ctx.fake_mode)
         target, vocab, ignored = candidates.target, loss.vocab, loss.ignore_index
         with emit.before(candidates.valid.next, self.name):
-            for padding in ctx.unmasked:
-                _assert_none_on_padding(emit, candidates.valid, padding)
+            for mask in unmasked:
+                _assert_none_on_padding(emit, candidates.valid, mask)
         if not isinstance(vocab, int):
-            return PassResult(bool(ctx.unmasked), "the size of the vocabulary is symbolic: labels are not checked")
+            return PassResult(bool(unmasked), "the size of the vocabulary is symbolic: labels are not checked")
         with emit.before(target.next, self.name):
             if reads_on_the_host(fake_value(target).device):
                 checked = emit.call(torch.ops.cggr.check_labels.default, target, vocab, ignored)
                 target.replace_all_uses_with(checked, delete_user_cb=lambda user: user is not checked)
-                ctx.candidates = replace(candidates, target=checked)
+                ctx.add(replace(candidates, target=checked))
                 return PassResult(True, f"{expected_labels(vocab, ignored)}: a ValueError otherwise")
             if (example := example_target(gm, ctx)) is not None:
                 check_labels_reference(example, vocab, ignored)

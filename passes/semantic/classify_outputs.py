@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cggr_compile.passes.base import (
-    Block,
-    GraphContext,
-    LayerStack,
-    LossSite,
-    OutputKind,
-    Outputs,
-    PassResult,
-    differentiable,
-    module_of,
-    shape_of,
-)
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Block, LayerStack, LossSite, OutputKind, Outputs
 from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
 from cggr_compile.passes.semantic.find_loss import CASTS, returned_logits
 from cggr_compile.passes.semantic.lower_experts import GROUPED
 from cggr_compile.passes.semantic.route_gradient import PRODUCTS
@@ -33,8 +23,8 @@ _LAYOUT = {"getitem", "narrow", "view", "reshape", "transpose", "permute", "swap
 _NAMED = 3  # outputs that a warning names
 
 
-class ClassifyOutputs:
-    """Records in ``ctx.outputs`` what each differentiable result is; changes nothing.
+class ClassifyOutputs(SemanticPass):
+    """Records in ``ctx[Outputs]`` what each differentiable result is; changes nothing.
 
     In ``return (loss, aux_loss, logits, key, value, hidden)``, where ``loss = cross_entropy(...) + aux_loss``:
 
@@ -48,31 +38,35 @@ class ClassifyOutputs:
     """
 
     name = "classify_outputs"
-    required = False
+    needs = (LossSite, LayerStack)
+    provides = (Outputs,)
     analysis = True
 
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
+
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.loss is not None and ctx.stack is not None
         results: Any = gm.graph.output_node().args[0]
         found = {i: node for i, node in enumerate(results) if hasattr(node, "meta") and differentiable(node)}
-        kinds = _kinds(gm.graph, found, ctx.loss, ctx.stack)
+        stack = ctx[LayerStack]
+        kinds = _kinds(gm.graph, found, ctx[LossSite], stack)
         kept = list(dict.fromkeys(found[i] for i, kind in kinds.items() if kind == "kept"))
-        dense = _between(kept, ctx.stack.blocks)
+        dense = _between(kept, stack.blocks)
         inside = [node for i, node in found.items() if kinds[i] in ("loss", "part", "kept")]
-        read = _ancestors(inside, [ctx.loss.loss])
-        every_position = any(block.attention.node in read for block in ctx.stack.blocks)
+        read = _ancestors(inside, [ctx[LossSite].loss])
+        every_position = any(block.attention.node in read for block in stack.blocks)
         objective = [i for i, kind in kinds.items() if kind == "loss" or (kind == "kept" and _is_one_number(found[i]))]
-        ctx.outputs = Outputs(kinds, tuple(objective), frozenset(dense), every_position)
+        ctx.add(Outputs(kinds, tuple(objective), frozenset(dense), every_position))
         details: dict[str, Any] = {kind: [str(found[i]) for i in kinds if kinds[i] == kind] for kind in kinds.values()}
         if not kept:
             return PassResult(False, "no output but the loss keeps a gradient", details)
-        names = [block.name for i, block in enumerate(ctx.stack.blocks) if i in dense]
+        names = [block.name for i, block in enumerate(stack.blocks) if i in dense]
         details["dense_blocks"] = names
         reason = f"{_described(kept)} {'keeps its' if len(kept) == 1 else 'keep their'} exact gradient"
         if names:
             where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             reason += (
-                f": the backward of {where} ({len(names)} of {len(ctx.stack.blocks)} blocks) computes every position, "
+                f": the backward of {where} ({len(names)} of {len(stack.blocks)} blocks) computes every position, "
                 "and no gradient is stopped there"
             )
             ctx.warnings.append(f"{reason}. Where no loss is computed from such an output, return it with .detach()")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import LayerStack, LossSite, Outputs
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 
-class DetachOutputs:
+class DetachOutputs(SemanticPass):
     """Replaces returned logits by an empty tensor (or detaches them) and detaches the keys and values of a cache.
 
     Before::
@@ -26,11 +28,9 @@ class DetachOutputs:
     """
 
     name = "detach_outputs"
-    required = False
-    analysis = False
+    needs = (LossSite, LayerStack, Outputs)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.loss is not None and ctx.stack is not None
         output = gm.graph.output_node()
         results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
         emit = Emitter(gm.graph, ctx.fake_mode)
@@ -38,11 +38,11 @@ class DetachOutputs:
         detached: list[str] = []
         replaced: dict[Node, Node] = {}
         with emit.before(output, self.name):
-            for position, kind in ctx.outputs.kinds.items():
+            for position, kind in ctx[Outputs].kinds.items():
                 if kind not in ("logits", "cache"):
                     continue
                 node = results[position]
-                whole = kind == "logits" and fake_value(node).shape[-1] == ctx.loss.vocab
+                whole = kind == "logits" and fake_value(node).shape[-1] == ctx[LossSite].vocab
                 drop = whole and ctx.options.logits == "drop"
                 if node not in replaced:
                     replaced[node] = self._empty(emit, node, ctx) if drop else emit.method("detach", node)
@@ -63,7 +63,6 @@ class DetachOutputs:
         )
 
     def _empty(self, emit: Emitter, node: Node, ctx: GraphContext) -> Node:
-        assert ctx.stack is not None
         value = fake_value(node)
-        lead = [emit.size(ctx.stack.source, 0), 0] if value.dim() == 3 else [0]
-        return emit.method("new_empty", ctx.stack.source, [*lead, ctx.loss.vocab], dtype=value.dtype)  # type: ignore[union-attr]
+        lead = [emit.size(ctx[LayerStack].source, 0), 0] if value.dim() == 3 else [0]
+        return emit.method("new_empty", ctx[LayerStack].source, [*lead, ctx[LossSite].vocab], dtype=value.dtype)

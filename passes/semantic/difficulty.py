@@ -11,8 +11,8 @@ import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
 from cggr_compile.options import OptionError, callable_name
 from cggr_compile.passes.analysis.effects import mutated_operand
-from cggr_compile.passes.base import fake_value, same_size, shape_of
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

@@ -7,18 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.causes import Cause
-from cggr_compile.passes.base import (
-    GraphContext,
-    LossSite,
-    PassResult,
-    differentiable,
-    fake_value,
-    refused,
-    same_size,
-    shape_of,
-)
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
+from cggr_compile.passes.facts import LossSite
 from cggr_compile.passes.fx import layout_only
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, differentiable, fake_value, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -43,8 +35,8 @@ class _Walk:
     softcap: float = 0.0
 
 
-class FindLoss:
-    """Records head, target and cross-entropy in ``ctx.loss``; changes nothing.
+class FindLoss(SemanticPass):
+    """Records head, target and cross-entropy in ``ctx[LossSite]``; changes nothing.
 
     Finds, in any of the spellings of transformers and plain PyTorch::
 
@@ -56,8 +48,11 @@ class FindLoss:
     """
 
     name = "find_loss"
-    required = True
+    provides = (LossSite,)
     analysis = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         losses = [node for node in gm.graph.nodes if _is_cross_entropy(node)]
@@ -70,7 +65,7 @@ class FindLoss:
             _check_other_uses(gm, site)
         except NotALanguageModelLossError as why:
             return why.refusal
-        ctx.loss = site
+        ctx.add(site)
         details = {
             "head": str(site.head),
             "vocab": str(site.vocab),

@@ -12,19 +12,10 @@ from torch.fx import Node
 
 from cggr_compile.causes import Cause
 from cggr_compile.passes.analysis.effects import mutated_operands
-from cggr_compile.passes.base import (
-    Attention,
-    Block,
-    GraphContext,
-    LayerStack,
-    PassResult,
-    fake_value,
-    refused,
-    same_size,
-    shape_of,
-)
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
+from cggr_compile.passes.facts import Attention, Block, LayerStack, LossSite
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention import find_attention
 from cggr_compile.passes.patterns.tail import tail_start
 
@@ -40,8 +31,8 @@ class NoLayerStackError(Exception):
         self.refusal = refused(cause, what=what, **fields)
 
 
-class FindStack:
-    """Records residual stream, blocks and tail in ``ctx.stack``; changes nothing.
+class FindStack(SemanticPass):
+    """Records residual stream, blocks and tail in ``ctx[LayerStack]``; changes nothing.
 
     The residual stream is what every path from the embedding to the head goes through. Between two attentions
     the last such node is a block boundary::
@@ -54,16 +45,19 @@ class FindStack:
     """
 
     name = "find_stack"
-    required = True
+    needs = (LossSite,)
+    provides = (LayerStack,)
     analysis = True
 
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
+
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.loss is not None
         try:
-            stack = _find(gm, ctx.loss.hidden)
+            stack = _find(gm, ctx[LossSite].hidden)
         except NoLayerStackError as why:
             return why.refusal
-        ctx.stack = stack
+        ctx.add(stack)
         kinds = Counter(block.signature for block in stack.blocks)
         details = {
             "blocks": [

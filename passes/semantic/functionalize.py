@@ -10,15 +10,15 @@ from torch.fx import Node
 
 from cggr_compile.passes.analysis.effects import inplace_position, memory, mutated_operand, mutated_operands, overlap
 from cggr_compile.passes.analysis.modes import Modes, modes_of
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
 
 
-class Functionalize:
+class Functionalize(SemanticPass):
     """Replaces in-place operations whose old value nobody reads any more.
 
     Before::
@@ -41,8 +41,10 @@ class Functionalize:
     """
 
     name = "functionalize"
-    required = False
-    analysis = False
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         emit = Emitter(gm.graph, ctx.fake_mode)

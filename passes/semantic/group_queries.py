@@ -9,14 +9,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.analysis.modes import Modes, modes_of
-from cggr_compile.passes.base import Attention, GraphContext, PassResult, fake_value, same_size, shape_of
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Attention, LayerStack
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_DIM = 256
 
 
-class GroupQueries:
+class GroupQueries(SemanticPass):
     """Undoes the repetition of key and value heads in front of scaled_dot_product_attention. Before::
 
         k = k[:, :, None].expand(B, kv_heads, n, S, d).reshape(B, kv_heads * n, S, d)      # and v alike
@@ -31,16 +32,20 @@ class GroupQueries:
     """
 
     name = "group_queries"
-    required = False
-    analysis = False
+    needs = (LayerStack,)
+    provides = (LayerStack,)
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        if ctx.stack is None:
+        if ctx[LayerStack] is None:
             return PassResult(False, "no layer stack")
         blocks = []
         reasons: dict[str, None] = {}
         modes = modes_of(gm.graph)
-        for block in ctx.stack.blocks:
+        for block in ctx[LayerStack].blocks:
             found = _shared(block.attention, modes[block.attention.node])
             if isinstance(found, str):
                 reasons[found] = None
@@ -50,10 +55,10 @@ class GroupQueries:
                 _attend_to(attention.node, attention, key, value)
                 block = replace(block, attention=replace(attention, key=key, value=value))
             blocks.append(block)
-        changed = sum(new is not old for new, old in zip(blocks, ctx.stack.blocks, strict=True))
+        changed = sum(new is not old for new, old in zip(blocks, ctx[LayerStack].blocks, strict=True))
         if not changed:
             return PassResult(False, "; ".join(reasons))
-        ctx.stack = replace(ctx.stack, blocks=tuple(blocks))
+        ctx.add(replace(ctx[LayerStack], blocks=tuple(blocks)))
         kept = f"; the others: {'; '.join(reasons)}" if reasons else ""
         return PassResult(True, f"{changed} of {len(blocks)} attentions share key and value heads{kept}")
 

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import mutated_operand
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.nodes import fake_value
 
 CALLS = ("call_function", "call_method", "call_module")
 
 
-class InlineCheckpoints:
+class InlineCheckpoints(SemanticPass):
     """Replaces each ``checkpoint(block, x, use_reentrant=False)`` by the block's own nodes.
 
     Before::
@@ -37,8 +38,7 @@ class InlineCheckpoints:
     """
 
     name = "inline_checkpoints"
-    required = False
-    analysis = False
+    optional = True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         calls = _checkpoints(gm)

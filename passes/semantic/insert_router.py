@@ -11,8 +11,10 @@ import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import Modes
-from cggr_compile.passes.base import GraphContext, PassResult, RouterScores, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, NoRouter, RouterScores
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.patterns.tail import copy_tail
 from cggr_compile.passes.semantic.align_targets import router_output
 from cggr_compile.passes.semantic.difficulty import STATISTICS, difficulty
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 
-class InsertRouter:
+class InsertRouter(SemanticPass):
     """Adds, after block ``router_layers``, without gradient and sharing the prefix with the main forward::
 
     h = x_k.detach()
@@ -30,19 +32,23 @@ class InsertRouter:
     """
 
     name = "insert_router"
-    required = False
-    analysis = False
+    needs = (LossSite, LayerStack, Candidates)
+    provides = (RouterScores, NoRouter)
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return not ctx.dense or ctx.observing
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.loss is not None and ctx.stack is not None and ctx.candidates is not None
         if not ctx.options.needs_router:
             return PassResult(False, "scoring='random' needs no router")
-        stack, loss, anchor = ctx.stack, ctx.loss, ctx.candidates.anchor
+        stack, loss, anchor = ctx[LayerStack], ctx[LossSite], ctx[Candidates].anchor
         source = router_output(ctx)
         hoist = Hoist(gm.graph, anchor)
         if obstacle := _obstacle(ctx, hoist):
-            ctx.unrouted = f"{obstacle}, between the block that the router reads and the head"
-            return PassResult(False, f"no router: {ctx.unrouted}")
+            why = f"{obstacle}, between the block that the router reads and the head"
+            ctx.add(NoRouter(why))
+            return PassResult(False, f"no router: {why}")
         emit = Emitter(gm.graph, ctx.fake_mode)
         there = {node: hoist.bring(emit, node, self.name) for node, _ in _needed(ctx)}
         with emit.before(anchor, self.name), emit.under(_without_gradient(emit.modes, hoist.modes[source])):
@@ -57,7 +63,7 @@ class InsertRouter:
                 for node in (emit.method("detach", hidden[loss.hidden]), weight, bias)
             ]
 
-            target = ctx.candidates.target
+            target = ctx[Candidates].target
 
             def score(factor: float) -> Node:
                 """Statistics of the softmax of ``factor`` times the logits."""
@@ -69,28 +75,27 @@ class InsertRouter:
             statistics = [emit.item(scored, i) for i in range(len(STATISTICS))]
             found = difficulty(emit, statistics, ctx.options.scoring, lambda: emit.item(score(2.0), 0))
         _, entropy, top1, _, _ = statistics
-        ctx.router = RouterScores(found, top1, entropy)
+        ctx.add(RouterScores(found, top1, entropy))
         number = [block.output for block in stack.blocks].index(source) + 1
         return PassResult(True, f"{ctx.options.scoring_name} difficulty after block {number} of {len(stack.blocks)}")
 
 
 def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:
     """What the router needs besides the hidden states, such as Gemma's ``1 + weight``, and what reads it last."""
-    assert ctx.loss is not None and ctx.stack is not None
-    inside = {ctx.stack.blocks[-1].output, *ctx.stack.tail}
-    found = {other: node for node in ctx.stack.tail for other in node.all_input_nodes if other not in inside}
-    found |= {node: ctx.loss.head for node in (ctx.loss.weight, ctx.loss.bias) if node is not None}
+    stack, loss = ctx[LayerStack], ctx[LossSite]
+    inside = {stack.blocks[-1].output, *stack.tail}
+    found = {other: node for node in stack.tail for other in node.all_input_nodes if other not in inside}
+    found |= {node: loss.head for node in (loss.weight, loss.bias) if node is not None}
     return list(found.items())
 
 
 def _obstacle(ctx: GraphContext, hoist: Hoist) -> str:
     """Why the router cannot be inserted."""
-    assert ctx.stack is not None
     here = hoist.modes[hoist.anchor]
-    for node in ctx.stack.tail:
+    for node in ctx[LayerStack].tail:
         if (hoist.modes[node].unknown, hoist.modes[node].levels) != (here.unknown, here.levels):
             return f"the final norm runs behind {hoist.modes[node].unknown}, whose effect on it is unknown"
-    found = (hoist.obstacle(node, reader, ctx.stack.stream) for node, reader in _needed(ctx))
+    found = (hoist.obstacle(node, reader, ctx[LayerStack].stream) for node, reader in _needed(ctx))
     return next(filter(None, found), "")
 
 

@@ -8,8 +8,10 @@ from torch.fx import GraphModule
 from cggr_compile.causes import Cause
 from cggr_compile.passes.analysis.flops import weight_flops
 from cggr_compile.passes.analysis.modes import modes_of
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value, refused
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
+from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import is_static
+from cggr_compile.passes.nodes import fake_value
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
 # this long, however little its kernels do.
@@ -19,7 +21,7 @@ LAUNCH_MS_PER_LAYER = 1.8
 TFLOPS_PER_SM = {2: 3.0, 4: 0.5}
 
 
-class LaunchBound:
+class LaunchBound(SemanticPass):
     """Stops the rewriting of a graph whose step is spent on kernel launches, not on arithmetic.
 
     The rewritten step has about as many launches as the dense one, so below some size it cannot be faster; there
@@ -28,18 +30,19 @@ class LaunchBound:
     """
 
     name = "launch_bound"
-    required = True
+    needs = (LayerStack,)
     analysis = True
+    optional = True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.stack is not None
         if not ctx.pays_launches:
-            return PassResult(True, "launches do not count: not on CUDA, or CUDA graphs")
+            return PassResult(False, "launches do not count: not on CUDA, or CUDA graphs")
         if ctx.options.launch_bound == "select":
-            return PassResult(True, "launch_bound='select': not estimated")
-        layers, output = len(ctx.stack.blocks), ctx.stack.blocks[0].output
+            return PassResult(False, "launch_bound='select': not estimated")
+        blocks = ctx[LayerStack].blocks
+        layers, output = len(blocks), blocks[0].output
         if not is_static(output):
-            return PassResult(True, "symbolic sizes: not estimated")
+            return PassResult(False, "symbolic sizes: not estimated")
         stream = fake_value(output)
         batch, length, hidden = stream.shape
         flops = 3.0 * weight_flops(gm.graph) + 7.0 * layers * batch * length**2 * hidden
@@ -49,5 +52,5 @@ class LaunchBound:
         launches = LAUNCH_MS + LAUNCH_MS_PER_LAYER * layers
         found = f"about {arithmetic:.0f} ms of arithmetic in a dense step, {launches:.0f} ms of launches"
         if arithmetic > launches:
-            return PassResult(True, found)
+            return PassResult(False, found)
         return refused(Cause.LAUNCH_BOUND, found=found)

@@ -13,9 +13,9 @@ from torch.fx import Node
 from cggr_compile.ops.library import runs_kernels
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.analysis.modes import modes_of
-from cggr_compile.passes.base import GraphContext, PassResult, fake_value, same_size, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.fx import Emitter, ancestors, descendants
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -44,7 +44,7 @@ class Experts:
     clamped: tuple[Node, Node, float, float] | None
 
 
-class LowerExperts:
+class LowerExperts(SemanticPass):
     """Replaces sort, gather, grouped products, SwiGLU and unsort by one operator. Before::
 
         ids, perm = sort(experts.reshape(-1))                          # experts, weights: [N, k]
@@ -64,8 +64,10 @@ class LowerExperts:
     """
 
     name = "lower_experts"
-    required = False
-    analysis = False
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         layers: dict[Any, list[Any]] = defaultdict(list)  # the products of a layer share their offsets

@@ -10,8 +10,9 @@ from torch.fx.node import map_arg
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.modes import modes_of, switches_recording
-from cggr_compile.passes.base import GraphContext, PassResult, StaticSizes, fake_value
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import StaticSizes
+from cggr_compile.passes.nodes import fake_value, op_name
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -22,7 +23,7 @@ RESERVE = 2
 _KNOWN = ("flex_attention",)
 
 
-class MakeSizesStatic:
+class MakeSizesStatic(SemanticPass):
     """Replaces the symbolic sizes of the inputs by their values at this call.
 
     Before::
@@ -41,8 +42,12 @@ class MakeSizesStatic:
     """
 
     name = "make_sizes_static"
-    required = False
-    analysis = False
+    provides = (StaticSizes,)
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        # a variant that is compiled later can have no guards on symbolic sizes
+        return not ctx.dense or ctx.scheduled
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -64,11 +69,12 @@ class MakeSizesStatic:
         values = _evaluate(gm, dict(zip(inputs, ctx.example_inputs, strict=True)), mode)
         kept = [node for node in inputs if node not in symbolic]
         sizes = {str(node): list(values[node].shape) for node in kept if _is_symbolic(fake_value(node))}
-        ctx.static = StaticSizes(
+        static = StaticSizes(
             sizes=tuple(size for node in inputs for size in _sizes(fake_value(node)) if isinstance(size, torch.SymInt)),
             kept=tuple(i for i, node in enumerate(inputs) if node not in symbolic),
         )
-        ctx.example_inputs = [ctx.example_inputs[i] for i in ctx.static.kept]
+        ctx.add(static)
+        ctx.example_inputs = [ctx.example_inputs[i] for i in static.kept]
         ctx.fake_mode = mode
         _apply(gm, values)
         listed = ", ".join(f"{name} {shape}" for name, shape in sizes.items())

@@ -9,8 +9,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.analysis.example_target import example_target
-from cggr_compile.passes.base import Attention, GraphContext, LayerStack, PassResult, fake_value, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Attention, LayerStack, LossSite, Outputs, Padding
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.mask_probe import MaskKind, classify
 
 aten = torch.ops.aten
@@ -22,8 +24,8 @@ NOT_RIGHT_PADDED = (
 )
 
 
-class RecoverCausalMask:
-    """Replaces a mask tensor by ``is_causal=True`` where both mean the same, and sets ``ctx.padding``.
+class RecoverCausalMask(SemanticPass):
+    """Replaces a mask tensor by ``is_causal=True`` where both mean the same, and records the padding.
 
     The nodes that build a mask are run on the CPU and the result is looked at, so it does not matter how a
     model writes it. Before::
@@ -47,26 +49,29 @@ class RecoverCausalMask:
     """
 
     name = "recover_causal_mask"
-    required = False
-    analysis = False
+    needs = (LossSite, LayerStack, Outputs)
+    provides = (LayerStack, Padding)
+    optional = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        if ctx.stack is None:
-            return PassResult(False, "no layer stack")
         groups: dict[Node, dict[int, Attention]] = {}
-        for layer, block in enumerate(ctx.stack.blocks):
+        for layer, block in enumerate(ctx[LayerStack].blocks):
             if block.attention.mask is not None:
                 groups.setdefault(block.attention.mask, {})[layer] = block.attention
         if not groups:
-            return PassResult(False, "nothing to do: no mask tensor", {"masks": [], "padding": _name(ctx.padding)})
+            ctx.add(Padding())
+            return PassResult(False, "nothing to do: no mask tensor", {"masks": [], "padding": None})
 
         rewritten: set[int] = set()
         guards: dict[Node, bool] = {}
         masks = []
+        padding: Node | None = None
         for mask, users in groups.items():
             kind = classify(mask, list(users.values()))
-            if ctx.padding is None:
-                ctx.padding = kind.padding
+            padding = padding or kind.padding
             obstacle = _obstacle(kind, list(users.values()), gm, ctx)
             if not obstacle:
                 for attention in users.values():
@@ -83,14 +88,16 @@ class RecoverCausalMask:
                     "reason": obstacle or "is_causal=True means the same",
                 }
             )
-        for padding, binary in guards.items():
-            _assert_right_padded(gm, ctx, padding, binary)
-        ctx.unmasked = tuple(guards)
-        ctx.stack = _without_masks(ctx.stack, rewritten)
+        for unmasked, binary in guards.items():
+            _assert_right_padded(gm, ctx, unmasked, binary)
+        ctx.add(Padding(padding, tuple(guards)))
+        ctx.add(_without_masks(ctx[LayerStack], rewritten))
 
-        details: dict[str, Any] = {"masks": masks, "padding": _name(ctx.padding)}
+        details: dict[str, Any] = {"masks": masks, "padding": _name(padding)}
         if rewritten:
-            return PassResult(True, f"{len(rewritten)} of {len(ctx.stack.blocks)} attentions use is_causal", details)
+            return PassResult(
+                True, f"{len(rewritten)} of {len(ctx[LayerStack].blocks)} attentions use is_causal", details
+            )
         return PassResult(False, "; ".join(dict.fromkeys(f"{m['mask']}: {m['reason']}" for m in masks)), details)
 
 
@@ -106,7 +113,7 @@ def _obstacle(kind: MaskKind, attentions: list[Attention], gm: GraphModule, ctx:
         return "with min_tokens_ratio=1.0 rows of padding count too"
     if ctx.options.padding == "any":
         return "padding='any' promises nothing about where padding is"
-    if ctx.outputs.every_position:
+    if ctx[Outputs].every_position:
         return "an output, or a part of the loss besides the cross-entropy, reads rows of padding too"
     if ctx.options.padding == "right":
         return ""
@@ -128,13 +135,11 @@ def _example_obstacle(example: Any, binary: bool) -> str:
 
 def _label_obstacle(padded: torch.Tensor, gm: GraphModule, ctx: GraphContext) -> str:
     """``padded``: bool [B, S]."""
-    if ctx.loss is None or ctx.stack is None:
-        return ""
     target = example_target(gm, ctx)
     if target is None:
         return "whether padding has labels can be told only by running the model"
-    start = ctx.stack.tail_start + ctx.loss.start
-    labelled = target.reshape(len(padded), -1) != ctx.loss.ignore_index
+    start = ctx[LayerStack].tail_start + ctx[LossSite].start
+    labelled = target.reshape(len(padded), -1) != ctx[LossSite].ignore_index
     if bool((labelled & padded.cpu()[:, start : start + labelled.shape[1]]).any()):
         return "padding has labels in the first batch"
     return ""

@@ -10,16 +10,17 @@ import torch
 from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import GraphContext, LossSite, PassResult, fake_value
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Selection
 from cggr_compile.passes.fx import Emitter, layout_only
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.patterns.tail import copy_tail
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
 
-class RewriteLoss:
+class RewriteLoss(SemanticPass):
     """Gathers the hidden states before final norm and head, and takes the loss over those rows.
 
     Before::
@@ -49,11 +50,10 @@ class RewriteLoss:
     """
 
     name = "rewrite_loss"
-    required = True
-    analysis = False
+    needs = (LossSite, LayerStack, Candidates, Selection)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        stack, loss, candidates, selection = ctx.stack, ctx.loss, ctx.candidates, ctx.selection
+        stack, loss, candidates, selection = ctx[LayerStack], ctx[LossSite], ctx[Candidates], ctx[Selection]
         assert stack is not None and loss is not None and candidates is not None and selection is not None
         emit = Emitter(gm.graph, ctx.fake_mode)
         last = stack.blocks[-1].output

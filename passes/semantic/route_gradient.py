@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import Block, GradientRows, GraphContext, PassResult, Selection, same_size, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Block, GradientRows, LayerStack, Outputs, Routing, Selection
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import op_name, same_size, shape_of
 from cggr_compile.passes.patterns.token_mixers import token_mixers
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
 
 
-class RouteGradient:
+class RouteGradient(SemanticPass):
     """Marks, at every attention, where the gradient of unselected positions ends.
 
     Before::
@@ -42,18 +43,16 @@ class RouteGradient:
     """
 
     name = "route_gradient"
-    required = False
-    analysis = False
+    needs = (LayerStack, Outputs, Routing, Selection)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.stack is not None
-        if ctx.gradient == "exact":
+        if ctx[Routing].gradient == "exact":
             return PassResult(False, "gradient='exact' stops nothing")
         emit = Emitter(gm.graph, ctx.fake_mode)
-        stopped = [i for i in range(len(ctx.stack.blocks)) if i not in ctx.outputs.dense_blocks]
+        stopped = [i for i in range(len(ctx[LayerStack].blocks)) if i not in ctx[Outputs].dense_blocks]
         if not stopped:
             return PassResult(False, "outputs that keep their exact gradient are behind every block")
-        for block in (ctx.stack.blocks[i] for i in stopped):
+        for block in (ctx[LayerStack].blocks[i] for i in stopped):
             if ctx.options.kv_gradient == "stop":
                 self._stop_keys_and_values(emit, block)
             else:
@@ -64,7 +63,7 @@ class RouteGradient:
             how += f", kv_weight={ctx.options.kv_weight!r}"
         how += f" at {len(stopped)} attentions"
         markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
-        mixers = token_mixers(ctx.stack, markers, stopped)
+        mixers = token_mixers(ctx[LayerStack], markers, stopped)
         if not mixers:
             return PassResult(True, how)
         names = ", ".join(dict.fromkeys(map(op_name, mixers)))
@@ -75,13 +74,12 @@ class RouteGradient:
         return PassResult(True, f"{how}; {leak}", {"mixers": {str(n): place for n, place in mixers.items()}})
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
-        assert ctx.selection is not None
-        rows, gradient = ctx.selection.rows, ctx.selection.gradient
+        rows, gradient = ctx[Selection].rows, ctx[Selection].gradient
         (gather,) = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
         with emit.before(gather, self.name):
-            factors = emit.method("sqrt", ctx.selection.weights)  # a token's weight is 1/p
+            factors = emit.method("sqrt", ctx[Selection].weights)  # a token's weight is 1/p
             if gradient is not None:
-                factors = _spread(emit, ctx.selection, gradient, factors)
+                factors = _spread(emit, ctx[Selection], gradient, factors)
                 rows = gradient.rows
             weighed = emit.call(torch.ops.cggr.weigh_stops.default, rows, factors)
         gather.replace_input_with(rows, weighed)
@@ -96,9 +94,8 @@ class RouteGradient:
             user.replace_input_with(tensor, marked)
 
     def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
-        assert ctx.stack is not None
         goal = {block.attention.key, block.attention.value}
-        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx.stack.stream
+        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[LayerStack].stream
         source = _projection_input(in_order(emit.graph, paths), block)
         with emit.before(source.next, self.name):
             marked = emit.call(torch.ops.cggr.stop_rows.default, source, 1)

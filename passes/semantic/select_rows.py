@@ -5,15 +5,18 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.options import RANKED, Options
 from cggr_compile.passes.analysis.positions import union
-from cggr_compile.passes.base import GradientRows, GraphContext, PassResult, Selection, fake_value, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, ExtraRows, GradientRows, LossSite, NoRouter, RouterScores, Selection
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value, shape_of
+from cggr_compile.passes.step_interface import StepOutputs, add_state_input
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -22,7 +25,7 @@ ops = torch.ops.cggr
 UNWEIGHTED = ("topk", "fixed_quota", "sequence_aware")
 
 
-class SelectRows:
+class SelectRows(SemanticPass):
     """Adds the selection, with a static number K of slots per sequence and no host synchronisation::
 
         p = cggr.inclusion_probabilities(difficulty, valid, K, None)         # selection="importance"; K = ceil(S / 4)
@@ -33,22 +36,24 @@ class SelectRows:
     ``cggr_state`` is a new graph input (seed, step); ``weights``, ``where(keep, rows, -1)`` and ``stats`` become the
     last three graph outputs.
 
-    Where positions carry gradient though the loss may not select them (``ctx.extra_rows``), G - K slots are theirs::
+    Where positions carry gradient though the loss may not select them (``ExtraRows``), G - K slots are theirs::
 
         extra = (arange(S) < 4).expand(B, S)                                 # a soft prompt's, say
         gradient_rows, gradient_keep, places, dropped = cggr.gradient_rows(rows, keep, extra, G)
     """
 
     name = "select_rows"
-    required = True
-    analysis = False
+    needs = (LossSite, Candidates)
+    uses = (RouterScores, NoRouter, ExtraRows)
+    provides = (Selection,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.candidates is not None
-        candidates, router = ctx.candidates, ctx.router
-        options = _without_scores(ctx) if ctx.unrouted else ctx.options
+        candidates, router = ctx[Candidates], ctx.get(RouterScores)
+        unrouted = ctx.get(NoRouter)
+        options = _without_scores(ctx, unrouted.why) if unrouted else ctx.options
         valid = candidates.valid
-        state = _add_state_input(gm, ctx)
+        device = fake_value(ctx[LossSite].target).device
+        state = add_state_input(gm.graph, ctx.fake_mode, device)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
             slots = _share_of(emit, emit.size(valid, 1), options.most_slots)
@@ -60,10 +65,8 @@ class SelectRows:
             gradient, dropped = _gradient_rows(emit, ctx, rows, keep, slots)
             stats = emit.call(ops.stats.default, keep, valid, *measured, *dropped)
             public = emit.call(torch.where, keep, rows, -1)
-        output = gm.graph.output_node()
-        results: Any = output.args[0]
-        output.args = ((*results, weights, public, stats),)
-        ctx.selection = Selection(rows, keep, weights, state, stats, gradient)
+        StepOutputs(weights, public, stats).append_to(gm.graph)
+        ctx.add(Selection(rows, keep, weights, state, stats, gradient))
         if options.selection in UNWEIGHTED:
             ctx.notices.append(
                 f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "
@@ -73,16 +76,16 @@ class SelectRows:
             )
         most = options.most_slots
         number = f"ceil({most} * S)" if isinstance(most, Fraction) else f"min({most}, S)"
-        unranked = ", without a router" if ctx.unrouted else ""
+        unranked = ", without a router" if unrouted else ""
         details = {"slots": str(slots)}
         if gradient is not None:
             details["gradient_slots"] = str(shape_of(gradient.rows)[1])
         return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence", details)
 
 
-def _without_scores(ctx: GraphContext) -> Options:
+def _without_scores(ctx: GraphContext, unrouted: str) -> Options:
     """The options, with a selection that needs no score; says so."""
-    options, why = ctx.options, f"the router is left out: {ctx.unrouted}"
+    options, why = ctx.options, f"the router is left out: {unrouted}"
     told = []
     if options.selection in RANKED:
         # what has no rank is drawn, weighted, with the same slots
@@ -102,9 +105,9 @@ def _select(
     emit: Emitter, ctx: GraphContext, options: Options, state: Node, slots: int | Node
 ) -> tuple[Node, Node | None]:
     """The selection, bool [B, S], with at most ``slots`` per sequence, and for random ones its probabilities."""
-    assert ctx.candidates is not None
-    valid = ctx.candidates.valid
-    scores = ctx.router.difficulty if ctx.router and options.selection not in ("random", "labels") else None
+    valid = ctx[Candidates].valid
+    router = ctx.get(RouterScores)
+    scores = router.difficulty if router and options.selection not in ("random", "labels") else None
     if options.selection == "stratified":
         drawn = emit.call(ops.stratified_sample.default, scores, valid, state, slots, options.num_strata)
         return emit.item(drawn, 0), emit.item(drawn, 1)
@@ -129,12 +132,12 @@ def _gradient_rows(
     emit: Emitter, ctx: GraphContext, rows: Node, keep: Node, slots: int | Node
 ) -> tuple[GradientRows | None, list[Node]]:
     """The rows that carry gradient if they are more than the selected ones, and how many found no slot."""
-    if ctx.extra_rows is None:
+    more = ctx.get(ExtraRows)
+    if more is None:
         return None, []
-    assert ctx.candidates is not None
-    valid = ctx.candidates.valid
+    valid = ctx[Candidates].valid
     # what the regions depend on stands in front of the first block: the embeddings are made with it
-    regions, most = ctx.extra_rows.regions, ctx.extra_rows.most
+    regions, most = more.regions, more.most
     batch, length = emit.size(valid, 0), emit.size(valid, 1)
     extra = union(emit, regions, batch, length, fake_value(valid).device)
     wanted = emit.integer(torch.sym_min, emit.integer(operator.add, slots, most), length)
@@ -149,15 +152,3 @@ def _share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int |
         return emit.integer(torch.sym_min, share, length)
     scaled = emit.integer(operator.mul, length, share.numerator)
     return emit.integer(operator.floordiv, emit.integer(operator.add, scaled, share.denominator - 1), share.denominator)
-
-
-def _add_state_input(gm: GraphModule, ctx: GraphContext) -> Node:
-    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-    with gm.graph.inserting_after(last):
-        state = gm.graph.placeholder("cggr_state")
-    assert ctx.loss is not None
-    device = ctx.loss.target.meta["example_value"].device
-    with ctx.fake_mode:
-        state.meta["example_value"] = torch.empty(2, dtype=torch.int64, device=device)
-    state._dynamo_source = None  # AOTAutograd reads it; there is no user variable
-    return state

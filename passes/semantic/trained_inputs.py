@@ -11,8 +11,10 @@ from torch import Tensor
 from cggr_compile import compat
 from cggr_compile.passes.analysis.positions import FirstBatch, Region, static_count
 from cggr_compile.passes.analysis.reach import Part, Reach, reach
-from cggr_compile.passes.base import ExtraRows, GraphContext, PassResult, shape_of
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, ExtraRows, LayerStack, LossSite, Routing
 from cggr_compile.passes.fx import ancestors
+from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -32,7 +34,7 @@ class Concern:
     unknown: str
 
 
-class TrainedInputs:
+class TrainedInputs(SemanticPass):
     """Resolves ``gradient="auto"``: no trained input may get no gradient because its positions are not selected.
 
     A soft prompt in front of the tokens, for one::
@@ -42,7 +44,7 @@ class TrainedInputs:
     gets exactly zero under ``routed``, which gives the residual stream of unselected positions no gradient; densely it
     does not. So does a projector whose features are put where an image token stands, a marker added at some positions,
     or ``inputs_embeds`` that a caller differentiates. The positions of such inputs become gradient rows beside those
-    that the loss selects (``ctx.extra_rows``), if they are known and no more than half of the sequence. Else ``auto``
+    that the loss selects (``ExtraRows``), if they are known and no more than half of the sequence. Else ``auto``
     becomes ``exact``, with a warning, and ``routed`` stays, with a warning.
 
     What every position shares is left alone, whichever are selected: the table of the tokens, learned positions, a
@@ -50,12 +52,14 @@ class TrainedInputs:
     """
 
     name = "trained_inputs"
-    required = True
+    needs = (LossSite, LayerStack, Candidates)
+    provides = (Routing, ExtraRows)
     analysis = True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        assert ctx.candidates is not None
-        if ctx.gradient == "exact":
+        asked = ctx.options.gradient
+        ctx.add(Routing("exact" if asked == "exact" else "routed"))
+        if asked == "exact":
             return PassResult(True, "gradient='exact' stops nothing")
         concerns = _Look(gm, ctx).concerns()
         if not concerns:
@@ -68,8 +72,8 @@ class TrainedInputs:
         if why:
             unknown += [Concern(c.name, c.regions, why) for c in known]
             known = []
-        if unknown and ctx.options.gradient == "auto":
-            ctx.gradient = "exact"
+        if unknown and asked == "auto":
+            ctx.add(Routing("exact"))
             ctx.warnings.append(
                 f"gradient='exact' for this graph: {_told(unknown)} under 'routed'. options={{'gradient': 'exact'}} "
                 f"says so without a warning, 'routed' overrules it{_unweighed(ctx)}"
@@ -82,15 +86,14 @@ class TrainedInputs:
             )
         if not known:
             return PassResult(True, f"gradient='routed', as asked, in spite of {_names(unknown)}", details)
-        ctx.extra_rows = ExtraRows(regions, most)
+        ctx.add(ExtraRows(regions, most))
         details["slots"] = most
         reason = f"gradient='routed', with up to {most} more gradient rows per sequence for {_names(known)}"
         return PassResult(True, reason, details)
 
     def _most(self, gm: GraphModule, ctx: GraphContext, regions: tuple[Region, ...]) -> tuple[int, str]:
         """Slots that the regions need in a sequence; or why that is not known, or too many."""
-        assert ctx.stack is not None and ctx.candidates is not None
-        anchor, length = ctx.candidates.anchor, shape_of(ctx.stack.source)[1]
+        anchor, length = ctx[Candidates].anchor, shape_of(ctx[LayerStack].source)[1]
         if any(anchor in ancestors(region.inputs) for region in regions):
             return 0, "its positions are computed too late"
         most = static_count(regions, length)
@@ -151,9 +154,8 @@ class _Look:
         return self._shares[region]
 
     def _share(self, region: Region) -> bool | None:
-        assert self.ctx.candidates is not None
         if self._labels is None:
-            self._labels = self.batch.value(self.ctx.candidates.valid)
+            self._labels = self.batch.value(self.ctx[Candidates].valid)
         mask = self.batch.read([region])
         if isinstance(self._labels, str) or isinstance(mask, str) or not mask.any() or not self._labels.any():
             return None

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
 from cggr_compile.passes.analysis.effects import draws, memory, mutated_operands, overlap
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import fake_value
 
 
 @torch.library.custom_op("cggr_test::scale_second", mutates_args={"b"})

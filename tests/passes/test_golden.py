@@ -8,7 +8,7 @@ import pytest
 import torch.nn.functional as F
 from capture import Captured
 
-from cggr_compile.pipeline import DYNAMO_PASSES
+from cggr_compile.pipeline import semantic_passes
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def expect():
 
 def added(captured, name: str, width: int = 100) -> str:
     """The lines that one pass adds or changes."""
-    passes = [p.name for p in DYNAMO_PASSES]
+    passes = [p.name for p in semantic_passes(captured.ctx)]
     captured.run(passes[passes.index(name) - 1])
     before = set(captured.text().splitlines())
     captured.run(name)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile.passes.base import PassResult, shape_of
+from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import descendants, is_static
 from cggr_compile.passes.joint.row_sparse import rules  # noqa: F401  (registers them)
 from cggr_compile.passes.joint.row_sparse.annotations import Annotations
 from cggr_compile.passes.joint.row_sparse.placement import place_early
 from cggr_compile.passes.joint.row_sparse.stages import separate, stages
 from cggr_compile.passes.joint.row_sparse.values import RowValues
+from cggr_compile.passes.nodes import shape_of
 from cggr_compile.passes.patterns.attention import is_attention
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 ops, aten = torch.ops.cggr, torch.ops.aten
 
 
-class RowSparseBackward:
+class RowSparseBackward(JointPass):
     """Carries "rows at idx, zero elsewhere" through AOTAutograd's joint graph. Exact: no number changes its meaning.
 
     Before::
@@ -44,6 +45,7 @@ class RowSparseBackward:
     """
 
     name = "row_sparse"
+    optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
         seeds = graph.find_nodes(op="call_function", target=ops.scatter_rows.default)

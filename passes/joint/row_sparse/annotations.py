@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.joint.row_sparse.attention import attention
 from cggr_compile.passes.joint.row_sparse.layout import Layout, Tag, align, canonical, resize
 from cggr_compile.passes.joint.row_sparse.plan import At, Densify
 from cggr_compile.passes.joint.row_sparse.rule import rule_of
+from cggr_compile.passes.nodes import shape_of
 from cggr_compile.passes.patterns.attention import find_backward
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cggr_compile.passes.base import fake_value, shape_of
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.joint.row_sparse.checkpoints import RECOMPUTE, kept_by_checkpoint, recomputed
 from cggr_compile.passes.joint.row_sparse.layout import SEQUENCES, Layout, has_rows, resize
 from cggr_compile.passes.joint.row_sparse.rule import rule_of
+from cggr_compile.passes.nodes import fake_value, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

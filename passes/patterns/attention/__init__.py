@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from cggr_compile.passes.base import Attention, same_size, shape_of
+from cggr_compile.passes.facts import Attention
+from cggr_compile.passes.nodes import same_size, shape_of
 from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Backward
 from cggr_compile.passes.patterns.attention.composite import Composite
 from cggr_compile.passes.patterns.attention.flash import FlashAttn

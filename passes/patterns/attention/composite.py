@@ -6,8 +6,7 @@ from collections.abc import Collection
 
 from torch.fx import Node
 
-from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, op_name, shape_of
 from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forward
 
 # what may stand between softmax and the two products

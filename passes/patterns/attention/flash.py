@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from cggr_compile.passes.base import same_size, shape_of
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
 if TYPE_CHECKING:

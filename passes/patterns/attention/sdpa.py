@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.nodes import argument, op_name
+from cggr_compile.passes.nodes import argument, op_name, shape_of
 from cggr_compile.passes.patterns.attention.base import MASK, Arguments, AttentionAdapter, Backward, Forward
 
 if TYPE_CHECKING:

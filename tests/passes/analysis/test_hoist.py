@@ -7,9 +7,8 @@ import torch
 from capture import Captured, execute
 
 from cggr_compile.passes.analysis.hoist import Hoist
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 
 
 def moved(x, p, b):

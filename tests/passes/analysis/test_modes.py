@@ -9,9 +9,8 @@ from torch import Tensor
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.modes import changes_modes, modes_of
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.semantic.make_sizes_static import _evaluate
 
 

@@ -8,13 +8,14 @@ from capture import Captured, execute
 
 from cggr_compile.causes import Cause
 from cggr_compile.options import OptionError
+from cggr_compile.passes.facts import Candidates, LayerStack, Padding
 
 
 def test_shifted_labels_line_up(decoder_step, batch):
     captured = decoder_step()
     assert captured.run("align_targets").matched
     captured.check_shapes()
-    target, valid = execute(captured, captured.ctx.candidates.target, captured.ctx.candidates.valid)
+    target, valid = execute(captured, captured.ctx[Candidates].target, captured.ctx[Candidates].valid)
     expected = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     assert torch.equal(target, expected) and torch.equal(valid, expected != -100)
 
@@ -27,7 +28,7 @@ def test_sliced_at_both_ends(batch):
 
     captured = Captured(step, *batch.values())
     captured.run("align_targets")
-    (target,) = execute(captured, captured.ctx.candidates.target)
+    (target,) = execute(captured, captured.ctx[Candidates].target)
     expected = torch.full_like(batch["labels"], -100)
     expected[:, 3:-2] = batch["labels"][:, 3:-2]
     assert torch.equal(target, expected)
@@ -60,9 +61,9 @@ def test_targets_of_an_unknown_part_of_the_sequence(batch):
 def test_padding_with_a_label_is_a_candidate(decoder_step, batch):
     captured = decoder_step()
     captured.run("find_stack")
-    captured.ctx.padding = captured.gm.graph.find_nodes(op="placeholder")[0]
+    captured.ctx.add(Padding(captured.gm.graph.find_nodes(op="placeholder")[0]))
     captured.run("align_targets")
-    (valid,) = execute(captured, captured.ctx.candidates.valid)
+    (valid,) = execute(captured, captured.ctx[Candidates].valid)
     assert torch.equal(valid, F.pad(batch["labels"][:, 1:], (0, 1), value=-100) != -100)
 
 
@@ -70,8 +71,8 @@ def test_targets_move_in_front_of_the_router(decoder_step):
     captured = decoder_step()
     captured.run("align_targets")
     order = list(captured.gm.graph.nodes)
-    stack = captured.ctx.stack
-    assert order.index(captured.ctx.candidates.valid) < order.index(stack.blocks[1].output)
+    stack = captured.ctx[LayerStack]
+    assert order.index(captured.ctx[Candidates].valid) < order.index(stack.blocks[1].output)
 
 
 def test_router_deeper_than_the_model(decoder_step):

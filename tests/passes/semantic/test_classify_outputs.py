@@ -13,6 +13,8 @@ from capture import Captured
 from models import VOCAB
 from torch import Tensor
 
+from cggr_compile.passes.facts import Outputs
+
 
 class Caching(models.Decoder):
     """Collects what attention sees: queries, keys and values [B, heads, S, D] of every block, and hidden states."""
@@ -75,9 +77,9 @@ def test_kinds(name: str, batch: dict[str, Tensor]) -> None:
 
     captured = Captured(step, *batch.values())
     result = captured.run("classify_outputs")
-    assert list(captured.ctx.outputs.kinds.values()) == kinds
+    assert list(captured.ctx[Outputs].kinds.values()) == kinds
     assert result.matched == ("kept" in kinds)
-    objective = [kinds[i] for i in captured.ctx.outputs.objective]
+    objective = [kinds[i] for i in captured.ctx[Outputs].objective]
     assert set(objective) <= {"loss", "kept"} and objective.count("loss") == kinds.count("loss")
 
 
@@ -100,8 +102,8 @@ def test_blocks_on_the_way(read: Callable[..., Tensor], dense: set[int], batch: 
 
     captured = Captured(step, *batch.values())
     captured.run("route_gradient")
-    assert captured.ctx.outputs.dense_blocks == dense
-    assert captured.ctx.outputs.every_position == bool(dense)
+    assert captured.ctx[Outputs].dense_blocks == dense
+    assert captured.ctx[Outputs].every_position == bool(dense)
     assert len(captured.ctx.warnings) == bool(dense)
     markers = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
     assert len(markers) == 4 - len(dense)

@@ -10,6 +10,7 @@ from capture import Captured, execute
 from reference import difficulty
 
 from cggr_compile.options import OptionError
+from cggr_compile.passes.facts import Candidates, RouterScores
 
 
 def squared(lse, entropy, top1, top2, label_logprob):
@@ -46,7 +47,7 @@ def test_values(scoring, layers, decoder_step, batch):
     captured = decoder_step({"scoring": scoring, "router_layers": layers}, decoder=decoder)
     assert captured.run("insert_router").matched
     captured.check_shapes()
-    got, valid = execute(captured, captured.ctx.router.difficulty, captured.ctx.candidates.valid)
+    got, valid = execute(captured, captured.ctx.get(RouterScores).difficulty, captured.ctx[Candidates].valid)
     blocks = decoder.blocks
     decoder.blocks = blocks if layers == "full" else blocks[:1]
     logits = decoder(batch["input_ids"]).double()
@@ -73,7 +74,7 @@ def test_el2n_with_a_softcap():
 
     captured = Captured(step, *batch.values(), options={"scoring": "el2n", "router_layers": "full"})
     assert captured.run("insert_router").matched
-    got, valid = execute(captured, captured.ctx.router.difficulty, captured.ctx.candidates.valid)
+    got, valid = execute(captured, captured.ctx.get(RouterScores).difficulty, captured.ctx[Candidates].valid)
     p = (torch.tanh(decoder(batch["input_ids"]) * 0.7 / 2.0) * 2.0).softmax(-1)
     expected = (p - F.one_hot(batch["labels"].clamp(min=0), models.VOCAB)).norm(dim=-1)
     torch.testing.assert_close(got[valid], expected[valid], atol=1e-5, rtol=1e-4)
@@ -102,7 +103,7 @@ def test_excess():
     reference_loss = torch.rand(2, 16) * 5
     captured, decoder, batch = excess(reference_loss)
     assert captured.run("insert_router").matched
-    got, valid = execute(captured, captured.ctx.router.difficulty, captured.ctx.candidates.valid)
+    got, valid = execute(captured, captured.ctx.get(RouterScores).difficulty, captured.ctx[Candidates].valid)
     expected = difficulty(decoder(batch["input_ids"]), batch["labels"], "loss") - reference_loss
     torch.testing.assert_close(got[valid], expected[valid].float(), atol=1e-5, rtol=1e-4)
 

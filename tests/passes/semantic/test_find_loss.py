@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from capture import Captured
 
 from cggr_compile.causes import Cause
+from cggr_compile.passes.facts import LossSite
 
 V = models.VOCAB
 
@@ -41,7 +42,7 @@ SPELLINGS = {
 def test_spellings(spelling, tensors):
     captured, result = reason(SPELLINGS[spelling], *tensors)
     assert result.matched, result.reason
-    site = captured.ctx.loss
+    site = captured.ctx[LossSite]
     assert site is not None
     assert site.vocab == V and site.reduction == "mean"
     assert site.transposed == (spelling == "matmul")
@@ -52,7 +53,7 @@ def test_spellings(spelling, tensors):
 def test_reads_offset_of_a_slice(tensors):
     function = lambda h, w, y: F.cross_entropy(F.linear(h, w)[:, 2:].reshape(-1, V), y[:, 2:].reshape(-1))  # noqa: E731
     captured, _ = reason(function, *tensors)
-    assert captured.ctx.loss.start == 2
+    assert captured.ctx[LossSite].start == 2
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_scale_and_softcap(post, scale, softcap, tensors):
     captured, result = reason(lambda h, w, y: F.cross_entropy(post(F.linear(h, w)).view(-1, V), y.view(-1)), *tensors)
     assert result.matched
     z = torch.randn(100) * 20
-    site = captured.ctx.loss
+    site = captured.ctx[LossSite]
     ours = site.softcap * torch.tanh(site.scale * z / site.softcap) if site.softcap else site.scale * z
     torch.testing.assert_close(ours, post(z))
 
@@ -78,7 +79,7 @@ def test_sum_and_label_smoothing(tensors):
     function = lambda h, w, y: F.cross_entropy(  # noqa: E731
         F.linear(h, w).view(-1, V), y.view(-1), reduction="sum", label_smoothing=0.1
     )
-    site = reason(function, *tensors)[0].ctx.loss
+    site = reason(function, *tensors)[0].ctx[LossSite]
     assert (site.reduction, site.label_smoothing) == ("sum", 0.1)
 
 

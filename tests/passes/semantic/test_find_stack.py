@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from capture import Captured
 
 from cggr_compile.causes import Cause
-from cggr_compile.passes.base import shape_of
-from cggr_compile.pipeline import EXACT_PASSES
+from cggr_compile.passes.facts import LayerStack
+from cggr_compile.passes.nodes import shape_of
+from cggr_compile.pipeline import semantic_passes
 
 
 def test_own_decoder(decoder_step):
     captured = decoder_step()
     result = captured.run("find_stack")
     assert result.matched and result.reason == "4 blocks, alike"
-    stack = captured.ctx.stack
+    stack = captured.ctx[LayerStack]
     assert [b.name for b in stack.blocks] == [f"decoder.blocks.{i}" for i in range(4)]
     for previous, block in zip(stack.blocks, stack.blocks[1:], strict=False):
         assert previous.output is block.input
@@ -31,9 +32,9 @@ def test_module_names_are_only_labels(decoder_step):
         node.meta.pop("nn_module_stack", None)
     named.run("find_stack")
     assert nameless.run("find_stack").matched
-    strip = lambda c: [(str(b.input), str(b.output), b.signature) for b in c.ctx.stack.blocks]  # noqa: E731
+    strip = lambda c: [(str(b.input), str(b.output), b.signature) for b in c.ctx[LayerStack].blocks]  # noqa: E731
     assert strip(named) == strip(nameless)
-    assert [b.name for b in nameless.ctx.stack.blocks] == [f"block_{i}" for i in range(4)]
+    assert [b.name for b in nameless.ctx[LayerStack].blocks] == [f"block_{i}" for i in range(4)]
 
 
 @pytest.mark.parametrize("attend", [models.attend_softmax, models.attend_bidirectional])
@@ -45,7 +46,7 @@ def test_other_attentions(attend, decoder_step):
 def test_keys_are_found_before_the_transpose(decoder_step):
     captured = decoder_step(decoder=models.Decoder(models.attend_softmax))
     captured.run("find_stack")
-    attention = captured.ctx.stack.blocks[0].attention
+    attention = captured.ctx[LayerStack].blocks[0].attention
     assert shape_of(attention.key)[attention.key_dim] == 16 == shape_of(attention.value)[attention.value_dim]
     assert (attention.key_dim, attention.value_dim) == (3, 2)
 
@@ -56,7 +57,7 @@ def test_sizes_that_coincide():
     ids = torch.randint(0, models.VOCAB, (size, size))
     captured = Captured(lambda i: F.cross_entropy(models.Decoder()(i).flatten(0, 1), i.flatten()), ids)
     assert captured.run("find_stack").matched
-    assert {b.attention.key_dim for b in captured.ctx.stack.blocks} == {2}
+    assert {b.attention.key_dim for b in captured.ctx[LayerStack].blocks} == {2}
 
 
 def test_symbolic_sizes(batch):
@@ -70,7 +71,7 @@ def test_symbolic_sizes(batch):
         torch._dynamo.mark_dynamic(tensor, 1)
     captured = Captured(step, *batch.values())
     assert captured.run("find_stack").matched
-    assert len(captured.ctx.stack.blocks) == 4
+    assert len(captured.ctx[LayerStack].blocks) == 4
 
 
 def mlp(ids):
@@ -101,5 +102,6 @@ def test_tail_must_be_position_wise(batch):
 def test_activation_checkpoints_that_were_not_inlined_are_named(batch):
     model = models.family("llama")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    result = Captured(model, **batch, use_cache=False).run("find_stack", EXACT_PASSES)
+    captured = Captured(model, **batch, use_cache=False)
+    result = captured.run("find_stack", semantic_passes(captured.ctx)[1:])
     assert result.cause is Cause.CLOSED_CHECKPOINTS and "checkpoint" in result.reason

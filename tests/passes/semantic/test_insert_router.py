@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from capture import execute
 
 from cggr_compile import compat
+from cggr_compile.passes.facts import RouterScores
 
 
 @pytest.mark.parametrize("layers", [None, 2, "full"])
@@ -16,7 +17,7 @@ def test_difficulty_is_the_truncated_models(layers, scoring, decoder_step, batch
     captured = decoder_step({"router_layers": layers, "scoring": scoring}, decoder)
     assert captured.run("insert_router").matched
     captured.check_shapes()
-    router = captured.ctx.router
+    router = captured.ctx.get(RouterScores)
     assert not router.difficulty.meta["example_value"].requires_grad
     difficulty, top1, entropy = execute(captured, router.difficulty, router.top1, router.entropy)
 
@@ -40,7 +41,7 @@ def test_difficulty_is_the_truncated_models(layers, scoring, decoder_step, batch
 def test_random_scoring_runs_no_router(decoder_step):
     captured = decoder_step({"scoring": "random"})
     result = captured.run("insert_router")
-    assert not result.matched and captured.ctx.router is None
+    assert not result.matched and captured.ctx.get(RouterScores) is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_precision(monkeypatch, decoder_step, precision, native, expected):
     (score,) = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.score.default)
     assert {arg.meta["example_value"].dtype for arg in score.args[:2]} == {expected}
     assert score.args[-1] == (precision == "fp8")
-    found = [execute(each, each.ctx.router.difficulty)[0] for each in (captured, exact)]
+    found = [execute(each, each.ctx.get(RouterScores).difficulty)[0] for each in (captured, exact)]
     assert found[0].dtype == torch.float32
     ranks = torch.stack([value.flatten().argsort().argsort().float() for value in found])
     assert torch.corrcoef(ranks)[0, 1] > 0.99

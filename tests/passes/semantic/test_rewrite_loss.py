@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from capture import Captured, execute
 
+from cggr_compile.passes.facts import Selection
+
 
 def run(captured):
     assert captured.run("rewrite_loss").matched
     captured.check_shapes()
     loss = captured.gm.graph.output_node().args[0][0]
-    selection = captured.ctx.selection
+    selection = captured.ctx[Selection]
     return execute(captured, loss, selection.rows, selection.keep, selection.weights)
 
 

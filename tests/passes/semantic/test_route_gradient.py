@@ -4,8 +4,8 @@ import models
 import pytest
 from capture import Captured
 
-from cggr_compile.passes.base import shape_of
-from cggr_compile.passes.nodes import op_name
+from cggr_compile.passes.facts import LayerStack
+from cggr_compile.passes.nodes import op_name, shape_of
 
 
 def markers(captured):
@@ -25,7 +25,7 @@ def test_stop_marks_keys_and_values(attend, decoder_step):
     captured.check_shapes()
     found = markers(captured)
     assert len(found) == 8
-    for block in captured.ctx.stack.blocks:
+    for block in captured.ctx[LayerStack].blocks:
         for tensor, user in (
             (block.attention.key, block.attention.key_user),
             (block.attention.value, block.attention.value_user),

@@ -5,6 +5,8 @@ import torch
 from capture import execute
 from reference import candidates, shift
 
+from cggr_compile.passes.facts import Candidates, RouterScores, Selection
+
 SELECTIONS = [
     {"scoring": "random"},
     {"selection": "random"},
@@ -21,20 +23,20 @@ def test_rows(options, ratio, decoder_step):
     captured = decoder_step({**options, "min_tokens_ratio": ratio})
     assert captured.run("select_rows").matched
     captured.check_shapes()
-    selection = captured.ctx.selection
+    selection = captured.ctx[Selection]
     slots = {0.25: 4, 0.3: 5, 0.9: 15}[ratio]
     assert selection.rows.meta["example_value"].shape == (2, slots)
     outputs = captured.gm.graph.output_node().args[0]
     weights, public, stats = outputs[-3:]
     assert stats is selection.stats and weights is selection.weights and len(outputs) == 4
     rows, keep, weights, public, stats, valid = execute(
-        captured, selection.rows, selection.keep, weights, public, stats, captured.ctx.candidates.valid
+        captured, selection.rows, selection.keep, weights, public, stats, captured.ctx[Candidates].valid
     )
     assert torch.equal(public, torch.where(keep, rows, -1))
     assert valid.gather(1, rows)[keep].all()
     assert torch.equal(keep.sum(1), valid.sum(1).clamp(max=slots))
     assert stats[0] == keep.sum() and stats[1] == valid.sum()
-    assert stats[2:].isnan().all() == (captured.ctx.router is None)
+    assert stats[2:].isnan().all() == (captured.ctx.get(RouterScores) is None)
     assert (weights[keep] >= 1).all() and (weights[~keep] == 0).all()
 
 
@@ -56,7 +58,7 @@ def test_slots(options, slots, decoder_step, batch):
     captured = decoder_step(options)
     assert captured.run("select_rows").matched
     captured.check_shapes()
-    selection = captured.ctx.selection
+    selection = captured.ctx[Selection]
     rows, keep, weights = execute(captured, selection.rows, selection.keep, selection.weights)
     assert rows.shape == keep.shape == weights.shape == (2, slots)
     valid = candidates(shift(batch["labels"]))
@@ -69,7 +71,7 @@ def test_state_is_the_last_input(decoder_step):
     captured = decoder_step()
     captured.run("select_rows")
     last = captured.gm.graph.find_nodes(op="placeholder")[-1]
-    assert last is captured.ctx.selection.state and str(last) == "cggr_state"
+    assert last is captured.ctx[Selection].state and str(last) == "cggr_state"
     assert last._dynamo_source is None
 
 

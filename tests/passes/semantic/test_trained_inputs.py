@@ -11,6 +11,7 @@ from capture import Captured, execute
 from models import HIDDEN, SEQ, VOCAB
 
 from cggr_compile.passes.analysis.positions import Flags, Listed, Region, union
+from cggr_compile.passes.facts import ExtraRows, Routing, Selection
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 
@@ -30,14 +31,14 @@ def test_known_positions(name: str) -> None:
     graph = captured(embed, shapes, image)
     result = graph.run("trained_inputs")
     again = TrainedInputs()(graph.gm, graph.ctx)
-    assert again == result and graph.ctx.gradient == "routed" and not graph.ctx.warnings
+    assert again == result and graph.ctx[Routing].gradient == "routed" and not graph.ctx.warnings
     assert {n.rsplit(".", 1)[-1] for n in result.details["inputs"]} == set(shapes), result.details
     wanted = placed.positions(name)
-    extra = graph.ctx.extra_rows
+    extra = graph.ctx.get(ExtraRows)
     assert extra is not None and int(wanted.sum(1).max()) <= extra.most <= SEQ // 2
     graph.run("select_rows")
     graph.check_shapes()
-    gradient, selection = graph.ctx.selection.gradient, graph.ctx.selection
+    gradient, selection = graph.ctx[Selection].gradient, graph.ctx[Selection]
     assert gradient.rows.meta["example_value"].shape[1] == min(SEQ, SEQ + extra.most)
     values = execute(
         graph, gradient.extra, gradient.rows, gradient.keep, gradient.places, selection.rows, selection.keep
@@ -54,12 +55,12 @@ def test_unknown_positions(name: str) -> None:
     embed, shapes, image = placed.UNKNOWN[name]
     graph = captured(embed, shapes, image)
     graph.run("trained_inputs")
-    assert graph.ctx.gradient == "exact" and graph.ctx.extra_rows is None
+    assert graph.ctx[Routing].gradient == "exact" and graph.ctx.get(ExtraRows) is None
     (warning,) = graph.ctx.warnings
     assert next(iter(shapes)) in warning and "'exact'" in warning and "positions are not known" in warning
     asked = captured(embed, shapes, image, gradient="routed")
     asked.run("trained_inputs")
-    assert asked.ctx.gradient == "routed" and asked.ctx.extra_rows is None
+    assert asked.ctx[Routing].gradient == "routed" and asked.ctx.get(ExtraRows) is None
     (warning,) = asked.ctx.warnings
     assert next(iter(shapes)) in warning and "takes gradient" in warning
 
@@ -68,28 +69,28 @@ def test_most_of_the_sequence() -> None:
     """More positions than pay."""
     graph = captured(placed.prefix_of(10), {"prompt": (10, HIDDEN)})
     graph.run("trained_inputs")
-    assert graph.ctx.gradient == "exact" and "10 of 16" in graph.ctx.warnings[0]
+    assert graph.ctx[Routing].gradient == "exact" and "10 of 16" in graph.ctx.warnings[0]
     asked = captured(placed.prefix_of(10), {"prompt": (10, HIDDEN)}, gradient="routed")
     asked.run("trained_inputs")
-    assert asked.ctx.extra_rows.most == 10 and not asked.ctx.warnings
+    assert asked.ctx.get(ExtraRows).most == 10 and not asked.ctx.warnings
 
 
 def test_exact_is_left_alone() -> None:
     embed, shapes, image, _ = placed.KNOWN["prefix"]
     graph = captured(embed, shapes, image, gradient="exact")
     assert graph.run("trained_inputs").matched
-    assert graph.ctx.gradient == "exact" and graph.ctx.extra_rows is None and not graph.ctx.warnings
+    assert graph.ctx[Routing].gradient == "exact" and graph.ctx.get(ExtraRows) is None and not graph.ctx.warnings
 
 
 def test_input_embeddings() -> None:
     delta = torch.zeros(2, SEQ, HIDDEN, requires_grad=True)
     graph = captured(placed.everywhere, {}, inputs=(delta,), frozen=False)
     graph.run("trained_inputs")
-    assert graph.ctx.gradient == "exact"
+    assert graph.ctx[Routing].gradient == "exact"
     assert "entries for every position" in graph.ctx.warnings[0]
     frozen = captured(placed.everywhere, {}, inputs=(delta.detach(),), frozen=False)
     frozen.run("trained_inputs")
-    assert frozen.ctx.gradient == "routed" and not frozen.ctx.warnings
+    assert frozen.ctx[Routing].gradient == "routed" and not frozen.ctx.warnings
 
 
 def test_a_batch_without_images() -> None:
@@ -97,7 +98,7 @@ def test_a_batch_without_images() -> None:
     embed, shapes, _, _ = placed.KNOWN["marked"]
     graph = captured(embed, shapes)
     graph.run("trained_inputs")
-    assert graph.ctx.gradient == "exact" and "first batch has none" in graph.ctx.warnings[0]
+    assert graph.ctx[Routing].gradient == "exact" and "first batch has none" in graph.ctx.warnings[0]
 
 
 # What every position shares, or what acts where labels are as common as elsewhere.
@@ -175,7 +176,7 @@ def test_shared_by_all_positions(name: str, frozen: bool) -> None:
     graph = captured(*SHARED[name], frozen=frozen)
     result = graph.run("trained_inputs")
     assert result.matched and not result.details and not graph.ctx.warnings
-    assert graph.ctx.gradient == "routed" and graph.ctx.extra_rows is None
+    assert graph.ctx[Routing].gradient == "routed" and graph.ctx.get(ExtraRows) is None
 
 
 @pytest.mark.parametrize("name", ["prefix", "middle", "looked_up", "scattered", "where", "blended", "rows_copied"])
@@ -205,7 +206,7 @@ def test_families(name: str) -> None:
         result = graph.run("trained_inputs")
     except AssertionError:
         pytest.skip("not matched")
-    assert result.matched and not result.details and graph.ctx.gradient == "routed"
+    assert result.matched and not result.details and graph.ctx[Routing].gradient == "routed"
 
 
 def test_union_of_regions(decoder_step) -> None:

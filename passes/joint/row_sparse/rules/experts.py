@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.joint.row_sparse.layout import Layout
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
+from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.joint.resolve_markers import stop_factors, weighed
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
+from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Node

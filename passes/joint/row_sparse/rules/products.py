@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.joint.row_sparse.checkpoints import only_rows_wanted
 from cggr_compile.passes.joint.row_sparse.layout import Layout
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
+from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from cggr_compile.passes.base import shape_of
 from cggr_compile.passes.joint.row_sparse.layout import token_axes
 from cggr_compile.passes.joint.row_sparse.plan import At, Call, ZerosAt
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
+from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations

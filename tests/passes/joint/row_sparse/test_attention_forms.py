@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cggr_compile import compat
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
+from cggr_compile.passes.nodes import fake_value
 
 aten = torch.ops.aten
 CPU = aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -6,9 +6,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 
-from cggr_compile.passes.base import fake_value
 from cggr_compile.passes.joint.row_sparse.annotations import Annotations
 from cggr_compile.passes.joint.row_sparse.values import RowValues
+from cggr_compile.passes.nodes import fake_value
 
 aten = torch.ops.aten
 B, S, K, HEADS, WIDTH = 2, 8, 3, 4, 5

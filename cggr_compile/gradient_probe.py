@@ -13,14 +13,15 @@ from torch.fx import GraphModule
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
-from cggr_compile.passes.base import fake_value
+from cggr_compile.passes.nodes import fake_value
+from cggr_compile.passes.step_interface import SELECTIVE, split
 
 # Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
 _FLOAT16_SCALE = 4096.0
 
 
 @dataclass(frozen=True)
-class AsideRun:
+class ProbeRun:
     """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument.
 
     ``places``: which of the graph's outputs are differentiable.
@@ -33,14 +34,14 @@ class AsideRun:
     places: list[int]
 
 
-class Aside:
+class GradientProbe:
     """Runs compiled forms of one rewritten graph on the arguments of a training step.
 
     ``.grad``, hooks, buffers, the step counter and random generators stay as they are.
 
     Args:
-        graph: the semantic graph, whose last input is the runtime's state and whose last outputs are the
-            weights, the selected positions and the metrics; or a dense graph, for :meth:`gradient`.
+        graph: the rewritten graph, which takes and returns what ``step_interface`` says; or a dense one, for
+            :meth:`gradient`.
         objective: positions of the outputs that :meth:`gradient` differentiates.
 
     Attributes:
@@ -58,7 +59,7 @@ class Aside:
         self.dtypes = {value.dtype for value in values if value.requires_grad}
         self.scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
 
-    def run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float = 1.0) -> AsideRun:
+    def run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float = 1.0) -> ProbeRun:
         """Gradients of the sum of the outputs, times ``scale`` (and 4096 for float16).
 
         Random numbers are drawn from the generators as they are now, so two runs draw the same.
@@ -68,16 +69,14 @@ class Aside:
         """
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)
-            outputs = list(function(*fresh, state.clone()))
-            del outputs[-1]
-            # as in training, nothing but the user's outputs outlives a CUDA graph
-            selected, weights = outputs.pop().clone(), outputs.pop().clone()
+            outputs, others = split(function(*fresh, state.clone()), SELECTIVE)
+            others = others.clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
             places = [i for i, out in enumerate(outputs) if differentiable(out) and out.numel()]
             roots = [outputs[i] for i in places]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return AsideRun(selected, weights, [root.detach() for root in roots], list(grads), places)
+        return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], list(grads), places)
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.

@@ -14,8 +14,8 @@ from training import as_on_an_accelerator, metrics, picks, small
 
 import cggr_compile
 from cggr_compile import compat
-from cggr_compile.ladder import Ladder, Rung
 from cggr_compile.readback import Readback
+from cggr_compile.variant_dispatcher import VariantDispatcher
 
 LADDER = {"warmup_steps": 3, "ladder": (1.0, 0.5)}
 RATIOS = [1.0, 1.0, 0.5, 0.25, 0.25]  # 1, .75, .5, .25
@@ -73,30 +73,29 @@ def compilations(monkeypatch):
 
 
 def test_each_rung_is_compiled_once_and_when_first_needed():
-    ran, built = [], []
+    built = []
 
     def compiler(ratio):
         def build(args):
             built.append((ratio, args))
-            return Rung(lambda arg: ran.append(ratio))
+            return ratio
 
         return build
 
-    ladder = Ladder({1.0: compiler(1.0)(())}, {r: compiler(r) for r in (0.5, 0.25)}, lambda: wanted)
-    for wanted in (1.0, 0.8, 0.5, 0.3, 0.5, 0.25, 0.1, 1.0):
-        ladder.run(wanted)
-    assert built == [(1.0, ()), (0.5, (0.5,)), (0.25, (0.25,))]
+    variants = VariantDispatcher({1.0: 1.0}, {r: compiler(r) for r in (0.5, 0.25)})
+    ran = [variants.at(variants.nearest(wanted), (wanted,)) for wanted in (1.0, 0.8, 0.5, 0.3, 0.5, 0.25, 0.1, 1.0)]
+    assert built == [(0.5, (0.5,)), (0.25, (0.25,))]
     assert ran == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 1.0]
 
 
-def test_a_rung_that_cannot_be_compiled_is_tried_again():
+def test_a_variant_that_cannot_be_compiled_is_tried_again():
     def fail(args):
         raise RuntimeError("no compiler today")
 
-    ladder = Ladder({}, {0.5: fail}, lambda: 0.5)
+    variants = VariantDispatcher({}, {0.5: fail})
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no compiler today"):
-            ladder.run()
+            variants.at(0.5, ())
 
 
 def test_curriculum_over_the_whole_ladder(compilations):

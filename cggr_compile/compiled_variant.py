@@ -1,0 +1,140 @@
+"""A variant of a captured graph, compiled: what runs one call of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cggr_compile import compat, lowerings, pass_records
+from cggr_compile.dense_layers import dense_layers
+from cggr_compile.gradient_probe import GradientProbe, written_inputs
+from cggr_compile.graph_variant import GraphVariant
+from cggr_compile.lower import lower_dense, lower_selective
+from cggr_compile.passes.facts import LayerStack, Outputs
+from cggr_compile.passes.nodes import fake_value
+from cggr_compile.passes.step_interface import STATE, split
+from cggr_compile.pipeline import copy_module
+from cggr_compile.recompute import Call
+from cggr_compile.replay import Replay
+from cggr_compile.report import GraphDump, Verification
+from cggr_compile.runtime import Runtime
+from cggr_compile.runtime_resolver import RuntimeResolver
+from cggr_compile.verify import Verifier, unverifiable
+
+
+class CompiledVariant:
+    """Compiles a variant and runs it: gives it the runtime's state, verifies, takes off what it returns besides.
+
+    Args:
+        inputs: the captured graph's arguments.
+        measured: whether its gradient is compared with another variant's.
+    """
+
+    def __init__(
+        self, variant: GraphVariant, inputs: Sequence[Any], resolver: RuntimeResolver, measured: bool = False
+    ) -> None:
+        self._resolver, self.report = resolver, variant.report
+        self._kept = None if variant.static is None else variant.static.kept
+        self._returns, self._scheduled = variant.returns, variant.ctx.scheduled
+        self._overwritten = variant.configuration.replays
+        self._verifier: Verifier | None = None
+        if variant.configuration.engine != "eager":
+            lowerings.register()
+        inputs = self._arguments(inputs)
+        self._probe = _probe(variant, inputs) if measured else None  # before a compiler changes the graph
+        if self.report.matched:
+            self._compile_selective(variant, inputs)
+        else:
+            self._compiled = lower_dense(variant.graph, inputs, variant.configuration)
+
+    def run(self, call: Call, args: Sequence[Any]) -> Any:
+        """One call of the captured graph: the user's results."""
+        args = self._arguments(args)
+        if not self.report.training:
+            return self._compiled(*args)  # not noted as the last graph that ran
+        if self._verifier is not None and not call.repeats:
+            self._verify(self._verifier, call, args)
+        if self.report.matched:
+            results = self._compiled(*args, call.state(self._device))
+        else:
+            if self._scheduled:
+                call.advance()
+            results = self._compiled(*args)
+        outputs, others = split(results, self._returns)
+        call.record(self.report, others.clone() if self._overwritten else others)
+        return tuple(outputs)
+
+    def gradient(self, args: Sequence[Any]) -> list[Tensor]:
+        """Gradients of the objective beside the training step; of a measured variant only."""
+        if self._probe is None:
+            raise ValueError("the gradient of this variant is not measured")
+        state = [self._resolver.runtime.other_state(self._device)] if self.report.matched else []
+        return self._probe.gradient(self._compiled, self._arguments(args), *state)
+
+    def _arguments(self, args: Sequence[Any]) -> list[Any]:
+        return list(args) if self._kept is None else [args[i] for i in self._kept]
+
+    def _compile_selective(self, variant: GraphVariant, inputs: list[Any]) -> None:
+        graph, options, report, resolver = variant.graph, variant.ctx.options, variant.report, self._resolver
+        patches = dict(variant.configuration.patches)
+        (state,) = (fake_value(n) for n in graph.graph.find_nodes(op="placeholder") if n.target == STATE)
+        self._device = state.device
+        example = [*inputs, torch.zeros(2, dtype=torch.int64, device=self._device)]
+        semantic = copy_module(graph) if options.verify else graph  # a compiler may change the graph it gets
+        ours = self._overwritten and not any(written_inputs(graph))  # else Inductor's, which see to what is written
+        if ours:
+            patches[compat.CUDA_GRAPHS] = False
+        with pass_records.kept(graph, example, options, report):
+            self._compiled = lower_selective(graph, example, options, report, variant.dump, patches)
+        if ours:
+            parameters = [i for i, value in enumerate(inputs) if isinstance(value, Parameter)]
+            self._compiled = Replay(
+                self._compiled,
+                parameters,
+                self._device,
+                lambda: resolver.runtime,
+                lambda why: resolver.runtime.notify(why),
+            )
+        blocks, dense = variant.ctx[LayerStack].blocks, variant.ctx[Outputs].dense_blocks
+        if message := dense_layers(report, options, blocks, dense):
+            resolver.runtime.warn(message)
+        if options.verify:
+            self._verifier = self._make_verifier(variant, semantic, example, patches)
+        variant.captured = None  # the verifier's, for one step
+
+    def _make_verifier(
+        self, variant: GraphVariant, semantic: Any, example: list[Any], patches: dict[str, Any]
+    ) -> Verifier | None:
+        """The same graph once more, with a dense backward."""
+        report = variant.report
+        if why := unverifiable(report, variant.ctx.options, self._device):
+            nothing_to_verify(self._resolver.runtime, report, why)
+            return None
+        options = dataclasses.replace(variant.ctx.options, row_sparse=False)
+        patches = {**patches, compat.CUDA_GRAPHS: False}  # it runs a few times only
+        dense = dataclasses.replace(report, options=options.as_dict(), passes=[])
+        with compat.separate_tracing_context():
+            reference = lower_selective(copy_module(semantic), example, options, dense, GraphDump(None, dense), patches)
+        steps = variant.ctx.options.verify
+        return Verifier(self._compiled, reference, semantic, self._device, steps, variant.captured)
+
+    def _verify(self, verifier: Verifier, call: Call, args: Sequence[Any]) -> None:
+        if verifier.remaining <= 1:
+            self._verifier = None  # and with it, after this step, the dense backward
+        verifier.step(args, call.runtime, self.report)
+
+
+def nothing_to_verify(runtime: Runtime, report: Any, why: str) -> None:
+    """Say once that the option ``verify`` has nothing to compare."""
+    report.verification = Verification(note=why)
+    runtime.notify(f"verify: nothing to compare: {why}")
+
+
+def _probe(variant: GraphVariant, inputs: Sequence[Any]) -> GradientProbe:
+    device = next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad)
+    return GradientProbe(variant.graph, device, variant.ctx[Outputs].objective)

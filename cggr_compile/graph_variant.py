@@ -1,0 +1,83 @@
+"""A captured graph as the semantic passes left it, for one ratio."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import GraphModule
+
+from cggr_compile import compat
+from cggr_compile.captured_reference import CapturedReference
+from cggr_compile.configuration import Configuration
+from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.facts import ObservedRouter, StaticSizes
+from cggr_compile.passes.step_interface import OBSERVING, SELECTIVE
+from cggr_compile.pipeline import rewrite
+from cggr_compile.report import GraphDump, GraphReport
+
+
+@dataclass
+class GraphVariant:
+    """One captured graph at one ratio.
+
+    Attributes:
+        graph: rewritten, or the captured one itself.
+        ctx: what the passes found.
+        static: set if its sizes are numbers now.
+        captured: the graph before the passes, if it is to be verified.
+    """
+
+    configuration: Configuration
+    graph: GraphModule
+    ctx: GraphContext
+    report: GraphReport
+    dump: GraphDump
+    static: StaticSizes | None
+    captured: CapturedReference | None
+
+    @classmethod
+    def of(
+        cls,
+        gm: GraphModule,
+        inputs: Sequence[Any],
+        configuration: Configuration,
+        ratio: float,
+        report: GraphReport,
+        *,
+        rewritable: bool,
+        scheduled: bool,
+    ) -> GraphVariant:
+        """Rewrite ``gm`` for a ratio, if it is ``rewritable``. ``gm`` stays as it is.
+
+        Args:
+            scheduled: whether there are other ratios.
+        """
+        options = configuration.options
+        dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
+        ctx = GraphContext(
+            replace(options, min_tokens_ratio=ratio),
+            list(inputs),
+            compat.capture_fake_mode(gm),
+            configuration.pays_launches,
+            scheduled,
+        )
+        dump.stage("captured", gm)
+        graph = rewrite(gm, ctx, report, dump) if rewritable else gm
+        captured = CapturedReference(gm, graph, inputs, ctx) if options.verify and report.matched else None
+        static = ctx.get(StaticSizes) if graph is not gm else None
+        return cls(configuration, graph, ctx, report, dump, static, captured)
+
+    @property
+    def returns(self) -> tuple[str, ...]:
+        """What the graph returns behind the user's results; see ``step_interface``."""
+        if self.report.matched:
+            return SELECTIVE
+        return () if self.ctx.get(ObservedRouter) is None else OBSERVING
+
+    def pin_sizes(self) -> None:
+        """Let Dynamo guard the sizes that have become numbers."""
+        for size in self.static.sizes if self.static is not None else ():
+            compat.pin_size(size)

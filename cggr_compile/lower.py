@@ -1,0 +1,43 @@
+"""Hands a graph to the compiler that lowers it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+
+from cggr_compile import compat
+from cggr_compile.configuration import Configuration
+from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
+from cggr_compile.options import Options
+from cggr_compile.report import GraphDump, GraphReport
+
+# The gathers of all layers read the selected positions. Only those of one layer are worth fusing, a dozen; to try each
+# with each takes Inductor longer, the more layers there are.
+MAX_FUSION_PAIRS = 16
+
+
+def lower_dense(gm: GraphModule, inputs: list[Any], configuration: Configuration) -> Callable[..., Any]:
+    """Compile a graph that trains on every position, or does not train. A compiler may change the graph."""
+    if configuration.engine == "eager":
+        return gm.forward
+    patches = dict(configuration.patches)
+    if holds_our_operators(gm):  # a layer of ours, or lowered experts: the cache key must know our sources
+        patches["joint_custom_pre_pass"] = source_key()
+    return compat.compile_fx(gm, inputs, patches)
+
+
+def lower_selective(
+    gm: GraphModule,
+    inputs: list[Any],
+    options: Options,
+    report: GraphReport,
+    dump: GraphDump,
+    patches: Mapping[str, Any],
+) -> Callable[..., Any]:
+    """Compile a rewritten graph, with the optimising passes that the options ask for."""
+    if report.compiler == "eager":
+        return compat.aot_eager(gm, inputs, partition_with_passes(options, report, dump))
+    passes = {"joint_custom_pre_pass": joint_pre_pass(options, report, dump)}
+    return compat.compile_fx(gm, inputs, {**compat.fusion_limit(MAX_FUSION_PAIRS), **patches, **passes})

@@ -1,0 +1,250 @@
+"""What passes find out about a graph and leave for later ones: one frozen record per subject.
+
+A pass names the records that it reads and leaves by their types; see ``passes/base.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from cggr_compile.passes.analysis.positions import Region
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention call of a block.
+
+    Attributes:
+        kind: the operator's family, an adapter's ``kind`` (``passes/patterns/attention``).
+        node: the operator's call, or the softmax of a hand-written attention.
+        key, value: the tensors whose rows later positions attend to.
+        key_dim, value_dim: the token axis of each.
+        key_user, value_user: the calls that read them (the same one but for a hand-written attention and for packed
+            sequences, where it is the view that packs).
+        mask: the attn_mask argument, if any; a BlockMask is none.
+    """
+
+    kind: str
+    node: Node
+    key: Node
+    value: Node
+    key_dim: int
+    value_dim: int
+    key_user: Node
+    value_user: Node
+    mask: Node | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer: everything between two nodes of the residual stream.
+
+    Attributes:
+        input, output: residual-stream nodes [B, S, H]; a block's output is the next one's input.
+        attention: the block's single attention.
+        name: module path from ``nn_module_stack`` where there is one, else ``block_<i>``.
+        signature: hash of the block's operators and shapes; equal for isomorphic blocks.
+    """
+
+    input: Node
+    output: Node
+    attention: Attention
+    name: str
+    signature: str
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """The decoder: residual stream, blocks and the position-wise tail (final norm) before the head.
+
+    Attributes:
+        source: first residual-stream node [B, S, H] (the embedding).
+        tail: nodes from the last block's output (exclusive) to the head's input (inclusive), in order; each
+            works on every position by itself.
+        tail_start: first position that the tail keeps (it may slice the sequence).
+        stream: every node that depends on the embedding and reaches the head.
+    """
+
+    source: Node
+    blocks: tuple[Block, ...]
+    tail: tuple[Node, ...]
+    tail_start: int
+    stream: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class LossSite:
+    """Head and cross-entropy of a token-level language-model loss.
+
+    Attributes:
+        loss: the cross_entropy node.
+        head: the node that computes logits, with ``weight`` [V, H] (or [H, V] if ``transposed``) and ``bias``.
+        hidden: the head's input.
+        chain: nodes from the head (inclusive) to the cross-entropy's input (inclusive), in order.
+        target: class indices as given to the cross-entropy, aligned with the logits by the user's own shift.
+        start: first position of the sequence that has a logit row in the loss.
+        scale, softcap: logits are ``softcap * tanh(scale * (h W^T + b) / softcap)``; softcap 0 means none.
+    """
+
+    loss: Node
+    head: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+    hidden: Node
+    chain: tuple[Node, ...]
+    target: Node
+    vocab: int
+    start: int
+    scale: float
+    softcap: float
+    reduction: Literal["mean", "sum"]
+    ignore_index: int
+    label_smoothing: float
+
+
+# What a differentiable result of the captured graph is; see ``classify_outputs``.
+OutputKind = Literal["loss", "part", "logits", "cache", "kept"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What becomes of the gradient of the captured graph's results.
+
+    Attributes:
+        kinds: of every differentiable result, by its position.
+        objective: positions of what a training loop adds up, as far as the graph tells: ``loss``, and what is ``kept``
+            and is one number.
+        dense_blocks: indices of the blocks that lie between a kept result and the parameters: their backward computes
+            every position.
+        every_position: whether anything differentiable but the cross-entropy reads what an attention computes, at
+            positions of padding too.
+    """
+
+    kinds: dict[int, OutputKind] = field(default_factory=dict)
+    objective: tuple[int, ...] = ()
+    dense_blocks: frozenset[int] = frozenset()
+    every_position: bool = False
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which positions may be selected, and what they predict.
+
+    Attributes:
+        target: int64 [B, S], class index per position, ``ignore_index`` where there is none.
+        valid: bool [B, S], the candidates: positions with a target.
+        anchor: node in front of which router and selection are inserted.
+    """
+
+    target: Node
+    valid: Node
+    anchor: Node
+
+
+@dataclass(frozen=True)
+class RouterScores:
+    """float32 [B, S] each: difficulty, top-1 probability and entropy per position."""
+
+    difficulty: Node
+    top1: Node
+    entropy: Node
+
+
+@dataclass(frozen=True)
+class ExtraRows:
+    """Positions that carry gradient though the loss may not select them: ``regions`` together.
+
+    ``most``: for how many of a sequence there are slots; what exceeds them is dropped, and counted.
+    """
+
+    regions: tuple[Region, ...]
+    most: int
+
+
+@dataclass(frozen=True)
+class GradientRows:
+    """The rows that carry gradient where they are more than the selected ones; see ``cggr::gradient_rows``.
+
+    Attributes:
+        rows, keep: [B, G], as those of a selection.
+        places: int64 [B, K], the slot of each selected row among these.
+        extra: bool [B, S], the positions that were added, selected or not.
+    """
+
+    rows: Node
+    keep: Node
+    places: Node
+    extra: Node
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected positions: those that carry loss.
+
+    Attributes:
+        rows: int64 [B, K], distinct positions; the selected ones first and sorted, then unused slots.
+        keep: bool [B, K], False for an unused slot.
+        weights: float32 [B, K], what the loss of each counts; see ``cggr::row_weights``.
+        state: the graph input (seed, step), int64 [2].
+        stats: float32 [5] or [6], see ``cggr::stats``.
+        gradient: the rows that carry gradient; None where they are the same.
+    """
+
+    rows: Node
+    keep: Node
+    weights: Node
+    state: Node
+    stats: Node
+    gradient: GradientRows | None = None
+
+
+@dataclass(frozen=True)
+class StaticSizes:
+    """Symbolic sizes that were replaced by their values.
+
+    Attributes:
+        sizes: every symbolic integer about the captured graph's arguments.
+        kept: positions of the arguments that the graph still takes.
+    """
+
+    sizes: tuple[Any, ...]
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How the batch is padded.
+
+    Attributes:
+        mask: bool or int [B, S] graph input that is nonzero at real tokens; None if no attention reads one.
+        unmasked: such inputs of which the attention mask was replaced by ``is_causal``.
+    """
+
+    mask: Node | None = None
+    unmasked: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What ``options.gradient`` stands for in this graph; ``auto`` is settled."""
+
+    gradient: Literal["routed", "exact"]
+
+
+@dataclass(frozen=True)
+class NoRouter:
+    """Why there is no router, though the options ask for one."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class ObservedRouter:
+    """The router's figures beside an unmodified loss: float32 [5], see ``cggr::stats``."""
+
+    stats: Node
