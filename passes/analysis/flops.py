@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.passes.fx import is_static
 from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
-from cggr_compile.passes.semantic.lower_experts import GROUPED
+from cggr_compile.passes.patterns.experts import GROUPED
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node

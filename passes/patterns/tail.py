@@ -11,7 +11,7 @@ from cggr_compile.passes.analysis.modes import cast_as, modes_of
 from cggr_compile.passes.facts import LayerStack, LossSite
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
-from cggr_compile.passes.semantic.find_loss import CASTS, token_slice
+from cggr_compile.passes.patterns.head import CASTS, token_slice
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -9,8 +9,8 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Block, LayerStack, LossSite, OutputKind, Outputs
 from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
-from cggr_compile.passes.semantic.find_loss import CASTS, returned_logits
-from cggr_compile.passes.semantic.lower_experts import GROUPED
+from cggr_compile.passes.patterns.experts import GROUPED
+from cggr_compile.passes.patterns.head import CASTS, returned_logits
 from cggr_compile.passes.semantic.route_gradient import PRODUCTS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Attention, LayerStack, LossSite, Outputs, Padding
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
-from cggr_compile.passes.patterns.mask_probe import MaskKind, classify
+from cggr_compile.passes.patterns.mask_kinds import MaskKind, classify
 
 aten = torch.ops.aten
 
