@@ -57,7 +57,7 @@ def matches(call):
 
 
 def test_the_list_is_closed():
-    """Every cause is one that something gives; what stops a rewriting gives one."""
+    """Every cause is one that something gives; a pass that leaves no fact for later ones gives one."""
     package = Path(cggr_compile.__file__).parent
     source = "".join(path.read_text() for folder in (package, package / "passes") for path in folder.rglob("*.py"))
     assert [cause.name for cause in Cause if f"Cause.{cause.name}" not in source.replace("        Cause.", "")] == []
@@ -65,7 +65,8 @@ def test_the_list_is_closed():
     needed = {fact for graph_pass in semantic for fact in graph_pass.needs}
     for graph_pass in semantic:
         if needed & {*graph_pass.provides} - {*graph_pass.needs}:
-            assert "PassResult(False" not in inspect.getsource(inspect.getmodule(type(graph_pass))), graph_pass.name
+            before_the_fact = inspect.getsource(inspect.getmodule(type(graph_pass))).partition("ctx.add(")[0]
+            assert "PassResult(False" not in before_the_fact, graph_pass.name
 
 
 def test_texts_are_complete():

@@ -22,7 +22,7 @@ def message(details, blocks=BLOCKS, **options):
     gradient = options.get("gradient", "routed")
     report = GraphReport(0, True, "eager", Options(**options).as_dict(), matched=True, gradient=gradient)
     report.passes.append(PassRecord("row_sparse", "joint", True, "", details))
-    return dense_layers(report, blocks)
+    return dense_layers(report, Options(**options), blocks)
 
 
 @pytest.mark.parametrize(

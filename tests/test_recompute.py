@@ -42,9 +42,11 @@ def model(calls):
 def make(calls):
     def backend(gm, inputs):
         resolver = RuntimeResolver(gm, inputs)
+        resolver.end_capture()
 
         def run(*args):
-            call = resolver.call
+            call = resolver.begin_call(args)
+            resolver.end_call()
             if call.runtime.options.min_tokens_ratio == 1.0:  # a graph without a selection needs none
                 return gm.forward(*args)
             call.ratio(Options(warmup_steps=4))
@@ -52,7 +54,7 @@ def make(calls):
             calls.append((int(x.flatten()[0]), int(call.state(CPU)[1]), call.repeats))
             return gm.forward(*args)
 
-        return resolver.before(run)
+        return run
 
     model = Model()
     model.compile(backend=backend)

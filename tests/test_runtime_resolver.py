@@ -76,11 +76,16 @@ def asking(gm, inputs):
     """A backend that counts steps."""
     resolver = RuntimeResolver(gm, inputs)
 
-    def run(*args):
-        resolver.call.advance()
-        return gm.forward(*args)
+    resolver.end_capture()
 
-    return resolver.before(run)
+    def run(*args):
+        resolver.begin_call(args).advance()
+        try:
+            return gm.forward(*args)
+        finally:
+            resolver.end_call()
+
+    return run
 
 
 class Inner(nn.Module):
