@@ -41,6 +41,7 @@ from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
 from cggr_compile.passes.semantic.rewrite_loss import RewriteLoss
 from cggr_compile.passes.semantic.route_gradient import RouteGradient
 from cggr_compile.passes.semantic.select_rows import SelectRows
+from cggr_compile.passes.semantic.shorten_last_block import ShortenLastBlock
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
@@ -61,6 +62,7 @@ PASSES: tuple[GraphPass, ...] = (
     AlignTargets(),
     TrainedInputs(),
     CheckLabels(),
+    ShortenLastBlock(),
     InsertRouter(),
     ObserveRouter(),
     SelectRows(),

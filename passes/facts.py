@@ -156,6 +156,19 @@ class RouterScores:
 
 
 @dataclass(frozen=True)
+class RowTail:
+    """What of the last block runs on the rows of the loss only.
+
+    Attributes:
+        entries: values [B, S, X] of which rows are taken.
+        nodes: the calls behind them, in order, up to the block's output; each works on every row by itself.
+    """
+
+    entries: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
 class ExtraRows:
     """Positions that carry gradient though the loss may not select them: ``regions`` together.
 

@@ -19,6 +19,7 @@ STAGES = [
     *(
         "trained_inputs",
         "check_labels",
+        "shorten_last_block",
         "insert_router",
         "select_rows",
         "rewrite_loss",

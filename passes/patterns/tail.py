@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
-
-import torch
 
 from cggr_compile.passes.analysis.modes import cast_as, modes_of
 from cggr_compile.passes.facts import LayerStack, LossSite
 from cggr_compile.passes.fx import Emitter, layout_only
-from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
-from cggr_compile.passes.patterns.head import CASTS, token_slice
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
+from cggr_compile.passes.patterns.head import token_slice
+from cggr_compile.passes.patterns.row_wise import not_row_wise
 
 if TYPE_CHECKING:
     from torch.fx import Node
-
-_POINTWISE = {
-    *CASTS,
-    *("add", "sub", "mul", "div", "pow", "neg", "rsqrt", "sqrt", "reciprocal", "tanh", "square", "sigmoid"),
-    *("silu", "gelu", "relu", "linear", "layer_norm", "rms_norm", "identity", "clamp"),
-}
-_LAST_AXIS = {"mean", "sum", "var", "std", "norm"}
 
 
 def tail_start(tail: tuple[Node, ...], last: Node) -> int | str:
@@ -29,30 +21,41 @@ def tail_start(tail: tuple[Node, ...], last: Node) -> int | str:
     inside = {last, *tail}
     start = 0
     for node in tail:
-        name = op_name(node)
-        if name == "getitem" and (begin := token_slice(node)) is not None:
+        if op_name(node) == "getitem" and (begin := token_slice(node)) is not None:
             start += begin
-            continue
-        if layout_only(node):
-            continue
-        if name in _LAST_AXIS and _reduces_last_axis(node):
-            continue
-        if name == "dropout" and (argument(node, 1, "p", 0.5) == 0 or argument(node, 2, "training", True) is False):
-            continue
-        if name not in _POINTWISE:
-            return f"operator {name!r} ({node}) between the last block and the head"
-        for other in node.all_input_nodes:
-            value = fake_value(other)
-            if other not in inside and isinstance(value, torch.Tensor) and value.dim() > 1 and name != "linear":
-                return f"{node} between the last block and the head reads {other} of shape {list(value.shape)}"
+        elif why := not_row_wise(node, inside):
+            return f"{why} between the last block and the head"
     return start
 
 
-def _reduces_last_axis(node: Node) -> bool:
-    rank = len(shape_of(node.all_input_nodes[0]))
-    axes = argument(node, 1, "dim")
-    axes = list(axes) if isinstance(axes, (list, tuple)) else [axes]
-    return all(isinstance(axis, int) and axis % rank == rank - 1 for axis in axes)
+def copy_rows(emit: Emitter, nodes: Iterable[Node], rows: Mapping[Node, Node]) -> dict[Node, Node]:
+    """Apply calls of the last block to rows [B, K, X], each copy beside its original, in whose modes it then runs.
+
+    Args:
+        nodes: row-wise, in order. rows: what stands for the values that they take rows of.
+
+    Returns:
+        Where each call's value now comes from.
+    """
+    mapping = dict(rows)
+    like = next(iter(rows.values()))
+    for node in nodes:
+        with emit.before(node, "rewrite_loss"):
+            if layout_only(node):
+                (source,) = (n for n in node.all_input_nodes if n in mapping)
+                mapping[node] = _with_rank(emit, mapping[source], like, len(shape_of(node)))
+            else:
+                mapping[node] = emit.copy(node, mapping)
+    return {node: mapping[node] for node in nodes}
+
+
+def _with_rank(emit: Emitter, rows: Node, like: Node, rank: int) -> Node:
+    """Rows as [B, K, X] (``like`` is so) or [B * K, X]."""
+    if len(shape_of(rows)) == rank:
+        return rows
+    if rank == 2:
+        return emit.method("flatten", rows, 0, 1)
+    return emit.method("reshape", rows, emit.size(like, 0), emit.size(like, 1), -1)
 
 
 def copy_tail(

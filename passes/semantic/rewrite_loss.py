@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,10 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Selection
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, RowTail, Selection
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import fake_value, op_name
-from cggr_compile.passes.patterns.tail import copy_tail
+from cggr_compile.passes.patterns.tail import copy_rows, copy_tail
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -43,30 +44,26 @@ class RewriteLoss(SemanticPass):
         h = cggr.gather_rows(x, gradient_rows, gradient_keep)                # [B, G, H]
         h = h.gather(1, places[:, :, None].expand(-1, -1, H))                # [B, K, H]
 
-    With ``cross_entropy="fused"`` the head and everything behind it are one operator, and the logits of the rows are
-    not kept::
+    Where ``shorten_last_block`` has found that part of the last block may run on rows, rows are gathered in front of
+    that. With ``cross_entropy="fused"`` the head and everything behind it are one operator, and the logits of the rows
+    are not kept::
 
         each, _ = cggr.linear_cross_entropy(norm(h).flatten(0, 1), lm_head, None, t.flatten(), 1.0, 0.0, 0.0)
     """
 
     name = "rewrite_loss"
     needs = (LossSite, LayerStack, Candidates, Selection)
+    uses = (RowTail,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         stack, loss, candidates, selection = ctx[LayerStack], ctx[LossSite], ctx[Candidates], ctx[Selection]
-        assert stack is not None and loss is not None and candidates is not None and selection is not None
         emit = Emitter(gm.graph, ctx.fake_mode)
-        last = stack.blocks[-1].output
-        with (
-            emit.before(stack.tail[0] if stack.tail else loss.head, self.name),
-            # the first of several readers may run under no_grad
-            emit.under(dataclasses.replace(emit.modes, grad=emit.modes.grad or fake_value(last).requires_grad)),
-        ):
-            rows = selection.gradient or selection
-            hidden = emit.call(torch.ops.cggr.gather_rows.default, last, rows.rows, rows.keep)
-            if selection.gradient is not None:
-                hidden = _at(emit, hidden, selection.gradient.places)
-        mapping = copy_tail(emit, stack, loss, hidden, in_place=True)
+        last, tail = stack.blocks[-1].output, ctx.get(RowTail)
+        entries, inside = (tail.entries, tail.nodes) if tail else ((last,), ())
+        readers = [*inside, *stack.tail, loss.head]
+        taken = {entry: self._gather(emit, entry, readers, selection) for entry in entries}
+        taken |= copy_rows(emit, inside, taken)
+        mapping = copy_tail(emit, stack, loss, taken[last], in_place=True)
         dtype = fake_value(loss.loss).dtype
         logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
         # a fused head reads its weights where the head does: a write, or another autocast, may come after it
@@ -99,6 +96,18 @@ class RewriteLoss(SemanticPass):
         how = "from their logits" if logits is not None else "fused with the head: no logits"
         details = {"rows": str(selection.rows), "cross_entropy": ctx.options.cross_entropy}
         return PassResult(True, f"{loss.reduction} over the selected rows, {how}", details)
+
+    def _gather(self, emit: Emitter, source: Node, readers: Sequence[Node], selection: Selection) -> Node:
+        """The rows of ``source`` [B, S, X] that carry loss, [B, K, X], in front of the first of its readers."""
+        first = next(node for node in readers if source in node.all_input_nodes)
+        with (
+            emit.before(first, self.name),
+            # it may run under no_grad, and another one not
+            emit.under(dataclasses.replace(emit.modes, grad=emit.modes.grad or fake_value(source).requires_grad)),
+        ):
+            rows = selection.gradient or selection
+            gathered = emit.call(torch.ops.cggr.gather_rows.default, source, rows.rows, rows.keep)
+            return gathered if selection.gradient is None else _at(emit, gathered, selection.gradient.places)
 
     def _copy_chain(self, emit: Emitter, loss: LossSite, mapping: dict[Node, Node]) -> Node:
         """The logits of the selected rows, [B, K, V]."""

@@ -75,14 +75,15 @@ class RouteGradient(SemanticPass):
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         rows, gradient = ctx[Selection].rows, ctx[Selection].gradient
-        (gather,) = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
-        with emit.before(gather, self.name):
+        gathers = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
+        with emit.before(gathers[0], self.name):
             factors = emit.method("sqrt", ctx[Selection].weights)  # a token's weight is 1/p
             if gradient is not None:
                 factors = _spread(emit, ctx[Selection], gradient, factors)
                 rows = gradient.rows
             weighed = emit.call(torch.ops.cggr.weigh_stops.default, rows, factors)
-        gather.replace_input_with(rows, weighed)
+        for gather in gathers:
+            gather.replace_input_with(rows, weighed)
 
     def _stop_keys_and_values(self, emit: Emitter, block: Block) -> None:
         attention = block.attention

@@ -82,9 +82,17 @@ def test_rewrite_loss(decoder_step, expect):
     expect(
         added(decoder_step(), "rewrite_loss"),
         """\
-gather_rows_default = gather_rows.default(x_8, getitem_18, getitem_19)  # [2, 4, 32]
-layer_norm_10 = layer_norm(gather_rows_default, (32,), ln_f_parameters_weight_, ln_f_parameters_bias
-logits_1 = linear(layer_norm_10, wte_parameters_weight_, None)  # [2, 4, 128]
+gather_rows_default_1 = gather_rows.default(reshape_3, getitem_18, getitem_19)  # [2, 4, 32]
+linear_16 = linear(gather_rows_default_1, blocks_modules_3_modules_out_parameters_weight_, blocks_mo
+gather_rows_default = gather_rows.default(x_6, getitem_18, getitem_19)  # [2, 4, 32]
+x_9 = add(gather_rows_default, linear_16)  # [2, 4, 32]
+layer_norm_10 = layer_norm(x_9, (32,), blocks_modules_3_modules_ln_2_parameters_weight_, blocks_modu
+linear_17 = linear(layer_norm_10, blocks_modules_3_modules_up_parameters_weight_, blocks_modules_3_m
+gelu_4 = gelu(linear_17)  # [2, 4, 64]
+linear_18 = linear(gelu_4, blocks_modules_3_modules_down_parameters_weight_, blocks_modules_3_module
+x_10 = add(x_9, linear_18)  # [2, 4, 32]
+layer_norm_11 = layer_norm(x_10, (32,), ln_f_parameters_weight_, ln_f_parameters_bias_, 1e-05)  # [2
+logits_1 = linear(layer_norm_11, wte_parameters_weight_, None)  # [2, 4, 128]
 gather = gather(check_labels_default, 1, getitem_18)  # [2, 4]
 where_1 = where(getitem_19, gather, -100)  # [2, 4]
 flatten = reshape(logits_1, 0, 1)  # [8, 128]

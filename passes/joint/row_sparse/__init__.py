@@ -30,7 +30,7 @@ class RowSparseBackward(JointPass):
 
     Before::
 
-        g = cggr.scatter_rows(dh, rows, keep, S)              # [B, S, H], K rows of S are not zero
+        g = cggr.scatter_rows(dh, rows, keep, S)              # [B, S, H], K rows of S are not zero; one or several
         dx = mm(g.view(B * S, H), W)                          # all rows
         dW = mm(g.view(B * S, H).permute(1, 0), x)            # all rows
 
@@ -49,9 +49,11 @@ class RowSparseBackward(JointPass):
 
     def __call__(self, graph: Graph) -> PassResult:
         seeds = graph.find_nodes(op="call_function", target=ops.scatter_rows.default)
-        if len(seeds) != 1:
-            return PassResult(False, f"{len(seeds)} cggr::scatter_rows in the joint graph, expected one")
-        (seed,) = seeds
+        if not seeds:
+            return PassResult(False, "no cggr::scatter_rows in the joint graph")
+        if len({seed.args[1:] for seed in seeds}) > 1:
+            return PassResult(False, "several selections in one joint graph")
+        seed = seeds[0]
         _, rows, keep, length = seed.args
         if not is_static(seed, rows) or not isinstance(length, int):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
