@@ -63,7 +63,7 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
 
     smallest = variant_at(ratios[-1])  # where that cannot be done, nothing below 1.0 can
     _tell(gm, inputs, smallest, runtime)
-    if not smallest.report.matched or len(ratios) == 1:
+    if not smallest.selective or len(ratios) == 1:
         smallest.pin_sizes()
         variants = VariantDispatcher({ratios[-1]: _at_capture(smallest, inputs, resolver)})
     else:
@@ -76,15 +76,15 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
 def _tell(gm: GraphModule, inputs: Sequence[Any], variant: GraphVariant, runtime: Runtime) -> None:
     """Say what came of the rewriting, and watch for Dynamo giving up."""
     report, options = variant.report, variant.configuration.options
-    if report.matched:
+    if variant.selective:
         for notice in variant.ctx.notices:
             runtime.notify(notice)
         for warning in variant.ctx.warnings:
             runtime.warn(warning)
-    if report.matched or (not report.training and at_compiled_call()):
+    if variant.selective or (not variant.training and at_compiled_call()):
         trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         recompile_limit.watch(partial(_given_up, weakref.ref(runtime), trained, options))
-    if report.training and not report.matched:
+    if variant.training and not variant.selective:
         find_cause(gm, report)
         if not variant.ctx.dense:
             runtime.fall_back(report)

@@ -40,6 +40,7 @@ class CompiledVariant:
     ) -> None:
         self._resolver, self.report = resolver, variant.report
         self._kept = None if variant.static is None else variant.static.kept
+        self._training, self._selective = variant.training, variant.selective
         self._returns, self._scheduled = variant.returns, variant.ctx.scheduled
         self._overwritten = variant.configuration.replays
         self._verifier: Verifier | None = None
@@ -47,7 +48,7 @@ class CompiledVariant:
             lowerings.register()
         inputs = self._arguments(inputs)
         self._probe = _probe(variant, inputs) if measured else None  # before a compiler changes the graph
-        if self.report.matched:
+        if self._selective:
             self._compile_selective(variant, inputs)
         else:
             self._compiled = lower_dense(variant.graph, inputs, variant.configuration)
@@ -55,11 +56,11 @@ class CompiledVariant:
     def run(self, call: Call, args: Sequence[Any]) -> Any:
         """One call of the captured graph: the user's results."""
         args = self._arguments(args)
-        if not self.report.training:
+        if not self._training:
             return self._compiled(*args)  # not noted as the last graph that ran
         if self._verifier is not None and not call.repeats:
             self._verify(self._verifier, call, args)
-        if self.report.matched:
+        if self._selective:
             results = self._compiled(*args, call.state(self._device))
         else:
             if self._scheduled:
@@ -73,7 +74,7 @@ class CompiledVariant:
         """Gradients of the objective beside the training step; of a measured variant only."""
         if self._probe is None:
             raise ValueError("the gradient of this variant is not measured")
-        state = [self._resolver.runtime.other_state(self._device)] if self.report.matched else []
+        state = [self._resolver.runtime.other_state(self._device)] if self._selective else []
         return self._probe.gradient(self._compiled, self._arguments(args), *state)
 
     def _arguments(self, args: Sequence[Any]) -> list[Any]:
@@ -81,7 +82,7 @@ class CompiledVariant:
 
     def _compile_selective(self, variant: GraphVariant, inputs: list[Any]) -> None:
         graph, options, report, resolver = variant.graph, variant.ctx.options, variant.report, self._resolver
-        patches = dict(variant.configuration.patches)
+        engine, patches = variant.configuration.engine, dict(variant.configuration.patches)
         (state,) = (fake_value(n) for n in graph.graph.find_nodes(op="placeholder") if n.target == STATE)
         self._device = state.device
         example = [*inputs, torch.zeros(2, dtype=torch.int64, device=self._device)]
@@ -89,8 +90,8 @@ class CompiledVariant:
         ours = self._overwritten and not any(written_inputs(graph))  # else Inductor's, which see to what is written
         if ours:
             patches[compat.CUDA_GRAPHS] = False
-        with pass_records.kept(graph, example, options, report):
-            self._compiled = lower_selective(graph, example, options, report, variant.dump, patches)
+        with pass_records.kept(graph, example, engine, options, report):
+            self._compiled = lower_selective(graph, example, engine, options, report, variant.dump, patches)
         if ours:
             parameters = [i for i, value in enumerate(inputs) if isinstance(value, Parameter)]
             self._compiled = Replay(
@@ -119,7 +120,15 @@ class CompiledVariant:
         patches = {**patches, compat.CUDA_GRAPHS: False}  # it runs a few times only
         dense = dataclasses.replace(report, options=options.as_dict(), passes=[])
         with compat.separate_tracing_context():
-            reference = lower_selective(copy_module(semantic), example, options, dense, GraphDump(None, dense), patches)
+            reference = lower_selective(
+                copy_module(semantic),
+                example,
+                variant.configuration.engine,
+                options,
+                dense,
+                GraphDump(None, dense),
+                patches,
+            )
         steps = variant.ctx.options.verify
         return Verifier(self._compiled, reference, semantic, self._device, steps, variant.captured)
 

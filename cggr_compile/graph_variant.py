@@ -26,6 +26,8 @@ class GraphVariant:
     Attributes:
         graph: rewritten, or the captured one itself.
         ctx: what the passes found.
+        training: whether it is a training step's.
+        selective: whether it trains on selected positions.
         static: set if its sizes are numbers now.
         captured: the graph before the passes, if it is to be verified.
     """
@@ -35,6 +37,8 @@ class GraphVariant:
     ctx: GraphContext
     report: GraphReport
     dump: GraphDump
+    training: bool
+    selective: bool
     static: StaticSizes | None
     captured: CapturedReference | None
 
@@ -66,14 +70,15 @@ class GraphVariant:
         )
         dump.stage("captured", gm)
         graph = rewrite(gm, ctx, report, dump) if rewritable else gm
-        captured = CapturedReference(gm, graph, inputs, ctx) if options.verify and report.matched else None
+        selective = report.matched
+        captured = CapturedReference(gm, graph, inputs, ctx) if options.verify and selective else None
         static = ctx.get(StaticSizes) if graph is not gm else None
-        return cls(configuration, graph, ctx, report, dump, static, captured)
+        return cls(configuration, graph, ctx, report, dump, report.training, selective, static, captured)
 
     @property
     def returns(self) -> tuple[str, ...]:
         """What the graph returns behind the user's results; see ``step_interface``."""
-        if self.report.matched:
+        if self.selective:
             return SELECTIVE
         return () if self.ctx.get(ObservedRouter) is None else OBSERVING
 

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from cggr_compile import compat
 from cggr_compile.configuration import Configuration
+from cggr_compile.engine import Engine
 from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
 from cggr_compile.options import Options
 from cggr_compile.report import GraphDump, GraphReport
@@ -31,13 +32,14 @@ def lower_dense(gm: GraphModule, inputs: list[Any], configuration: Configuration
 def lower_selective(
     gm: GraphModule,
     inputs: list[Any],
+    engine: Engine,
     options: Options,
     report: GraphReport,
     dump: GraphDump,
     patches: Mapping[str, Any],
 ) -> Callable[..., Any]:
     """Compile a rewritten graph, with the optimising passes that the options ask for."""
-    if report.compiler == "eager":
+    if engine == "eager":
         return compat.aot_eager(gm, inputs, partition_with_passes(options, report, dump))
     passes = {"joint_custom_pre_pass": joint_pre_pass(options, report, dump)}
     return compat.compile_fx(gm, inputs, {**compat.fusion_limit(MAX_FUSION_PAIRS), **patches, **passes})

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat, joint
+from cggr_compile.engine import Engine
 from cggr_compile.options import Options
 from cggr_compile.pipeline import joint_passes
 from cggr_compile.report import GraphReport, PassRecord
@@ -25,12 +26,14 @@ NOT_KEPT = "from Inductor's cache: it ran when this graph was first compiled, an
 
 
 @contextmanager
-def kept(gm: GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Iterator[None]:
+def kept(
+    gm: GraphModule, inputs: Sequence[Any], engine: Engine, options: Options, report: GraphReport
+) -> Iterator[None]:
     """Around the compilation of ``gm``: keep the records of the passes that run, or add those kept earlier."""
-    if report.compiler == "eager":  # no cache: the passes run every time
+    if engine == "eager":  # no cache: the passes run every time
         yield
         return
-    path = _place(gm, inputs, options, report)  # a compiler may change the graph
+    path = _place(gm, inputs, engine, options, report)  # a compiler may change the graph
     yield
     ran = [record for record in report.passes if record.stage == "joint"]
     if ran:
@@ -45,7 +48,7 @@ def kept(gm: GraphModule, inputs: Sequence[Any], options: Options, report: Graph
         report.passes += [PassRecord(joint_pass.name, "joint", None, NOT_KEPT) for joint_pass in joint_passes(options)]
 
 
-def _place(gm: GraphModule, inputs: Sequence[Any], options: Options, report: GraphReport) -> Path:
+def _place(gm: GraphModule, inputs: Sequence[Any], engine: Engine, options: Options, report: GraphReport) -> Path:
     """A file whose name depends on all that the passes see."""
     described = [
         (*map(str, (t.shape, t.stride(), t.dtype, t.device)), t.requires_grad) if isinstance(t, Tensor) else str(t)
@@ -53,6 +56,6 @@ def _place(gm: GraphModule, inputs: Sequence[Any], options: Options, report: Gra
     ]
     # AOTAutograd traces under the autocast that Dynamo's graph does not show
     autocast = [(torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))) for kind in ("cpu", "cuda")]
-    keys = [joint.source_digest(), *joint.passes_key(options, report), report.compiler, described, autocast]
+    keys = [joint.source_digest(), *joint.passes_key(options, report), engine, described, autocast]
     facts = json.dumps([*keys, gm.print_readable(print_output=False)], default=str)
     return compat.inductor_cache_dir() / "cggr" / f"{hashlib.sha256(facts.encode()).hexdigest()}.json"
