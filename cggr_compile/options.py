@@ -13,15 +13,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Scoring = Literal["entropy", "margin", "loss", "combined", "el2n", "excess", "random"]
-SelectionName = Literal["importance", "random", "stratified", "labels", "topk", "fixed_quota", "sequence_aware"]
-# what ranks candidates, and so needs a score
-RANKED = ("stratified", "topk", "fixed_quota", "sequence_aware")
-BATCH_SCOPE = ("importance", "random", "topk", "sequence_aware")
-
-
-class OptionError(ValueError):
-    """An option or argument that the user has to change; raised at the call, not swallowed as a fallback."""
+from cggr_compile.errors import OptionError
+from cggr_compile.scorings import SCORINGS
+from cggr_compile.selections import SELECTIONS
+from cggr_compile.selections.record import Scope, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,21 +27,15 @@ class Options:
         min_tokens_ratio: share of each sequence's positions that contribute gradient, in (0, 1]. A sequence
             of S positions gets ceil(ratio * S) slots. 1.0 leaves the model's loss and gradients alone. ``auto`` starts
             at 1.0 and moves on the ladder as far down as ``variance_bound`` allows.
-        scoring: difficulty of a token from the router's distribution p: ``entropy`` H(p) - p_top1, ``margin``
-            1 - (p_top1 - p_top2), ``loss`` -log p(label), ``combined`` their sum; ``el2n`` ||p - onehot(label)||, which
-            reads the head twice; ``excess`` the loss minus ``reference_loss`` [B, S], an input of the model (see
-            :func:`cggr_compile.with_reference_loss`); ``random`` runs no router. Or a function (logsumexp, entropy,
-            top1, top2, label_logprob) -> difficulty of float32 tensors [B, S], which torch.fx can trace.
-        selection: ``importance`` samples with probability p = r(1/2 + 1/2 score / mean score), at most 1; ``random``
-            with equal ones; ``stratified`` the same number at random from each of ``num_strata`` equal parts of the
-            score ranking; ``labels`` takes every token that has a label, or a random part of them where there are more
-            than ``max_selected``. In these four each token's loss has the weight 1/p, so that the loss estimates the
-            full one. ``topk`` takes the most difficult tokens of every sequence (of the whole batch only if
-            ``scope="batch"`` asks for it), ``fixed_quota`` always those of every sequence, ``sequence_aware`` those of
-            the whole batch with ``min_tokens_per_sequence``: without weights, which is a biased sample; see the
-            README. Where ``random`` and ``labels`` select, scores only feed the metrics.
-        scope: whether ``importance``, ``random`` and ``topk`` fill the slots of each ``sequence`` or of the whole
-            ``batch``, where difficult sequences get more. ``sequence_aware`` always looks at the batch.
+        scoring: difficulty of a token from the router's distribution p, a record of ``cggr_compile.scorings``:
+            (listed there as SCORINGS)
+            Or a function (logsumexp, entropy, top1, top2, label_logprob) -> difficulty of float32 tensors [B, S], which
+            torch.fx can trace.
+        selection: which tokens the loss is taken over, a record of ``cggr_compile.selections``:
+            (listed there as SELECTIONS)
+            With the weight 1/p the loss estimates the full one. Without weights the sample is biased, see the README.
+        scope: whether a selection that can do both fills the slots of each ``sequence`` or of the whole ``batch``,
+            where difficult sequences get more.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.
         min_tokens_per_sequence: tokens that ``sequence_aware`` takes from every sequence (that has so many), >= 1.
         max_selected: the most positions of one sequence that get a slot, a share of its length in (0, 1] (float) or a
@@ -113,9 +102,9 @@ class Options:
     """
 
     min_tokens_ratio: float | Literal["auto"] = 0.25
-    scoring: Scoring | Callable[..., Any] = "combined"
-    selection: SelectionName = "importance"
-    scope: Literal["sequence", "batch"] = "sequence"
+    scoring: str | Callable[..., Any] = "combined"
+    selection: str = "importance"
+    scope: Scope = "sequence"
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
     max_selected: float | int | None = None
@@ -153,7 +142,8 @@ class Options:
             if get_origin(hints[item.name]) is Literal:
                 _check_choice(item.name, getattr(self, item.name), get_args(hints[item.name]))
         if not callable(self.scoring):
-            _check_choice("scoring", self.scoring, get_args(Scoring))
+            _check_choice("scoring", self.scoring, tuple(SCORINGS))
+        _check_choice("selection", self.selection, tuple(SELECTIONS))
         layers = self.router_layers
         if not (layers is None or layers == "full" or (_is_int(layers) and int(layers) >= 1)):
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
@@ -175,22 +165,19 @@ class Options:
         self._check_selection()
 
     def _check_selection(self) -> None:
-        if self.selection in RANKED and self.scoring == "random":
-            raise OptionError(
-                f"selection={self.selection!r} needs a score: scoring must be one of "
-                f"{sorted({*get_args(Scoring)} - {'random'})} or a function, got 'random'"
-            )
-        if self.kv_weight != "1" and (self.selection not in _SAMPLED or self.gradient == "exact"):
+        record = self.selection_record
+        if record.scores == "needed":
+            self._check_router(f"selection={self.selection!r} needs a score")
+        if self.kv_weight != "1" and (not record.sampled or self.gradient == "exact"):
             raise OptionError(
                 f"kv_weight={self.kv_weight!r} needs gradient='routed' and a selection that samples, one of "
-                f"{sorted(_SAMPLED)}; got gradient={self.gradient!r}, selection={self.selection!r}"
+                f"{_sampled()}; got gradient={self.gradient!r}, selection={self.selection!r}"
             )
         for name in ("num_strata", "min_tokens_per_sequence"):
             _check_integer(name, getattr(self, name), 1)
-        if self.scope == "batch" and self.selection not in BATCH_SCOPE:
-            raise OptionError(
-                f"scope='batch' is for selection in {sorted(BATCH_SCOPE)}; selection={self.selection!r} is per sequence"
-            )
+        if self.scope == "batch" and "batch" not in record.scopes:
+            able = SELECTIONS.names(lambda record: "batch" in record.scopes)
+            raise OptionError(f"scope='batch' is for selection in {able}; selection={self.selection!r} is per sequence")
         most = self.max_selected
         if most is None:
             return
@@ -199,8 +186,16 @@ class Options:
             raise OptionError(
                 f"max_selected must be a share in (0, 1] (float), a number >= 1 (int) or None, got {most!r}"
             )
-        if self.selection != "labels" and not self.whole_batch:
-            raise OptionError("max_selected is for selection='labels' or scope='batch'; min_tokens_ratio does it here")
+        if "max_selected" not in record.options and not self.whole_batch:
+            able = SELECTIONS.names(lambda record: "max_selected" in record.options)
+            raise OptionError(
+                f"max_selected is for selection in {able} or scope='batch'; min_tokens_ratio does it here"
+            )
+
+    def _check_router(self, why: str) -> None:
+        if not self.needs_router:
+            able = SCORINGS.names(lambda record: record.needs_router)
+            raise OptionError(f"{why}: scoring must be one of {able} or a function, got {self.scoring!r}")
 
     def _check_schedule(self) -> None:
         _check_integer("warmup_steps", self.warmup_steps, 0)
@@ -210,11 +205,8 @@ class Options:
             for ratio in self.ladder:
                 _check_ratio("ladder", ratio)
         _check_share("threshold_sensitivity", self.threshold_sensitivity)
-        if self.dynamic_threshold is True and self.scoring == "random":
-            raise OptionError(
-                "dynamic_threshold needs the router's confidence: scoring must be one of "
-                "['combined', 'entropy', 'loss', 'margin'], got 'random'"
-            )
+        if self.dynamic_threshold is True:
+            self._check_router("dynamic_threshold needs the router's confidence")
         _check_number("variance_bound", self.variance_bound, "a number > 0")
         if self.variance_bound <= 0:
             raise OptionError(f"variance_bound must be a number > 0, got {self.variance_bound!r}")
@@ -223,10 +215,10 @@ class Options:
             self._check_auto()
 
     def _check_auto(self) -> None:
-        if self.selection not in _SAMPLED:
+        if not self.selection_record.sampled:
             raise OptionError(
                 "min_tokens_ratio='auto' measures the variance of a random selection: selection must be one of "
-                f"{sorted(_SAMPLED)}, got {self.selection!r}"
+                f"{_sampled()}, got {self.selection!r}"
             )
         if self.dynamic_threshold:
             raise OptionError("dynamic_threshold must be False with min_tokens_ratio='auto': both move the ratio")
@@ -259,9 +251,13 @@ class Options:
         return _fraction(self.min_tokens_ratio)
 
     @property
+    def selection_record(self) -> Selection:
+        return SELECTIONS[self.selection]
+
+    @property
     def whole_batch(self) -> bool:
         """Whether tokens of different sequences compete for slots."""
-        return self.scope == "batch" or self.selection == "sequence_aware"
+        return self.scope == "batch" or "sequence" not in self.selection_record.scopes
 
     @property
     def most_slots(self) -> Fraction | int:
@@ -274,7 +270,7 @@ class Options:
 
     @property
     def needs_router(self) -> bool:
-        return self.scoring != "random"
+        return callable(self.scoring) or SCORINGS[self.scoring].needs_router
 
     @property
     def scoring_name(self) -> str:
@@ -287,15 +283,19 @@ class Options:
         """Hash of everything that can change the compiled graph."""
         same_graph = {"dump_dir", "fallback", "advance", "seed", "verify", *_SCHEDULE}
         fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
-        if callable(self.scoring):
-            fields["scoring"] = (self.scoring_name, _source(self.scoring))
+        # a graph calls a formula by its name
+        formula = self.scoring if callable(self.scoring) else SCORINGS[self.scoring].formula
+        if formula is not None:
+            fields["scoring"] = (self.scoring_name, _source(formula))
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 # which ratio a step runs at; a graph has but one
 _SCHEDULE = {"warmup_steps", "ladder", "dynamic_threshold", "threshold_sensitivity", "variance_bound", "measure_every"}
-# selections that draw at random
-_SAMPLED = {"importance", "random", "stratified", "labels"}
+
+
+def _sampled() -> list[str]:
+    return SELECTIONS.names(lambda record: record.sampled)
 
 
 def callable_name(function: Callable[..., Any]) -> str:
@@ -351,3 +351,8 @@ def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
         hint = _hint(value, list(allowed)) if isinstance(value, str) else ""
         raise OptionError(f"{name} must be one of {sorted(allowed)}, got {value!r}{hint}")
+
+
+if Options.__doc__:  # python -OO has none
+    for place, table in (("(listed there as SCORINGS)", SCORINGS), ("(listed there as SELECTIONS)", SELECTIONS)):
+        Options.__doc__ = Options.__doc__.replace(place, table.listing(" " * 12))

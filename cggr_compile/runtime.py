@@ -82,8 +82,9 @@ class Runtime:
         is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
         tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
         ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
-        unless ``selection="labels"``); context_overflow: positions that carry gradient without a label (those of a
-        trained image projector, say) for which there was no slot in any step so far (None without such);
+        unless the selection takes all of them, as ``labels`` does); context_overflow: positions that carry gradient
+        without a label (those of a trained image projector, say) for which there was no slot in any step so far (None
+        without such);
         matched; fallback_reason (None if matched); verify_steps, verify_max_error,
         verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
         it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None; stale_steps:
@@ -215,7 +216,7 @@ class Runtime:
                 self.warn(message)
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
-            if selected is not None and stats is not None and self.options.selection == "labels":
+            if selected is not None and stats is not None and self.options.selection_record.takes_all:
                 # on the device: no transfer
                 missed = (stats[1] - stats[0]).long()
                 self._overflow = missed if self._overflow is None else self._overflow + missed

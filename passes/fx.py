@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer
 
 from cggr_compile import compat
 from cggr_compile.passes.analysis.modes import Modes, modes_of
@@ -98,6 +99,7 @@ class Emitter:
         self.origin: dict[str, Any] = {}
         self._places: dict[Node, Modes] = {}
         self._modes: Modes | None = None
+        self._tracer = _CallsOfProxies(self)
 
     @contextmanager
     def before(self, anchor: Node, origin: str) -> Iterator[Emitter]:
@@ -161,6 +163,14 @@ class Emitter:
         """The calls that a plain function of tensors makes (ATen graphs); what it returns, as nodes."""
         return self.inline(compat.traced(function, [fake_value(arg) for arg in args], self.fake_mode), *args)
 
+    def proxy(self, value: Any) -> Any:
+        """A node as an operand of plain Python, whose operations become calls (Dynamo graphs); numbers as they are."""
+        return self._tracer.proxy(value) if isinstance(value, Node) else value
+
+    def node(self, proxy: Any) -> Node:
+        """What :meth:`proxy` was made from, or what has become of it."""
+        return self._tracer.create_arg(proxy)  # type: ignore[return-value]
+
     def masked(self, mask: Node, values: Node) -> Node:
         """``values``, with zeros where ``mask`` is False (ATen graphs)."""
         value = fake_value(values)
@@ -203,6 +213,19 @@ class Emitter:
         modes = nullcontext() if self._modes is None else self._modes.applied()
         with self.fake_mode, compat.symbolic_sizes_kept(self.fake_mode), modes:
             node.meta[self.key] = function(*fake_args, **fake_kwargs)
+
+
+class _CallsOfProxies(GraphAppendingTracer):
+    """Makes what is done with the proxies of an emitter's nodes into calls of the emitter."""
+
+    def __init__(self, emit: Emitter) -> None:
+        super().__init__(emit.graph)
+        self.emit = emit
+
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None, type_expr: Any = None
+    ) -> Node:
+        return (self.emit.method if kind == "call_method" else self.emit.call)(target, *args, **kwargs)
 
 
 class _Inline(Interpreter):

@@ -76,7 +76,7 @@ BAD = [
     ({"max_selected": 1.5, "selection": "labels"}, "max_selected"),
     ({"max_selected": True, "selection": "labels"}, "max_selected"),
     ({"max_selected": float("nan"), "selection": "labels"}, "max_selected"),
-    ({"max_selected": 0.5}, "max_selected is for selection='labels' or scope='batch'"),
+    ({"max_selected": 0.5}, r"max_selected is for selection in \['labels', .*\] or scope='batch'"),
     (["ratio"], "options must be a dict"),
 ]
 

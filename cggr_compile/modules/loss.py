@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from cggr_compile.modules.selector import TokenSelector
-from cggr_compile.modules.settings import Scoring, Selection, Settings
+from cggr_compile.modules.settings import Arguments, Settings, takes_settings
 from cggr_compile.options import OptionError
+from cggr_compile.selections import SELECTIONS
 
 
 class CGGRLoss(TokenSelector):
@@ -21,9 +22,8 @@ class CGGRLoss(TokenSelector):
     logits exist already, so it saves no arithmetic in the model: the backend does.
 
     Args:
-        scoring, selection, dynamic_threshold, threshold_sensitivity, min_tokens_ratio, warmup_steps, num_strata,
-            min_tokens_per_sequence: see :class:`cggr_compile.modules.settings.Settings`. All but ``stratified`` select
-            a biased sample, and a warning says so.
+        **settings: scoring, selection and others: the fields of :class:`cggr_compile.modules.settings.Settings`. All
+            selections but ``stratified`` take a biased sample, and a warning says so.
         base_loss: ``(logits [N, V], targets [N]) -> [N]``, the loss of every token; None for the cross-entropy. Its
             ``ignore_index``, or -100 if it has none, marks targets that are no candidates; it is called with 0 there.
 
@@ -31,30 +31,14 @@ class CGGRLoss(TokenSelector):
         ValueError: for an argument out of range.
     """
 
+    @takes_settings(
+        *("scoring", "selection", "dynamic_threshold", "threshold_sensitivity"),
+        *("min_tokens_ratio", "warmup_steps", "num_strata", "min_tokens_per_sequence"),
+    )
     def __init__(
-        self,
-        scoring: Scoring = "combined",
-        selection: Selection = "topk",
-        dynamic_threshold: bool = True,
-        threshold_sensitivity: float = 0.5,
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 1000,
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
-        base_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        self, *, base_loss: Callable[[Tensor, Tensor], Tensor] | None = None, **settings: Unpack[Arguments]
     ) -> None:
-        super().__init__(
-            Settings(
-                scoring=scoring,
-                selection=selection,
-                dynamic_threshold=dynamic_threshold,
-                threshold_sensitivity=threshold_sensitivity,
-                min_tokens_ratio=min_tokens_ratio,
-                warmup_steps=warmup_steps,
-                num_strata=num_strata,
-                min_tokens_per_sequence=min_tokens_per_sequence,
-            )
-        )
+        super().__init__(Settings(**settings))
         if base_loss is not None and not callable(base_loss):
             raise OptionError(f"base_loss must be None or callable, got {base_loss!r}")
         reduction = getattr(base_loss, "reduction", "none")
@@ -62,12 +46,13 @@ class CGGRLoss(TokenSelector):
             raise OptionError(f"base_loss must have reduction='none', got {reduction!r}")
         self.base_loss: Any = base_loss or nn.CrossEntropyLoss(reduction="none")
         self.ignore_index = int(getattr(base_loss, "ignore_index", -100))
-        if selection != "stratified":
+        selection = self.settings.selection
+        if not SELECTIONS[selection].sampled:
             warnings.warn(
                 f"selection={selection!r} trains on the most difficult tokens without weights: the model unlearns what "
                 "it is not shown (from scratch, a held-out loss of 4.95 to 6.47 where random tokens reached 3.42). "
                 "selection='stratified' has no such bias.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from cggr_compile.modules.router import TruncatedRouter
-from cggr_compile.modules.settings import Scoring, Selection, Settings
+from cggr_compile.modules.settings import Arguments, Settings, takes_settings
 from cggr_compile.options import OptionError, Options
 from cggr_compile.registry import registry
 from cggr_compile.runtime import Runtime
+from cggr_compile.selections import SELECTIONS
 
 
 class CGGRModel(nn.Module):
@@ -27,8 +28,7 @@ class CGGRModel(nn.Module):
         model: what computes a loss from ``labels``.
         router: what scores the tokens: a :class:`TruncatedRouter` of this very model, of which the backend takes the
             number of blocks (it scores with the main forward's own first blocks), or None for the full model.
-        scoring, min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, num_strata,
-            min_tokens_per_sequence: see :class:`cggr_compile.modules.settings.Settings`.
+        **settings: scoring, selection and others: the fields of :class:`cggr_compile.modules.settings.Settings`.
         options: further options of the backend, see :class:`cggr_compile.Options`.
 
     Raises:
@@ -40,34 +40,22 @@ class CGGRModel(nn.Module):
 
     step_count: Tensor
 
+    @takes_settings(
+        *("scoring", "min_tokens_ratio", "warmup_steps", "dynamic_threshold", "threshold_sensitivity"),
+        *("selection", "num_strata", "min_tokens_per_sequence"),
+    )
     def __init__(
         self,
         model: nn.Module,
         router: nn.Module | None = None,
-        scoring: Scoring = "combined",
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 1000,
-        dynamic_threshold: bool = True,
-        threshold_sensitivity: float = 0.5,
-        selection: Selection = "topk",
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
+        *,
         options: Mapping[str, Any] | None = None,
+        **settings: Unpack[Arguments],
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a module, got {type(model).__name__}")
-        settings = Settings(
-            scoring=scoring,
-            selection=selection,
-            dynamic_threshold=dynamic_threshold,
-            threshold_sensitivity=threshold_sensitivity,
-            min_tokens_ratio=min_tokens_ratio,
-            warmup_steps=warmup_steps,
-            num_strata=num_strata,
-            min_tokens_per_sequence=min_tokens_per_sequence,
-        )
-        self.options = _backend_options(settings, _router_layers(model, router), options or {})
+        self.options = _backend_options(Settings(**settings), _router_layers(model, router), options or {})
         self.model = model
         self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_post_hook(_resume)
@@ -161,7 +149,7 @@ def _router_layers(model: nn.Module, router: nn.Module | None) -> Any:
 
 def _backend_options(settings: Settings, router_layers: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
     own = {**vars(settings), "router_layers": router_layers, "advance": "manual"}
-    if settings.selection == "fixed_quota":
+    if not SELECTIONS[settings.selection].follows_confidence:
         own["dynamic_threshold"] = False
     if twice := sorted(own.keys() & extra.keys()):
         raise OptionError(f"options must leave out {twice}: they are arguments of CGGRModel, or follow from them")

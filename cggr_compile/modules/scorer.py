@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cggr_compile.modules.router import logits_of, predicts_masked_tokens
 from cggr_compile.modules.selector import TokenSelector
-from cggr_compile.modules.settings import Scoring, Selection, Settings
+from cggr_compile.modules.settings import Arguments, Settings, takes_settings
 from cggr_compile.options import OptionError
 
 
@@ -22,37 +22,18 @@ class CGGRScorer(TokenSelector):
     Args:
         router: ``(input_ids, **kwargs)`` -> logits, or an output with ``.logits``: a :class:`TruncatedRouter` or any
             language model. It is used and not owned: parameters(), state_dict() and to() leave it out.
-        scoring, min_tokens_ratio, warmup_steps, dynamic_threshold, threshold_sensitivity, selection, num_strata,
-            min_tokens_per_sequence: see :class:`cggr_compile.modules.settings.Settings`.
+        **settings: scoring, selection and others: the fields of :class:`cggr_compile.modules.settings.Settings`.
 
     Raises:
         ValueError: for an argument out of range.
     """
 
-    def __init__(
-        self,
-        router: nn.Module,
-        scoring: Scoring = "combined",
-        min_tokens_ratio: float = 0.25,
-        warmup_steps: int = 1000,
-        dynamic_threshold: bool = True,
-        threshold_sensitivity: float = 0.5,
-        selection: Selection = "topk",
-        num_strata: int = 4,
-        min_tokens_per_sequence: int = 1,
-    ) -> None:
-        super().__init__(
-            Settings(
-                scoring=scoring,
-                selection=selection,
-                dynamic_threshold=dynamic_threshold,
-                threshold_sensitivity=threshold_sensitivity,
-                min_tokens_ratio=min_tokens_ratio,
-                warmup_steps=warmup_steps,
-                num_strata=num_strata,
-                min_tokens_per_sequence=min_tokens_per_sequence,
-            )
-        )
+    @takes_settings(
+        *("scoring", "min_tokens_ratio", "warmup_steps", "dynamic_threshold", "threshold_sensitivity"),
+        *("selection", "num_strata", "min_tokens_per_sequence"),
+    )
+    def __init__(self, router: nn.Module, **settings: Unpack[Arguments]) -> None:
+        super().__init__(Settings(**settings))
         if not callable(router):
             raise OptionError(f"router must be a module, got {type(router).__name__}")
         self._router = (router,)  # in a tuple, out of sight of nn.Module

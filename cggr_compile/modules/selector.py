@@ -13,6 +13,7 @@ from cggr_compile.modules.settings import Settings
 from cggr_compile.ops.difficulty import difficulty as difficulty_of
 from cggr_compile.ops.metrics import STAT_NAMES, stats
 from cggr_compile.ops.score_logits import score_logits
+from cggr_compile.selections import SELECTIONS
 
 
 class Selected(NamedTuple):
@@ -73,24 +74,16 @@ class TokenSelector(nn.Module):
         """
         settings = self.settings
         known = labels if labels is not None else torch.full(valid.shape, -100, device=valid.device)
-        _, entropy, top1, top2, label_logprob = score_logits(logits, known)
+        logsumexp, entropy, top1, top2, label_logprob = score_logits(logits, known)
         if labels is None:
             label_logprob = -entropy
-        difficulty = difficulty_of(entropy, top1, top2, label_logprob, settings.scoring)
+        difficulty = difficulty_of(entropy, top1, top2, label_logprob, settings.scoring, logsumexp=logsumexp)
         # a module left on the CPU lends its step as a scalar
         step = torch.zeros((), dtype=torch.int64, device=logits.device) + self.step_count
         ratio = curriculum_ratio(step, settings.min_tokens_ratio, settings.warmup_steps)
-        if settings.dynamic_threshold and settings.selection != "fixed_quota":
+        if settings.dynamic_threshold and SELECTIONS[settings.selection].follows_confidence:
             confidence = top1.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
             ratio = adjust_to_confidence(ratio, confidence, settings.threshold_sensitivity)
-        mask = token_mask(
-            settings.selection,
-            difficulty,
-            valid,
-            ratio,
-            step,
-            num_strata=settings.num_strata,
-            min_tokens_per_sequence=settings.min_tokens_per_sequence,
-        )
+        mask = token_mask(settings.selection, difficulty, valid, ratio, step, settings)
         self._figures = torch.cat((ratio[None], stats(mask, valid, top1, entropy, difficulty)))
         return Selected(difficulty, mask, top1, entropy, ratio)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cggr_compile.errors import OptionError
 from cggr_compile.ops.library import define_opaque
-from cggr_compile.options import OptionError
 
 
 def expected_labels(vocab: int, ignore_index: int) -> str:

@@ -9,11 +9,12 @@ from cggr_compile.ops.library import define_composite
 from cggr_compile.ops.ranking import comparable, ranks
 
 
-def hardest_reference(scores: Tensor, valid: Tensor, slots: int) -> Tensor:
+def hardest_reference(scores: Tensor, valid: Tensor, slots: int | Tensor) -> Tensor:
     """The ``slots`` candidates with the highest scores of every sequence (all, where there are fewer).
 
     Args:
         scores: float [B, S]; a score that is not finite counts as the lowest. valid: bool [B, S], the candidates.
+        slots: a number, or (not the operator) one for every sequence, int64 [B, 1].
 
     Returns:
         bool [B, S]. Among equal scores the earlier position wins, on every device.
@@ -41,7 +42,7 @@ def hardest_of_batch_reference(scores: Tensor, valid: Tensor, slots: int, cap: i
     return allowed & chosen.view_as(allowed)
 
 
-def _first(scores: Tensor, number: int) -> Tensor:
+def _first(scores: Tensor, number: int | Tensor) -> Tensor:
     """bool: the ``number`` highest along axis 1."""
     return ranks(scores, descending=True) < number
 

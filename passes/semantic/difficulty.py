@@ -9,15 +9,16 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile import compat
+from cggr_compile.ops.difficulty import ALWAYS
 from cggr_compile.options import OptionError, callable_name
 from cggr_compile.passes.analysis.effects import mutated_operand
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, same_size, shape_of
+from cggr_compile.scorings import SCORINGS
+from cggr_compile.scorings.record import STATISTICS
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
-
-STATISTICS = ("logsumexp", "entropy", "top1", "top2", "label_logprob")
 
 
 def difficulty(
@@ -31,21 +32,24 @@ def difficulty(
         doubled: adds the logsumexp of twice the logits to the graph.
 
     Raises:
-        OptionError: a callable that cannot be traced or returns something else, or no reference loss for ``excess``.
+        OptionError: a callable that cannot be traced or returns something else, or no reference loss for a scoring that
+            reads it.
     """
-    logsumexp, entropy, top1, top2, label_logprob = statistics
     if not isinstance(scoring, str):
         return _inline(emit, scoring, statistics)
-    if scoring == "el2n":
-        return emit.call(torch.ops.cggr.el2n.default, logsumexp, doubled(), label_logprob)
-    if scoring == "excess":
-        loss = emit.call(torch.ops.cggr.difficulty.default, entropy, top1, top2, label_logprob, "loss")
-        reference = emit.method("float", emit.method("detach", _reference_loss(emit.graph, loss)))
-        return emit.call(torch.sub, loss, reference)
-    return emit.call(torch.ops.cggr.difficulty.default, entropy, top1, top2, label_logprob, scoring)
+    values = dict(zip(STATISTICS, statistics, strict=True))
+    inputs = SCORINGS[scoring].inputs
+    if "doubled" in inputs:
+        values["doubled"] = doubled()
+    if "reference_loss" in inputs:
+        reference = _reference_loss(emit.graph, scoring, statistics[0])
+        values["reference_loss"] = emit.method("float", emit.method("detach", reference))
+    always = (values[name] for name in ALWAYS)
+    further = {name: values[name] for name in inputs if name not in ALWAYS}
+    return emit.call(torch.ops.cggr.difficulty.default, *always, scoring, **further)
 
 
-def _reference_loss(graph: Graph, like: Node) -> Node:
+def _reference_loss(graph: Graph, scoring: str, like: Node) -> Node:
     """The graph input whose name ends in reference_loss: ``L['kwargs']['reference_loss']``, say."""
     found: list[Node] = [
         node
@@ -54,7 +58,7 @@ def _reference_loss(graph: Graph, like: Node) -> Node:
     ]
     if len(found) != 1:
         raise OptionError(
-            f"scoring='excess' needs one input of the graph named reference_loss, found {len(found)}: "
+            f"scoring={scoring!r} needs one input of the graph named reference_loss, found {len(found)}: "
             "cggr_compile.with_reference_loss(labels, reference_loss), inside the compiled function, makes it one"
         )
     value = fake_value(found[0])

@@ -17,7 +17,8 @@ from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.patterns.tail import copy_tail
 from cggr_compile.passes.semantic.align_targets import router_output
-from cggr_compile.passes.semantic.difficulty import STATISTICS, difficulty
+from cggr_compile.passes.semantic.difficulty import difficulty
+from cggr_compile.scorings.record import STATISTICS
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -41,7 +42,7 @@ class InsertRouter(SemanticPass):
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if not ctx.options.needs_router:
-            return PassResult(False, "scoring='random' needs no router")
+            return PassResult(False, f"scoring={ctx.options.scoring_name!r} needs no router")
         stack, loss, anchor = ctx[LayerStack], ctx[LossSite], ctx[Candidates].anchor
         source = router_output(ctx)
         hoist = Hoist(gm.graph, anchor)

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.options import RANKED, Options
+from cggr_compile.options import Options
 from cggr_compile.passes.analysis.positions import union
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Candidates, ExtraRows, GradientRows, LossSite, NoRouter, RouterScores, Selection
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.step_interface import StepOutputs, add_state_input
+from cggr_compile.selections.record import SlotRequest
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 ops = torch.ops.cggr
-UNWEIGHTED = ("topk", "fixed_quota", "sequence_aware")
 
 
 class SelectRows(SemanticPass):
@@ -67,7 +67,7 @@ class SelectRows(SemanticPass):
             public = emit.call(torch.where, keep, rows, -1)
         StepOutputs(weights, public, stats).append_to(gm.graph)
         ctx.add(Selection(rows, keep, weights, state, stats, gradient))
-        if options.selection in UNWEIGHTED:
+        if not options.selection_record.sampled:
             ctx.notices.append(
                 f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "
                 "weights, ended at a held-out loss of 4.95 to 6.47 where random tokens reached 3.42 and dense training "
@@ -87,12 +87,13 @@ def _without_scores(ctx: GraphContext, unrouted: str) -> Options:
     """The options, with a selection that needs no score; says so."""
     options, why = ctx.options, f"the router is left out: {unrouted}"
     told = []
-    if options.selection in RANKED:
+    scores = options.selection_record.scores
+    if scores == "needed":
         # what has no rank is drawn, weighted, with the same slots
         options = replace(options, selection="random", scope="batch" if options.whole_batch else "sequence")
         told.append(f"selection={ctx.options.selection!r} has nothing to rank by and becomes 'random'")
-    elif options.selection == "importance":
-        told.append("selection='importance' draws every candidate with the same probability, like 'random'")
+    elif scores == "used":
+        told.append(f"selection={options.selection!r} draws every candidate with the same probability, like 'random'")
     if options.dynamic_threshold:
         told.append("dynamic_threshold does nothing")
     if told:
@@ -105,27 +106,24 @@ def _select(
     emit: Emitter, ctx: GraphContext, options: Options, state: Node, slots: int | Node
 ) -> tuple[Node, Node | None]:
     """The selection, bool [B, S], with at most ``slots`` per sequence, and for random ones its probabilities."""
-    valid = ctx[Candidates].valid
+    valid, record = ctx[Candidates].valid, options.selection_record
     router = ctx.get(RouterScores)
-    scores = router.difficulty if router and options.selection not in ("random", "labels") else None
-    if options.selection == "stratified":
-        drawn = emit.call(ops.stratified_sample.default, scores, valid, state, slots, options.num_strata)
-        return emit.item(drawn, 0), emit.item(drawn, 1)
-    wanted = slots
+    scores = router.difficulty if router and record.scores != "unused" else None
+    budget = slots
     if options.whole_batch:
-        wanted = _share_of(emit, emit.size(valid, 1), options.ratio)
-        wanted = emit.integer(torch.sym_min, wanted, slots)
-    if options.selection not in UNWEIGHTED:
-        cap = slots if options.whole_batch else None
-        probabilities = emit.call(ops.inclusion_probabilities.default, scores, valid, wanted, cap)
-        return emit.call(ops.systematic_sample.default, probabilities, state), probabilities
-    if not options.whole_batch:
-        return emit.call(ops.hardest.default, scores, valid, slots), None
-    least: int | Node = 0
-    if options.selection == "sequence_aware":
-        least = emit.integer(torch.sym_min, options.min_tokens_per_sequence, slots)
-        wanted = emit.integer(torch.sym_max, wanted, least)
-    return emit.call(ops.hardest_of_batch.default, scores, valid, wanted, slots, least), None
+        budget = _share_of(emit, emit.size(valid, 1), options.ratio)
+        budget = emit.integer(torch.sym_min, budget, slots)
+    request = SlotRequest(
+        scores=emit.proxy(scores),
+        valid=emit.proxy(valid),
+        state=emit.proxy(state),
+        slots=emit.proxy(slots),
+        budget=emit.proxy(budget),
+        whole_batch=options.whole_batch,
+        options=options,
+    )
+    mask, probabilities = record.by_slots(request)
+    return emit.node(mask), None if probabilities is None else emit.node(probabilities)
 
 
 def _gradient_rows(

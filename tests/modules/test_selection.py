@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,8 @@ SELECTIONS = ("topk", "fixed_quota", "sequence_aware", "stratified")
 
 def mask_of(selection, difficulty, valid=None, ratio=0.25, *, step=0, num_strata=4, min_tokens_per_sequence=1):
     valid = torch.ones_like(difficulty, dtype=torch.bool) if valid is None else valid
-    return token_mask(
-        selection,
-        difficulty,
-        valid,
-        torch.tensor(ratio),
-        torch.tensor(step),
-        num_strata=num_strata,
-        min_tokens_per_sequence=min_tokens_per_sequence,
-    )
+    options = SimpleNamespace(num_strata=num_strata, min_tokens_per_sequence=min_tokens_per_sequence)
+    return token_mask(selection, difficulty, valid, torch.tensor(ratio), torch.tensor(step), options)
 
 
 def draw(batch, seq, seed, *, ties=False, share=0.7):

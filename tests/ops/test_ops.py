@@ -33,7 +33,7 @@ def test_opcheck_all():
         (ops.concat_in_place.default, ([torch.randn(3, 2), torch.randn(3, 4)], 1)),
         (ops.materialize.default, (hidden.detach(),)),
         (ops.difficulty.default, (*stats, "combined")),
-        (ops.el2n.default, (stats[0] + 5, stats[1] + 9, -stats[3])),
+        (ops.difficulty.default, (*stats, "el2n"), dict(logsumexp=stats[0] + 5, doubled=stats[1] + 9)),
         (ops.carry.default, (torch.arange(4), stats[0])),
         (ops.check_labels.default, (torch.arange(4), 4, -100)),
         (ops.uniform.default, (state, valid)),
@@ -52,8 +52,8 @@ def test_opcheck_all():
         (ops.stop_rows.default, (hidden.detach(), 1)),
         (ops.weigh_stops.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
-    for op, arguments in calls:
-        outcome = opcheck(op, arguments)
+    for op, arguments, *named in calls:
+        outcome = opcheck(op, arguments, *named)
         assert set(outcome.values()) == {"SUCCESS"}, (op, outcome)
 
 
@@ -108,13 +108,17 @@ def test_stats_tell_what_was_dropped_last():
 
 
 def test_el2n_formula():
+    def el2n(logsumexp, doubled, label_logprob):
+        unread = [torch.zeros_like(label_logprob)] * 3
+        return ops.difficulty(*unread, label_logprob, "el2n", logsumexp=logsumexp, doubled=doubled)
+
     logits, labels = torch.randn(3, 5, 11) * 3, torch.randint(0, 11, (3, 5))
     logp = logits.log_softmax(-1)
     arguments = logits.logsumexp(-1), (2 * logits).logsumexp(-1), logp.gather(-1, labels[..., None])[..., 0]
     expected = (logp.exp() - torch.nn.functional.one_hot(labels, 11)).norm(dim=-1)
-    torch.testing.assert_close(ops.el2n(*arguments), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(el2n(*arguments), expected, atol=1e-4, rtol=1e-4)
     certain = torch.tensor([3.0]), torch.tensor([6.0]), torch.tensor([0.0])
-    assert ops.el2n(*certain).item() == 0.0  # and not the root of a rounding error below 0
+    assert el2n(*certain).item() == 0.0  # and not the root of a rounding error below 0
 
 
 def test_unresolved_marker_raises():
