@@ -25,7 +25,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Table(Mapping[str, R], Generic[R]):
-    """Records by name, in the order of their names."""
+    """Records by name: those of the package in the order of their names, then what is registered."""
 
     def __init__(self, records: Iterable[R]) -> None:
         self._records = {record.name: record for record in sorted(records, key=lambda record: record.name)}
@@ -71,10 +71,8 @@ class Table(Mapping[str, R], Generic[R]):
 
     def markdown(self) -> str:
         """The table of the documentation."""
-        rows = [record.cells for record in self.values()]
-        columns = list(rows[0])
-        lines = [columns, ["---"] * len(columns), *(list(row.values()) for row in rows)]
-        return "\n".join("|".join(["", *(f" {cell} " if cell else " " for cell in line), ""]) for line in lines)
+        head, *rows = _lines(*(record.cells for record in self.values()))
+        return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
 
     def listing(self, indent: str = "") -> str:
         """The same as text for a docstring, see :func:`listed`."""
@@ -84,6 +82,12 @@ class Table(Mapping[str, R], Generic[R]):
             facts = "; ".join(f"{column}: {value}" for column, value in rest if value)
             entries[name] = f"{text} ({facts})" if facts else text
         return listed(entries, indent)
+
+
+def _lines(*rows: dict[str, str]) -> list[str]:
+    """Columns and rows of a table in Markdown."""
+    lines = (list(rows[0]), *(list(row.values()) for row in rows))
+    return ["|".join(["", *(f" {cell} " if cell else " " for cell in line), ""]) for line in lines]
 
 
 def listed(entries: Mapping[str, str], indent: str) -> str:

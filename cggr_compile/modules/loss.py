@@ -22,8 +22,8 @@ class CGGRLoss(TokenSelector):
     logits exist already, so it saves no arithmetic in the model: the backend does.
 
     Args:
-        **settings: scoring, selection and others: the fields of :class:`cggr_compile.modules.settings.Settings`. All
-            selections but ``stratified`` take a biased sample, and a warning says so.
+        **settings: scoring, selection and others: the fields of :class:`cggr_compile.modules.settings.Settings`. A
+            warning says so where the selection takes a biased sample, as all but ``stratified`` do.
         base_loss: ``(logits [N, V], targets [N]) -> [N]``, the loss of every token; None for the cross-entropy. Its
             ``ignore_index``, or -100 if it has none, marks targets that are no candidates; it is called with 0 there.
 
@@ -49,9 +49,9 @@ class CGGRLoss(TokenSelector):
         selection = self.settings.selection
         if not SELECTIONS[selection].sampled:
             warnings.warn(
-                f"selection={selection!r} trains on the most difficult tokens without weights: the model unlearns what "
-                "it is not shown (from scratch, a held-out loss of 4.95 to 6.47 where random tokens reached 3.42). "
-                "selection='stratified' has no such bias.",
+                f"selection={selection!r} trains on a biased sample, without weights: the model unlearns what it is "
+                "not shown (the most difficult tokens, from scratch: a held-out loss of 4.95 to 6.47 where random ones "
+                "reached 3.42). selection='stratified' has no such bias.",
                 stacklevel=3,
             )
 

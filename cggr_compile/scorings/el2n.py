@@ -16,6 +16,7 @@ def difficulty(logsumexp: Tensor, doubled: Tensor, label_logprob: Tensor) -> Ten
 
 SCORING = Scoring(
     name="el2n",
-    doc="‖p - onehot(label)‖ (EL2N, arXiv 2107.07075); the router's head is computed twice",
+    doc="‖p - onehot(label)‖ (EL2N, arXiv 2107.07075); `doubled`, the logsumexp of twice the logits, takes a second "
+    "product of the head",
     formula=difficulty,
 )

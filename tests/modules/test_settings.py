@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from cggr_compile import CGGRLoss, CGGRModel, CGGRScorer
+from cggr_compile.modules.settings import Arguments, Settings
 
 
 def loss(**arguments):
@@ -59,3 +61,21 @@ def test_order_and_defaults():
         *(("min_tokens_ratio", 0.25), ("warmup_steps", 1000), ("num_strata", 4), ("min_tokens_per_sequence", 1)),
         ("base_loss", None),
     ]
+
+
+def test_by_position_and_by_name():
+    router, base_loss = torch.nn.Embedding(8, 8), torch.nn.CrossEntropyLoss(reduction="none")
+    given = CGGRLoss("margin", "stratified", False, 0.1, 0.5, 3, 2, 7, base_loss)
+    names = ("dynamic_threshold", "threshold_sensitivity", "min_tokens_ratio", "warmup_steps", "num_strata")
+    named = dict(zip(names, (False, 0.1, 0.5, 3, 2), strict=True), scoring="margin", selection="stratified")
+    wanted = Settings(**named, min_tokens_per_sequence=7)
+    assert given.settings == wanted and given.base_loss is base_loss
+    assert CGGRScorer(router, "margin", 0.5, 3, False, 0.1, "stratified", 2, 7).settings == wanted
+    assert CGGRScorer(min_tokens_per_sequence=7, router=router, **named).settings == wanted
+    for wrong in (lambda: loss(scorings="margin"), lambda: CGGRScorer(), lambda: CGGRLoss("margin", scoring="loss")):
+        with pytest.raises(TypeError, match="argument"):
+            wrong()
+
+
+def test_the_arguments_are_the_settings():
+    assert get_type_hints(Arguments) == get_type_hints(Settings)
