@@ -304,12 +304,16 @@ def callable_name(function: Callable[..., Any]) -> str:
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """What tells one version of a function from another; its constants are in the graph as well."""
+    """What tells one version of a function from another."""
+    code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
+    compiled = ""
+    if code is not None:
+        constants = [value for value in code.co_consts if not inspect.iscode(value)]  # which print their address
+        compiled = f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {constants}"
     try:
-        return inspect.getsource(function)
+        return inspect.getsource(function) + compiled  # of two lambdas in one line the source is the same
     except (OSError, TypeError):  # typed into an interpreter, or an object with __call__
-        code = getattr(function, "__code__", getattr(type(function).__call__, "__code__", None))
-        return "" if code is None else f"{code.co_code.hex()} {code.co_consts}"
+        return compiled
 
 
 def _hint(name: str, known: list[str]) -> str:

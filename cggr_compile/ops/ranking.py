@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_LOWEST = torch.finfo(torch.float32).min
+
 
 def inverse(order: Tensor) -> Tensor:
     """The inverse of the permutations ``order`` [B, N]: int64 [B, N].
@@ -22,5 +24,4 @@ def ranks(keys: Tensor, descending: bool = False) -> Tensor:
 def comparable(scores: Tensor, valid: Tensor) -> Tensor:
     """Finite scores of candidates, below all of them what is not finite, and -inf elsewhere; float32."""
     scores = scores.float()
-    lowest = torch.finfo(scores.dtype).min
-    return torch.where(scores.isfinite(), scores, lowest).masked_fill(~valid, -torch.inf)
+    return torch.where(scores.isfinite(), scores, _LOWEST).masked_fill(~valid, -torch.inf)
