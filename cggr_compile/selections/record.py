@@ -28,8 +28,8 @@ class Request(Protocol):
     """What every selection is asked, by the backend and by the modules.
 
     The backend asks once per graph: its tensors are ``torch.fx`` proxies, on which operators, functions of torch and
-    methods can be called, but whose sizes and dtypes are unknown. Its numbers are of type int; where sizes are symbolic,
-    proxies.
+    methods can be called, but whose sizes and dtypes are unknown. Its numbers are ints, and proxies where sizes are
+    symbolic.
 
     Attributes:
         scores: difficulty, float32 [B, S]. None where there is none or the selection does not use it.
