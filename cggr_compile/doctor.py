@@ -19,7 +19,7 @@ def findings() -> list[tuple[str, str]]:
     rows = [
         ("cggr_compile", cggr_compile.__version__),
         ("python", platform.python_version()),
-        ("torch", str(torch.__version__)),
+        ("torch", compat.TORCH_VERSION),
         *((name, _version(name)) for name in ("triton", "transformers")),
         ("backend registered", "yes" if _registered() else "no: install the package (pip install .)"),
         ("CUDA device", torch.cuda.get_device_name() if cuda else "none"),

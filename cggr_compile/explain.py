@@ -35,7 +35,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     target = compat.original_module(model)
     with ExitStack() as stack:
         call: Callable[..., Any] = model
-        if model is not target or model._compiled_call_impl is not None:
+        if compat.is_compiled(model):
             own = registry.of_module(target)
         else:
             # a compile of its own, so that nothing stays behind on the model

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule
 
 from cggr_compile import compat
@@ -27,11 +25,7 @@ def sources() -> list[Path]:
 @cache
 def source_digest() -> str:
     """Hash of every source file of the package: out-of-tree lowerings and passes are not in Inductor's cache key."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for path in sources():
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return compat.hash_of_files(sources())
 
 
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
+from cggr_compile import compat
 from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError, Options
@@ -191,7 +191,7 @@ def _has_effect(node: Node) -> bool:
 def calls_our_operators(graph: Graph) -> bool:
     """Whether a graph, not counting those inside it, calls a ``cggr::`` operator."""
     targets = (node.target for node in graph.nodes)
-    return any(isinstance(target, torch._ops.OpOverload) and target.namespace == "cggr" for target in targets)
+    return any(isinstance(target, compat.OpOverload) and target.namespace == "cggr" for target in targets)
 
 
 def run_joint_passes(graph: Graph, options: Options, report: GraphReport, dump: GraphDump) -> None:
@@ -256,10 +256,7 @@ def copy_module(gm: GraphModule) -> GraphModule:
     mapping: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         mapping[node] = graph.node_copy(node, lambda n: mapping[n])
-        if hasattr(node, "_dynamo_source"):
-            mapping[node]._dynamo_source = node._dynamo_source
     copied = GraphModule(gm, graph, class_name=type(gm).__name__)
     copied.meta = dict(gm.meta)
-    if hasattr(gm, "_param_name_to_source"):
-        copied._param_name_to_source = gm._param_name_to_source
+    compat.copy_sources(gm, copied, mapping)
     return copied

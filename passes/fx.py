@@ -69,26 +69,6 @@ def bottlenecks(ordered: Sequence[Node]) -> list[Node]:
     return found
 
 
-def sort_stably(graph: Graph) -> None:
-    """Put every node behind its inputs again, otherwise keeping the order."""
-    placed: set[Node] = set()
-    waiting: dict[Node, list[Node]] = {}
-    todo = list(reversed(graph.nodes))
-    end = graph._root  # a node, behind which the first one goes
-    while todo:
-        node = todo.pop()
-        missing = next((source for source in node.all_input_nodes if source not in placed), None)
-        if missing is not None:
-            waiting.setdefault(missing, []).append(node)
-            continue
-        end.append(node)
-        end = node
-        placed.add(node)
-        todo.extend(reversed(waiting.pop(node, [])))
-    if waiting:
-        raise ValueError(f"a cycle through {next(iter(waiting))}")
-
-
 class Emitter:
     """Inserts calls before an anchor and records their fake values, so that later passes can read shapes."""
 

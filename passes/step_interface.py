@@ -54,5 +54,5 @@ def add_state_input(graph: Graph, fake_mode: Any, device: torch.device) -> Node:
         state = graph.placeholder(STATE)
     with fake_mode:
         state.meta["example_value"] = torch.empty(2, dtype=torch.int64, device=device)
-    state._dynamo_source = None  # AOTAutograd reads it; there is no user variable
+    compat.without_source(state)
     return state

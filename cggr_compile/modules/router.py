@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from cggr_compile import compat
 from cggr_compile.options import OptionError, _check_choice, _check_integer
 
 Architecture = Literal["auto", "llama", "gpt", "bert", "mamba", "passthrough"]
@@ -172,12 +172,8 @@ def _truncated(model: nn.Module, path: str, num_layers: int) -> tuple[tuple[nn.M
     child: nn.Module = nn.ModuleList(list(blocks)[:num_layers])
     pairs = []
     for name, original in zip(reversed(path.split(".")), reversed(originals), strict=True):
-        # parameters, buffers and hooks stay the dictionaries of the original
-        copied = copy.copy(original)
-        vars(copied)["_modules"] = {**original._modules, name: child}
-        vars(copied).pop("_compiled_call_impl", None)
-        pairs.append((copied, original))
-        child = copied
+        child = compat.with_child(original, name, child)
+        pairs.append((child, original))
     return tuple(reversed(pairs))
 
 

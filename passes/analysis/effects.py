@@ -7,7 +7,6 @@ import operator
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
@@ -34,9 +33,9 @@ def mutated_operands(node: Node) -> list[Node]:
         name = str(target)
         suffix = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         return _nodes(first) if suffix or getattr(operator, name, None) in _WRITING_OPERATORS else []
-    if isinstance(target, HigherOrderOperator):
+    if isinstance(target, compat.HigherOrderOperator):
         return list(node.all_input_nodes) if _body_writes(node) else []
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(target, (compat.OpOverload, compat.OpOverloadPacket)):
         return _nodes(_written_arguments(node))
     name = getattr(target, "__name__", "")
     suffix = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
@@ -54,7 +53,7 @@ def _written_arguments(node: Node) -> list[Any]:
     """The arguments that an operator's schema says it writes to: of every overload where none is named."""
     found = []
     for overload in _overloads(node.target):
-        for i, spec in enumerate(overload._schema.arguments):
+        for i, spec in enumerate(compat.schema(overload).arguments):
             if spec.alias_info is not None and spec.alias_info.is_write:
                 found.append(node.args[i] if i < len(node.args) else node.kwargs.get(spec.name))
     return found
@@ -106,7 +105,7 @@ def draws(node: Node) -> bool:
     """Whether a call draws random numbers."""
     if node.op not in ("call_function", "call_method"):
         return False
-    if isinstance(node.target, HigherOrderOperator):
+    if isinstance(node.target, compat.HigherOrderOperator):
         return any(draws(inner) for body in bodies(node) for inner in body.nodes)
     name = op_name(node).partition(".")[0]
     if name == "scaled_dot_product_attention":
@@ -116,16 +115,16 @@ def draws(node: Node) -> bool:
     if name == "rrelu":
         return argument(node, 3, "training", False) is not False
     target: Any = node.target
-    if not isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if not isinstance(target, (compat.OpOverload, compat.OpOverloadPacket)):
         target = getattr(torch.ops.aten, name, None)
     tagged = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in _overloads(target))
     return name in _RANDOM or tagged
 
 
-def _overloads(target: Any) -> list[torch._ops.OpOverload]:
-    if isinstance(target, torch._ops.OpOverloadPacket):
+def _overloads(target: Any) -> list[compat.OpOverload]:
+    if isinstance(target, compat.OpOverloadPacket):
         return [getattr(target, name) for name in target.overloads()]
-    return [target] if isinstance(target, torch._ops.OpOverload) else []
+    return [target] if isinstance(target, compat.OpOverload) else []
 
 
 _RANDOM = {"gumbel_softmax", "uniform", "random", "exponential", "cauchy", "geometric", "log_normal"}

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from cggr_compile import compat
 from cggr_compile.passes.analysis.positions import WHOLE, Holding, Region
 from cggr_compile.passes.analysis.uses import RULES, WEIGHED, Lookup, Place, Use, choice, differentiable, pointwise
 from cggr_compile.passes.base import GraphContext
@@ -176,7 +176,9 @@ def _is_floating(node: Node) -> bool:
 def _foreign(node: Node) -> bool:
     """Whether a call is of somebody's own operator or autograd function."""
     target = node.target
-    return isinstance(target, HigherOrderOperator) or (isinstance(target, OpOverload) and target.namespace != "aten")
+    return isinstance(target, compat.HigherOrderOperator) or (
+        isinstance(target, compat.OpOverload) and target.namespace != "aten"
+    )
 
 
 def _table_of(node: Node) -> tuple[Node, Node] | None:

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.base import JointPass, PassResult
-from cggr_compile.passes.fx import Emitter, backward_of, is_static, sort_stably
+from cggr_compile.passes.fx import Emitter, backward_of, is_static
 from cggr_compile.passes.nodes import fake_value, shape_of
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ class MergeProducts(JointPass):
         for x, products in groups:
             summed += _merge(graph, x, products)
         if groups:
-            sort_stably(graph)
+            compat.sort_stably(graph)
         sums = _sums(graph)
         for root, terms in sums:
             _merge_sum(graph, root, terms)
         if not groups and not sums:
             return PassResult(False, "no small products share an input or a sum")
-        sort_stably(graph)
+        compat.sort_stably(graph)
         graph.eliminate_dead_code()
         count, summed = sum(len(products) for _, products in groups), summed + len(sums)
         reason = f"{count} weight gradients in {len(groups)} products; {summed} sums of input gradients, each in one"

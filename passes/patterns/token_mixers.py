@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from cggr_compile import compat
 from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, module_of, op_name, same_size, shape_of
@@ -55,7 +54,7 @@ def _mixes(node: Node, stack: LayerStack, length: Any) -> bool:
         return sum(source in stack.stream for source in node.all_input_nodes) > 1
     if name in _ATTENTIONS or name in _LOOPS:
         return True
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in _OURS:
+    if isinstance(node.target, compat.OpOverload) and node.target.namespace not in _OURS:
         return True
     source = next((n for n in node.all_input_nodes if n in stack.stream), None)
     if name == "cat":  # with an empty cache nothing moves

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch.fx import Node
 
+from cggr_compile import compat
 from cggr_compile.causes import Cause
 from cggr_compile.passes.analysis.effects import mutated_operands
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
@@ -180,7 +180,7 @@ def _no_attention(gm: GraphModule) -> NoLayerStackError:
     opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
     if opaque:
         return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
-    hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)})
+    hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, compat.HigherOrderOperator)})
     if "tag_activation_checkpoint" in hidden_in:
         return NoLayerStackError(cause=Cause.CLOSED_CHECKPOINTS)
     saw = f" (saw {hidden_in})" if hidden_in else ""

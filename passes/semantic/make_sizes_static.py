@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
@@ -115,7 +114,7 @@ def _obstacle(gm: GraphModule, ctx: GraphContext, inputs: list[Node], symbolic: 
             return f"{node} depends on data"
         if isinstance(fake_value(node), torch.SymFloat):
             return f"{node} is a number that may change from call to call"
-        unknown = isinstance(node.target, HigherOrderOperator) and op_name(node) not in _KNOWN
+        unknown = isinstance(node.target, compat.HigherOrderOperator) and op_name(node) not in _KNOWN
         if node.op == "call_module" or unknown:
             return f"{op_name(node)} ({node}) cannot be looked into"
     if not all(isinstance(fake_value(node), torch.Tensor) for node in gm.graph.output_node().all_input_nodes):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-import torch
+from cggr_compile import compat
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -48,7 +48,7 @@ class Rule:
 # by operator; by name where torch registers the operator only with a module that is not imported here
 RULES: dict[Any, Rule] = {}
 # for operators that are not in RULES
-CLASSES: list[tuple[Callable[[torch._ops.OpOverload], bool], Rule]] = []
+CLASSES: list[tuple[Callable[[compat.OpOverload], bool], Rule]] = []
 
 
 def rule(*targets: Any) -> Callable[[RuleType], RuleType]:
@@ -61,7 +61,7 @@ def rule(*targets: Any) -> Callable[[RuleType], RuleType]:
     return register
 
 
-def rule_for_class(belongs: Callable[[torch._ops.OpOverload], bool]) -> Callable[[RuleType], RuleType]:
+def rule_for_class(belongs: Callable[[compat.OpOverload], bool]) -> Callable[[RuleType], RuleType]:
     """Registers a class of rule for all operators that ``belongs`` is true of and no other rule is for."""
 
     def register(kind: RuleType) -> RuleType:
@@ -77,7 +77,7 @@ def rule_of(target: Any) -> Rule:
 
 @cache
 def _of_class(target: Any) -> Rule:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, compat.OpOverload):
         for belongs, found in CLASSES:
             if belongs(target):
                 return found

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from cggr_compile import compat
 from cggr_compile.passes.nodes import argument, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
@@ -126,9 +127,9 @@ def _body(node: Node) -> GraphModule | None:
 
 def _operator(node: Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, compat.OpOverload):
         target = target.overloadpacket
-    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else ""
+    return str(target) if isinstance(target, compat.OpOverloadPacket) else ""
 
 
 def _unpadded(tensor: Node) -> Node:

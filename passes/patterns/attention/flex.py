@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from cggr_compile import compat
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
 
@@ -167,6 +168,6 @@ def _on_numbers(node: Node) -> bool:
     target: Any = node.target
     if target is aten.index.Tensor:
         return all(index is not None for index in node.args[1])  # type: ignore[union-attr]
-    if not isinstance(target, torch._ops.OpOverload) or any(shape_of(source) for source in node.all_input_nodes):
+    if not isinstance(target, compat.OpOverload) or any(shape_of(source) for source in node.all_input_nodes):
         return False
     return target in CONSTANTS or target in CASTS or torch.Tag.pointwise in target.tags

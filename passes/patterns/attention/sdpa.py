@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from cggr_compile import compat
 from cggr_compile.passes.nodes import argument, op_name, shape_of
 from cggr_compile.passes.patterns.attention.base import MASK, Arguments, AttentionAdapter, Backward, Forward
 
@@ -83,6 +84,6 @@ class _Backward(Backward):
 def _given(node: Node) -> dict[str, Any]:
     """The call's arguments by the names in its schema: their order differs between forms and releases."""
     target: Any = node.target
-    parameters = target._schema.arguments
+    parameters = compat.schema(target).arguments
     given: dict[str, Any] = {p.name: p.default_value for p in parameters}
     return given | dict(zip((p.name for p in parameters), node.args, strict=False)) | node.kwargs

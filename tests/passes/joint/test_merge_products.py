@@ -8,7 +8,6 @@ import merging
 import pytest
 import torch
 
-from cggr_compile.passes.fx import sort_stably
 from cggr_compile.passes.joint.merge_products import MAX_MERGED_COLUMNS, MergeProducts
 
 ROWS, WIDTH = 6, 5
@@ -190,15 +189,3 @@ def test_the_check_can_fail(monkeypatch):
     monkeypatch.setattr("cggr_compile.passes.joint.merge_products._leads_to", lambda *_: True)  # nothing may be merged
     with pytest.raises(AssertionError, match="share an input"):
         check(linear_backward, *tensors(3, 2, 2), before=6, after=2)
-
-
-def test_sort_stably_keeps_an_order_that_is_right():
-    gm = merging.traced(linear_backward, *tensors(3, 2))
-    names = [node.name for node in gm.graph.nodes]
-    sort_stably(gm.graph)
-    assert [node.name for node in gm.graph.nodes] == names
-    output = gm.graph.output_node()
-    first = next(node for node in gm.graph.nodes if node.op == "call_function")
-    output.append(first)  # behind what needs it
-    sort_stably(gm.graph)
-    gm.graph.lint()

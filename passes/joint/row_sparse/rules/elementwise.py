@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from cggr_compile import compat
 from cggr_compile.passes.joint.row_sparse.layout import Layout, token_axes
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule, rule_for_class
@@ -20,9 +21,9 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-def _pointwise(target: torch._ops.OpOverload) -> bool:
+def _pointwise(target: compat.OpOverload) -> bool:
     drawn = torch.Tag.nondeterministic_seeded in target.tags
-    return torch.Tag.pointwise in target.tags and not drawn and not target._schema.is_mutable
+    return torch.Tag.pointwise in target.tags and not drawn and not compat.schema(target).is_mutable
 
 
 @rule_for_class(_pointwise)

@@ -1,0 +1,38 @@
+"""Traces, and the contexts that graphs are compiled in."""
+
+from __future__ import annotations
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cggr_compile import compat
+
+
+def test_plain_functions_become_graphs_of_aten_calls():
+    with FakeTensorMode() as mode:
+        graph = compat.traced(lambda x: x + torch.arange(3), [torch.empty(2, 3)], mode).graph
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets == [torch.ops.prims.iota.default, torch.ops.aten.add.Tensor]
+
+
+def test_compiling_later():
+    """A tracing context with static sizes, as AOTAutograd asks for them, and none afterwards."""
+    from torch._guards import TracingContext
+
+    with compat.compiling_later(None):
+        mode = TracingContext.get().fake_mode
+        fake = mode.from_tensor(torch.zeros(3, 7), static_shapes=False, symbolic_context=None, source=None, trace=True)
+        assert [type(size) for size in fake.shape] == [int, int]
+    assert TracingContext.try_get() is None and compat.compilation_id() is None
+
+
+def test_a_second_graph_has_a_tracing_context_of_its_own():
+    from torch._guards import TracingContext, tracing
+
+    first = TracingContext(None)
+    with tracing(first):
+        with compat.separate_tracing_context():
+            TracingContext.get().fw_metadata = "of the second graph"
+        assert TracingContext.get() is first and first.fw_metadata is None
+    with compat.separate_tracing_context():  # outside a capture
+        assert TracingContext.try_get() is None
