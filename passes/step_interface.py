@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from cggr_compile import compat
+
 STATE = "cggr_state"
 # What a graph returns, by the order in which it does, where it trains on selected positions.
 SELECTIVE = ("weights", "selected", "stats")

@@ -96,7 +96,7 @@ from cggr_compile.compat.modes import (
     modes_kept,
 )
 from cggr_compile.compat.modules import is_compiled, original_module, with_child
-from cggr_compile.compat.operators import HigherOrderOperator, OpOverload, OpOverloadPacket, schema
+from cggr_compile.compat.operators import CROSS_ENTROPIES, HigherOrderOperator, OpOverload, OpOverloadPacket, schema
 from cggr_compile.compat.partition import aot_eager, default_partition, keep_in_backward
 from cggr_compile.compat.saved_tensors import no_saved_tensors_hooks, saved_tensors_packers, under_saved_tensors_hooks
 from cggr_compile.compat.sizes import depends_on_data, hint, marked_dynamic, pin_size, symbols

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cggr_compile import compat
 from cggr_compile.causes import Cause
 from cggr_compile.passes.base import refused
 from cggr_compile.passes.facts import LossSite
 from cggr_compile.passes.fx import layout_only
-from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.head import CASTS, is_head, read_head, scalar_factor, swaps_class_axis, token_slice
 
 if TYPE_CHECKING:
@@ -35,22 +36,20 @@ class _Walk:
 
 
 def is_cross_entropy(node: Node) -> bool:
-    return node.op == "call_function" and op_name(node) in ("cross_entropy", "cross_entropy_loss")
+    """PyTorch's own: an operator of somebody's that is named so may mean something else."""
+    return node.op == "call_function" and node.target in compat.CROSS_ENTROPIES
 
 
 def read_loss_site(loss: Node) -> LossSite:
-    private = op_name(loss) == "cross_entropy_loss"  # aten order: (input, target, weight, reduction, ...)
-    logits, target = argument(loss, 0, "input"), argument(loss, 1, "target")
-    if argument(loss, 2, "weight") is not None:
+    call = loss.normalized_arguments(loss.graph.owning_module, normalize_to_only_use_kwargs=True)  # type: ignore[arg-type]
+    assert call is not None
+    given: Any = call.kwargs
+    if given["weight"] is not None:
         raise NotALanguageModelLossError("cross-entropy with class weights")
-    if private:
-        reduction = {0: "none", 1: "mean", 2: "sum"}[argument(loss, 3, "reduction", 1)]
-        ignore_index, smoothing = argument(loss, 4, "ignore_index", -100), argument(loss, 5, "label_smoothing", 0.0)
-    else:
-        if argument(loss, 3, "size_average") is not None or argument(loss, 5, "reduce") is not None:
-            raise NotALanguageModelLossError("cross-entropy with the deprecated size_average/reduce arguments")
-        ignore_index, reduction = argument(loss, 4, "ignore_index", -100), argument(loss, 6, "reduction", "mean")
-        smoothing = argument(loss, 7, "label_smoothing", 0.0)
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        raise NotALanguageModelLossError("cross-entropy with the deprecated size_average/reduce arguments")
+    logits, target, reduction = given["input"], given["target"], given["reduction"]
+    reduction = {0: "none", 1: "mean", 2: "sum"}.get(reduction, reduction)  # ATen's numbers
     if reduction not in ("mean", "sum"):  # none: the user weighs tokens in a way of his own
         raise NotALanguageModelLossError(f"cross-entropy with reduction={reduction!r}")
     if fake_value(target).is_floating_point():
@@ -73,8 +72,8 @@ def read_loss_site(loss: Node) -> LossSite:
         scale=walk.scale,
         softcap=walk.softcap,
         reduction="mean" if reduction == "mean" else "sum",
-        ignore_index=ignore_index,
-        label_smoothing=smoothing,
+        ignore_index=given["ignore_index"],
+        label_smoothing=given["label_smoothing"],
     )
 
 

@@ -96,21 +96,13 @@ def _inline(gm: GraphModule, call: Node, region: int | None = None) -> list[str]
     """
     region = compat.next_checkpoint_id() if region is None else region
     body, attribute = _body(gm, call), call.args[0]
-    mapping: dict[Node, Any] = {}
-    copied: list[Node] = []
-    results: Any = ()
-    operands = iter(call.args[1:])
+    copies: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), call.args[1:], strict=True))
     with gm.graph.inserting_before(call):
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                mapping[node] = next(operands)
-            elif node.op == "output":
-                results = torch.fx.node.map_arg(node.args[0], lambda n: mapping[n])
-            else:
-                mapping[node] = copy = gm.graph.node_copy(node, lambda n: mapping[n])
-                copied.append(copy)
-                if node.op == "get_attr":
-                    copy.target = _adopt(gm, f"{attribute}_{node.target}", getattr(body, str(node.target)))
+        results: Any = gm.graph.graph_copy(body.graph, copies)
+    copied = [copies[node] for node in body.graph.nodes if node.op not in ("placeholder", "output")]
+    for node in copied:
+        if node.op == "get_attr":
+            node.target = _adopt(gm, f"{attribute}_{node.target}", getattr(body, str(node.target)))
     for user in list(call.users):
         user.replace_all_uses_with(results[user.args[1]])
         gm.graph.erase_node(user)

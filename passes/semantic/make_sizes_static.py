@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import Interpreter
 from torch.fx.node import map_arg
 
 from cggr_compile import compat
@@ -65,7 +67,7 @@ class MakeSizesStatic(SemanticPass):
             return PassResult(False, "sizes stay symbolic: Dynamo's recompilation limit is near")
 
         mode = compat.static_fake_mode()
-        values = _evaluate(gm, dict(zip(inputs, ctx.example_inputs, strict=True)), mode)
+        values = _evaluate(gm, ctx.example_inputs, mode)
         kept = [node for node in inputs if node not in symbolic]
         sizes = {str(node): list(values[node].shape) for node in kept if _is_symbolic(fake_value(node))}
         static = StaticSizes(
@@ -122,27 +124,36 @@ def _obstacle(gm: GraphModule, ctx: GraphContext, inputs: list[Node], symbolic: 
     return None
 
 
-def _evaluate(gm: GraphModule, examples: dict[Node, Any], mode: Any) -> dict[Node, Any]:
+def _evaluate(gm: GraphModule, examples: Sequence[Any], mode: Any) -> dict[Node, Any]:
     """The value of every node: fake tensors with numbers for sizes, and the numbers themselves."""
-    values: dict[Node, Any] = {}
-    modes = modes_of(gm.graph)
+    evaluation = _Evaluation(gm, mode)
     with mode, compat.modes_kept():
-        for node in gm.graph.nodes:
-            if switches_recording(node):
-                values[node] = None  # below, every node gets its own
-            elif node.op == "placeholder":
-                example = examples[node]
-                is_tensor = isinstance(example, torch.Tensor)
-                values[node] = mode.from_tensor(example) if is_tensor else compat.hint(example)
-            elif node.op == "get_attr":
-                held = getattr(gm, str(node.target))
-                values[node] = mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
-            elif node.op != "output":
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                function: Any = getattr(type(args[0]), str(node.target)) if node.op == "call_method" else node.target
-                with torch.set_grad_enabled(modes[node].records):
-                    values[node] = function(*args, **kwargs)
-    return values
+        evaluation.run(*examples)
+    return {node: value for node, value in evaluation.env.items() if node.op != "output"}
+
+
+class _Evaluation(Interpreter):
+    """Runs a graph on fake tensors that have numbers for sizes, each node in its own grad mode."""
+
+    def __init__(self, gm: GraphModule, mode: Any) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.mode, self.modes = mode, modes_of(gm.graph)
+
+    def run_node(self, n: Node) -> Any:
+        if switches_recording(n):
+            return None
+        with torch.set_grad_enabled(self.modes[n].records):
+            return super().run_node(n)
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        example = super().placeholder(target, args, kwargs)
+        return self._fake(example) if isinstance(example, torch.Tensor) else compat.hint(example)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._fake(super().get_attr(target, args, kwargs))
+
+    def _fake(self, value: Any) -> Any:
+        return self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _apply(gm: GraphModule, values: dict[Node, Any]) -> None:

@@ -34,6 +34,7 @@ SPELLINGS = {
     "module": lambda h, w, y: torch.nn.CrossEntropyLoss(ignore_index=0)(F.linear(h, w).flatten(0, 1), y.flatten()),
     "matmul": lambda h, w, y: F.cross_entropy((h @ w.t()).view(-1, V), y.view(-1)),
     "flat hidden": lambda h, w, y: F.cross_entropy(F.linear(h.view(-1, 4), w), y.view(-1)),
+    "aten": lambda h, w, y: torch.ops.aten.cross_entropy_loss(F.linear(h, w).view(-1, V), y.view(-1)),
     "cast": lambda h, w, y: F.cross_entropy(F.linear(h, w).to(torch.float64).view(-1, V), y.view(-1)),
 }
 
@@ -104,6 +105,19 @@ def test_must_not_match(why, tensors):
     _, result = reason(NOT_MATCHED[why], *tensors)
     assert result.cause is (Cause.NO_LOSS if why == "no cross-entropy" else Cause.UNSUPPORTED_LOSS)
     assert not result.matched and why in result.reason
+
+
+def test_an_operator_of_the_same_name(tensors):
+    """Whoever named it may have arguments in another order, or another reduction."""
+
+    @torch.library.custom_op("find_loss_test::cross_entropy", mutates_args=())
+    def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    cross_entropy.register_fake(lambda logits, target: logits.new_empty(()))
+    operator = torch.ops.find_loss_test.cross_entropy
+    _, result = reason(lambda h, w, y: operator(F.linear(h, w).view(-1, V), y.view(-1)), *tensors)
+    assert result.cause is Cause.NO_LOSS
 
 
 def test_logits_from_outside():
