@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import models
@@ -20,13 +19,8 @@ LABELS = {"selection": "labels", "max_selected": 1.0, "fallback": "warn"}
 ROUTED = ("project", "stop")
 
 
-def most_slow(names: Iterable[str]) -> list[Any]:
-    """The first four are quick: the pass's own tests have all of them, without a training step."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if i >= 4 else []) for i, name in enumerate(names)]
-
-
 def build(name: str, frozen: bool = True) -> tuple[placed.Placed, Tensor, Tensor]:
-    embed, shapes, image = (placed.KNOWN | placed.PRODUCTS | placed.UNKNOWN)[name][:3]
+    embed, shapes, image = (placed.KNOWN | placed.UNKNOWN)[name][:3]
     return placed.Placed(embed, shapes, frozen), *placed.batch(image)
 
 
@@ -34,10 +28,10 @@ def parts(model: placed.Placed) -> list[str]:
     return [name for name, _ in model.named_parameters(recurse=False)]
 
 
-@pytest.mark.parametrize("name", [*every_other_slow(placed.KNOWN), *most_slow(placed.PRODUCTS)])
+@pytest.mark.parametrize("name", every_other_slow(placed.KNOWN))
 def test_known_positions_carry_gradient(name: str) -> None:
     """The rest of the model is trained or frozen, in turns."""
-    index = list(placed.KNOWN | placed.PRODUCTS).index(name)
+    index = list(placed.KNOWN).index(name)
     kv = ROUTED[index % 2]
     model, ids, labels = build(name, frozen=index % 3 > 0)
     compiled(model, kv_gradient=kv, **LABELS)
@@ -57,7 +51,7 @@ def test_known_positions_carry_gradient(name: str) -> None:
             assert without.grads[part].norm() < 0.5 * got.grads[part].norm(), "a check that cannot fail"
 
 
-@pytest.mark.parametrize("name", most_slow(placed.UNKNOWN))
+@pytest.mark.parametrize("name", every_other_slow(placed.UNKNOWN))
 def test_unknown_positions(name: str) -> None:
     """``auto`` becomes exact, and says so; ``routed`` is obeyed, and says so."""
     for gradient, taken in (("auto", "exact"), ("routed", "routed")):
