@@ -70,3 +70,24 @@ def test_a_graph_holds_for_one_mode():
     for training in (True, False, True):
         model.train(training)(torch.ones(2))
     assert len(seen) == 2
+
+
+def test_a_copy_has_the_sources():
+    copies = []
+
+    def copy(gm, inputs):
+        graph, mapping = torch.fx.Graph(), {}
+        for node in gm.graph.nodes:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        copied = torch.fx.GraphModule(gm, graph)
+        compat.copy_sources(gm, copied, mapping)
+        (place,) = graph.find_nodes(op="placeholder")
+        copies.append((gm, copied, compat.source_name(place)))
+        compat.without_source(place)
+        copies.append(compat.source_path(place))
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=copy)(torch.ones(2))
+    (gm, copied, name), path = copies
+    assert name == "L['x']" and path is None
+    assert vars(gm).get("_param_name_to_source") == vars(copied).get("_param_name_to_source")
