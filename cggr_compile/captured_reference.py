@@ -121,7 +121,7 @@ class _Evaluation(Interpreter):
 
 def _unrouted_inputs(rewritten: GraphModule) -> set[str]:
     """The inputs of a semantic graph from which no way to an output passes a marker that stops gradient."""
-    stop = torch.ops.cggr.stop_rows.default
+    stop = torch.ops.cggr.detach_unselected.default
     inputs = rewritten.graph.find_nodes(op="placeholder")
     return {str(node) for node in inputs if all(n.target is not stop for n in descendants([node]))}
 

@@ -59,7 +59,7 @@ class Layer:
     def compiled(self, backend, kv_gradient="stop"):
         torch._dynamo.reset()
         program = torch.compile(
-            lambda x, weights: self.loss(x, weights, kv_gradient, torch.ops.cggr.stop_rows),
+            lambda x, weights: self.loss(x, weights, kv_gradient, torch.ops.cggr.detach_unselected),
             backend=backend,
             fullgraph=True,
             dynamic=False,

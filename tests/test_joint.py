@@ -32,7 +32,7 @@ def test_uuid_changes_with_options_and_sources(monkeypatch):
 
 def test_source_digest_covers_passes_and_operators():
     covered = {p.name for p in joint.sources()}
-    assert {"resolve_markers.py", "stop_rows.py", "options.py"} <= covered
+    assert {"resolve_markers.py", "detach_unselected.py", "options.py"} <= covered
 
 
 def test_unkeyed_user_pass_turns_caching_off():

@@ -9,6 +9,7 @@ from cggr_compile.ops import (
     carry,
     check_labels,
     concat_in_place,
+    detach_unselected,
     difficulty,
     hardest,
     inclusion,
@@ -23,10 +24,9 @@ from cggr_compile.ops import (
     score,
     score_logits,
     slots,
-    stop_rows,
     uniform,
 )
-from cggr_compile.ops.stop_rows import UnresolvedMarkerError
+from cggr_compile.ops.detach_unselected import UnresolvedMarkerError
 
 __all__ = [
     "UnresolvedMarkerError",
@@ -34,6 +34,7 @@ __all__ = [
     "carry",
     "check_labels",
     "concat_in_place",
+    "detach_unselected",
     "difficulty",
     "hardest",
     "inclusion",
@@ -48,6 +49,5 @@ __all__ = [
     "score",
     "score_logits",
     "slots",
-    "stop_rows",
     "uniform",
 ]

@@ -1,4 +1,4 @@
-"""Gives every stop_rows marker of the joint graph its rows."""
+"""Gives every detach_unselected marker of the joint graph its rows."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class ResolveMarkers(JointPass):
 
     Before::
 
-        k2 = cggr.stop_rows(k, 2); ...; h = cggr.gather_rows(x, rows, keep); ...
-        dk = cggr.stop_rows_backward(dk2, 2)
+        k2 = cggr.detach_unselected(k, 2); ...; h = cggr.gather_rows(x, rows, keep); ...
+        dk = cggr.detach_unselected_backward(dk2, 2)
 
     After::
 
         selected = zeros[B, S].scatter(1, rows, keep)
         dk = where(selected[:, None, :, None], dk2, 0.0)
 
-    Where ``cggr.weigh_stops(rows, factors)`` stands, dk is multiplied with the factors as well.
+    Where ``cggr.scale_selected_grads(rows, factors)`` stands, dk is multiplied with the factors as well.
     """
 
     name = "resolve_markers"
@@ -41,20 +41,20 @@ class ResolveMarkers(JointPass):
         return True
 
     def __call__(self, graph: Graph) -> PassResult:
-        forward = graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
-        backward = graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows_backward.default)
+        forward = graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected.default)
+        backward = graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected_backward.default)
         if not forward and not backward:
             return PassResult(False, "no markers")
         gathers = graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
         if not gathers:
             raise UnresolvedMarkerError(
-                "the joint graph has stop_rows markers but no cggr::gather_rows to take rows from"
+                "the joint graph has detach_unselected markers but no cggr::gather_rows to take rows from"
             )
         for node in forward:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         hidden, rows, keep = (n for n in gathers[0].args if isinstance(n, torch.fx.Node))
-        factors = stop_factors(graph)
+        factors = grad_factors(graph)
         emit = Emitter(graph, fake_value(gathers[0]).fake_mode, key="val")
         with emit.before(gathers[0], self.name):
             shape = [emit.size(hidden, 0), emit.size(hidden, 1)]
@@ -70,15 +70,15 @@ class ResolveMarkers(JointPass):
                 stopped = _mask(emit, node, selected, factor)
             node.replace_all_uses_with(stopped)
             graph.erase_node(node)
-        for node in graph.find_nodes(op="call_function", target=torch.ops.cggr.weigh_stops.default):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.cggr.scale_selected_grads.default):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         return PassResult(True, f"{len(backward)} markers resolved", {"markers": len(backward)})
 
 
-def stop_factors(graph: Graph) -> Node | None:
+def grad_factors(graph: Graph) -> Node | None:
     """What the markers' gradients are multiplied with at the selected rows, float32 [B, K]; None for 1."""
-    found = graph.find_nodes(op="call_function", target=torch.ops.cggr.weigh_stops.default)
+    found = graph.find_nodes(op="call_function", target=torch.ops.cggr.scale_selected_grads.default)
     return found[0].all_input_nodes[1] if found else None
 
 

@@ -28,18 +28,18 @@ class RouteGradient(SemanticPass):
 
     After, with ``kv_gradient="stop"``::
 
-        attention(q_proj(x), cggr.stop_rows(k_proj(x), 2), cggr.stop_rows(v_proj(x), 2))
+        attention(q_proj(x), cggr.detach_unselected(k_proj(x), 2), cggr.detach_unselected(v_proj(x), 2))
 
     and with ``kv_gradient="project"``, where the projections' weights still learn from every position::
 
-        y = cggr.stop_rows(x, 1)
+        y = cggr.detach_unselected(x, 1)
         attention(q_proj(x), k_proj(y), v_proj(y))
 
     A fused projection takes its whole input from ``y``: the query gradient of an unselected position is zero
     anyway. The marker names no rows, because early blocks run before the selection exists; a pass over the
     joint graph (``resolve_markers``) gives it them, and with ``kv_weight="1/sqrt(p)"`` the factors, from::
 
-        h = cggr.gather_rows(x, cggr.weigh_stops(rows, weights.sqrt()), keep)
+        h = cggr.gather_rows(x, cggr.scale_selected_grads(rows, weights.sqrt()), keep)
     """
 
     name = "route_gradient"
@@ -62,7 +62,7 @@ class RouteGradient(SemanticPass):
             self._weigh(emit, ctx)
             how += f", kv_weight={ctx.options.kv_weight!r}"
         how += f" at {len(stopped)} attentions"
-        markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
+        markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected.default)
         mixers = token_mixers(ctx[LayerStack], markers, stopped)
         if not mixers:
             return PassResult(True, how)
@@ -81,7 +81,7 @@ class RouteGradient(SemanticPass):
             if gradient is not None:
                 factors = _spread(emit, ctx[Selection], gradient, factors)
                 rows = gradient.rows
-            weighed = emit.call(torch.ops.cggr.weigh_stops.default, rows, factors)
+            weighed = emit.call(torch.ops.cggr.scale_selected_grads.default, rows, factors)
         for gather in gathers:
             gather.replace_input_with(rows, weighed)
 
@@ -91,7 +91,7 @@ class RouteGradient(SemanticPass):
         values = (attention.value, attention.value_user, attention.value_dim)
         for tensor, user, axis in dict.fromkeys((keys, values)):  # some models share one tensor
             with emit.before(tensor.next, self.name):
-                marked = emit.call(torch.ops.cggr.stop_rows.default, tensor, axis)
+                marked = emit.call(torch.ops.cggr.detach_unselected.default, tensor, axis)
             user.replace_input_with(tensor, marked)
 
     def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
@@ -99,7 +99,7 @@ class RouteGradient(SemanticPass):
         paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[LayerStack].stream
         source = _projection_input(in_order(emit.graph, paths), block)
         with emit.before(source.next, self.name):
-            marked = emit.call(torch.ops.cggr.stop_rows.default, source, 1)
+            marked = emit.call(torch.ops.cggr.detach_unselected.default, source, 1)
         for user in [u for u in source.users if u in paths]:
             user.replace_input_with(source, marked)
 

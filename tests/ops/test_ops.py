@@ -49,8 +49,8 @@ def test_opcheck_all():
         (ops.gradient_rows.default, (rows, keep, valid, 6)),
         (ops.stats.default, (keep, valid, *stats[:3])),
         (ops.stats.default, (keep, valid, *stats[:3], torch.tensor(2))),
-        (ops.stop_rows.default, (hidden.detach(), 1)),
-        (ops.weigh_stops.default, (rows, torch.rand(2, rows.shape[1]))),
+        (ops.detach_unselected.default, (hidden.detach(), 1)),
+        (ops.scale_selected_grads.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
     for op, arguments, *named in calls:
         outcome = opcheck(op, arguments, *named)
@@ -123,7 +123,7 @@ def test_el2n_formula():
 
 def test_unresolved_marker_raises():
     x = torch.randn(1, 4, 2, requires_grad=True)
-    out = ops.stop_rows(x, 1)
+    out = ops.detach_unselected(x, 1)
     torch.testing.assert_close(out, x)
-    with pytest.raises(UnresolvedMarkerError, match="stop_rows"):
+    with pytest.raises(UnresolvedMarkerError, match="detach_unselected"):
         out.sum().backward()

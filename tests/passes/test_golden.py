@@ -111,9 +111,9 @@ def test_route_gradient_stop(decoder_step, expect):
     expect(
         "\n".join(added(decoder_step({"kv_gradient": "stop"}), "route_gradient").splitlines()[:3]),
         """\
-stop_rows_default = stop_rows.default(transpose_1, 2)  # [2, 4, 16, 8]
-stop_rows_default_1 = stop_rows.default(transpose_2, 2)  # [2, 4, 16, 8]
-y = scaled_dot_product_attention(transpose, stop_rows_default, stop_rows_default_1)  # [2, 4, 16, 8]""",
+detach_unselected_default = detach_unselected.default(transpose_1, 2)  # [2, 4, 16, 8]
+detach_unselected_default_1 = detach_unselected.default(transpose_2, 2)  # [2, 4, 16, 8]
+y = scaled_dot_product_attention(transpose, detach_unselected_default, detach_unselected_default_1)""",
     )
 
 
@@ -121,9 +121,9 @@ def test_route_gradient_project(decoder_step, expect):
     expect(
         "\n".join(added(decoder_step(), "route_gradient").splitlines()[:3]),
         """\
-stop_rows_default = stop_rows.default(h, 1)  # [2, 16, 32]
-linear = linear(stop_rows_default, blocks_modules_0_modules_qkv_parameters_weight_, blocks_modules_0
-stop_rows_default_1 = stop_rows.default(h_1, 1)  # [2, 16, 32]""",
+detach_unselected_default = detach_unselected.default(h, 1)  # [2, 16, 32]
+linear = linear(detach_unselected_default, blocks_modules_0_modules_qkv_parameters_weight_, blocks_m
+detach_unselected_default_1 = detach_unselected.default(h_1, 1)  # [2, 16, 32]""",
     )
 
 

@@ -38,7 +38,7 @@ def only_rows_wanted(at: Annotations, node: Node) -> bool:
 def ends_at_markers(node: Node, through: Callable[[Any], bool]) -> bool:
     """Whether selected rows are all that is wanted of a gradient: it goes to markers only, ``through`` calls."""
     return all(
-        user.target is torch.ops.cggr.stop_rows_backward.default
+        user.target is torch.ops.cggr.detach_unselected_backward.default
         or (through(user.target) and ends_at_markers(user, through))
         for user in node.users
     )

@@ -14,7 +14,7 @@ def joint(gather: bool = True):
     """Forward and backward of ``gather(stop(x) * 2)``, x laid out [B, heads, S, D] and [B, S, H]."""
 
     def program(x, rows, keep, tangent):
-        heads = ops.stop_rows(x.view(2, 6, 2, 2).transpose(1, 2), 2)
+        heads = ops.detach_unselected(x.view(2, 6, 2, 2).transpose(1, 2), 2)
         flat = heads.transpose(1, 2).reshape(2, 6, 4)
         mixed = torch.cumsum(flat, 1)  # every row receives gradient
         out = ops.gather_rows(mixed, rows, keep) if gather else mixed[:, :2]
@@ -32,7 +32,7 @@ def test_masks_unselected_rows():
     assert result.matched and result.details == {"markers": 1}
     gm.graph.lint()
     gm.recompile()
-    assert not any("stop_rows" in str(n.target) for n in gm.graph.nodes)
+    assert not any("detach_unselected" in str(n.target) for n in gm.graph.nodes)
     grad = gm(*arguments)
     assert grad[0].abs().sum(-1).nonzero().flatten().tolist() == [1, 4]
     assert grad[1].abs().sum(-1).nonzero().flatten().tolist() == [2]
@@ -47,7 +47,7 @@ def test_control_inert_marker_fails():
     """The marker matters: dropping it, instead of resolving it, gives another gradient."""
     gm, arguments = joint()
     for node in list(gm.graph.nodes):
-        if "stop_rows" in str(node.target):
+        if "detach_unselected" in str(node.target):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
     gm.recompile()

@@ -105,5 +105,5 @@ def test_blocks_on_the_way(read: Callable[..., Tensor], dense: set[int], batch: 
     assert captured.ctx[Outputs].dense_blocks == dense
     assert captured.ctx[Outputs].every_position == bool(dense)
     assert len(captured.ctx.warnings) == bool(dense)
-    markers = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.stop_rows.default)
+    markers = captured.gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected.default)
     assert len(markers) == 4 - len(dense)

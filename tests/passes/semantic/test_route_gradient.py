@@ -9,7 +9,7 @@ from cggr_compile.passes.nodes import op_name, shape_of
 
 
 def markers(captured):
-    return [n for n in captured.gm.graph.nodes if op_name(n).startswith("stop_rows")]
+    return [n for n in captured.gm.graph.nodes if op_name(n).startswith("detach_unselected")]
 
 
 def test_exact_stops_nothing(decoder_step):

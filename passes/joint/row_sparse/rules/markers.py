@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.joint.resolve_markers import stop_factors, weighed
+from cggr_compile.passes.joint.resolve_markers import grad_factors, weighed
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
 from cggr_compile.passes.nodes import shape_of
@@ -32,8 +32,8 @@ class ScatterRows(Rule):
         return Call((node.args[0],), layout, make=lambda rv, values: rv.zero_unused_slots(values, layout))
 
 
-@rule(ops.stop_rows_backward.default)
-class StopRows(Rule):
+@rule(ops.detach_unselected_backward.default)
+class DetachUnselected(Rule):
     """The gradient on the selected rows, weighed, nothing elsewhere."""
 
     begins = True
@@ -46,7 +46,7 @@ class StopRows(Rule):
 
         def make(rv: RowValues, rows: Node) -> Node:
             values = rows if known else rv.zero_unused_slots(rows, layout)
-            factors = stop_factors(rv.graph)
+            factors = grad_factors(rv.graph)
             return values if factors is None else weighed(rv.emit, values, rv.on_slots(factors, layout, values))
 
         return Call((At(grad, layout),), layout, make)
