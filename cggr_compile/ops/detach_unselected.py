@@ -1,4 +1,4 @@
-"""``cggr::detach_unselected``, the stop-gradient marker of gradient routing, and what scales the gradients it lets through.
+"""``cggr::detach_unselected``, the stop-gradient marker of gradient routing, and what scales gradients behind it.
 
 The marker sits in layers that run before the selection exists, so it cannot take the selected rows. A pass
 over the joint graph resolves it; an unresolved marker must never train silently, so its backward raises.
