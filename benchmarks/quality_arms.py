@@ -45,7 +45,7 @@ class Arm:
 
 RANDOM: dict[str, Any] = {"selection": "random", "scoring": "random"}
 AUTO: dict[str, Any] = {"min_tokens_ratio": "auto", "measure_every": 25}  # four times as often as the default
-LABELS: dict[str, Any] = {"selection": "labels", "scoring": "random"}
+LABELS: dict[str, Any] = {"selection": "labels", "scoring": "random", "context": 0}
 
 # Where budget is 1 all end at equal measured seconds. There dense-half-batch makes about as many steps as an arm that
 # costs half as much per step. Budget 0.5 shows what dense training reaches for half the price.

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cggr_compile import recompile_limit
 from cggr_compile.causes import PIECES, Cause
-from cggr_compile.ops.metrics import STAT_NAMES
+from cggr_compile.ops.metrics import GRADIENT, STAT_NAMES
 from cggr_compile.options import OptionError, Options
-from cggr_compile.overflow import ContextOverflow
+from cggr_compile.overflow import Overflow
 from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
@@ -56,8 +56,7 @@ class Runtime:
         self.selected: Tensor | None = None
         self.weights: Tensor | None = None
         self._stats: Tensor | None = None
-        self._overflow: Tensor | None = None
-        self._context_overflow = ContextOverflow()
+        self._overflow = Overflow()
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
@@ -81,22 +80,26 @@ class Runtime:
         Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung of the schedule, 1.0 where every token
         is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
         tokens_total (candidates); avg_confidence, avg_entropy, avg_difficulty over the candidates (None where no router
-        ran); scoring; selection; labels_overflow: tokens with a label that found no slot in any step so far (None
-        unless the selection takes all of them, as ``labels`` does); context_overflow: positions that carry gradient
-        without a label (those of a trained image projector, say) for which there was no slot in any step so far (None
-        without such);
-        matched; fallback_reason (None if matched); verify_steps, verify_max_error,
-        verify_worst: steps that the option ``verify`` has compared, the largest error (None before the first) and whose
-        it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else None; stale_steps:
+        ran); gradient_tokens: positions that carry gradient, the selected ones and others (``context``, a soft prompt;
+        None where every position does); scoring; selection; labels_overflow: tokens with a label that found no slot in
+        any step so far (None unless the selection takes all of them, as ``labels`` does); context_overflow: positions
+        that should carry gradient without being selected (context, those of a trained image projector) and found no
+        slot in any step so far (None without such); matched; fallback_reason (None if matched); verify_steps,
+        verify_max_error, verify_worst: steps that the option ``verify`` has compared, the largest error (None before
+        the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
+        None; stale_steps:
         training steps since these figures were taken, which ran without the backend because Dynamo has given up on the
         model's code (0 as long as it has not). Counted are steps of a torch.optim.Optimizer.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)
+        gradient_tokens = None
         if self._stats is not None:
             numbers = self._stats.tolist()
             values = {k: None if math.isnan(v) else v for k, v in zip(STAT_NAMES, numbers, strict=False)}
             values["tokens_selected"], values["tokens_total"] = int(numbers[0]), int(numbers[1])
+            if report is not None and report.matched and report.gradient == "routed":
+                gradient_tokens = int(numbers[GRADIENT if len(numbers) > GRADIENT else 0])
         total = values["tokens_total"]
         stale = self._stale.count
         reason = report.reason if report is not None else "; ".join(filter(None, (NOTHING, recompile_limit.given_up())))
@@ -108,10 +111,11 @@ class Runtime:
             "ratio": report.ratio if report is not None else None,
             "token_ratio": values["tokens_selected"] / total if total else (0.0 if total == 0 else 1.0),
             **values,
+            "gradient_tokens": gradient_tokens,
             "scoring": self.options.scoring_name,
             "selection": self.options.selection,
-            "labels_overflow": None if self._overflow is None else int(self._overflow),
-            "context_overflow": self._context_overflow.count(),
+            "labels_overflow": self._overflow.labels(),
+            "context_overflow": self._overflow.context(),
             "matched": matched,
             "fallback_reason": None if matched else reason,
             "verify_steps": self._verification.steps,
@@ -212,14 +216,11 @@ class Runtime:
             self._stale.seen()
             selected, stats = returned.selected, returned.stats
             self.selected, self.weights, self._stats = selected, returned.weights, stats
-            if stats is not None and (message := self._context_overflow.add(stats)):
-                self.warn(message)
+            if selected is not None and stats is not None:
+                for notice in self._overflow.add(stats, self.options.selection_record.takes_all):
+                    (self.warn if notice.alarm else self.notify)(notice.text)
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
-            if selected is not None and stats is not None and self.options.selection_record.takes_all:
-                # on the device: no transfer
-                missed = (stats[1] - stats[0]).long()
-                self._overflow = missed if self._overflow is None else self._overflow + missed
 
     def verified(self, report: GraphReport, error: float, worst: str) -> None:
         """A step of this graph has been compared."""

@@ -84,9 +84,17 @@ def backend_options(args: argparse.Namespace, most_labels: int) -> dict[str, Any
         **args.options,
     }
     if options["selection"] == "labels":
-        # the labels are the selection: no token has to be scored, and every label gets a slot
-        options = {"scoring": "random", "max_selected": most_labels, **options}
+        # the labels are the selection: no token has to be scored, and every label gets a slot, with the context before
+        options = {"scoring": "random", **options}
+        context = cggr_compile.Options.parse(options).context_rows
+        options = {"max_selected": most_labels + context, **options}
     return options
+
+
+def most_slots(options: dict[str, Any], length: int) -> int:
+    """The positions of a sequence that have a slot."""
+    most = options["max_selected"]
+    return min(length, most if isinstance(most, int) else math.ceil(most * length))
 
 
 def compile_model(model: Any, options: dict[str, Any], args: argparse.Namespace) -> None:
@@ -242,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = backend_options(args, most_labels=min(length, -(-labels[-1] // 32) * 32))
     if not args.dense and options["selection"] == "labels":
         say(
-            f"In each sequence {options['max_selected']} of {length} positions carry gradient. The longest answers "
+            f"In each sequence {most_slots(options, length)} of {length} positions carry gradient. The longest answers "
             f"have {labels[-1]} tokens, all but one in a hundred at most {labels[len(labels) * 99 // 100]}: fewer "
             "positions (--options '{\"max_selected\": N}') are cheaper, and take a random part of longer answers."
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from torch.fx import Node
 
     from cggr_compile.passes.analysis.positions import Region
@@ -180,19 +182,31 @@ class ExtraRows:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """Slots of a sequence: a share of its positions, rounded up, or a number.
+
+    ``loss``: for the rows that carry loss. ``gradient``: for these and their context together; those of ``ExtraRows``
+    come on top.
+    """
+
+    loss: Fraction | int
+    gradient: Fraction | int
+
+
+@dataclass(frozen=True)
 class GradientRows:
     """The rows that carry gradient where they are more than the selected ones; see ``cggr::gradient_rows``.
 
     Attributes:
         rows, keep: [B, G], as those of a selection.
         places: int64 [B, K], the slot of each selected row among these.
-        extra: bool [B, S], the positions that were added, selected or not.
+        extra: bool [B, S], the positions that carry gradient whatever is selected, selected or not; None: no such ones.
     """
 
     rows: Node
     keep: Node
     places: Node
-    extra: Node
+    extra: Node | None
 
 
 @dataclass(frozen=True)
@@ -204,7 +218,7 @@ class Selection:
         keep: bool [B, K], False for an unused slot.
         weights: float32 [B, K], what the loss of each counts; see ``cggr::row_weights``.
         state: the graph input (seed, step), int64 [2].
-        stats: float32 [5] or [6], see ``cggr::stats``.
+        stats: float32 [5] or [8], see ``cggr::stats``.
         gradient: the rows that carry gradient; None where they are the same.
     """
 

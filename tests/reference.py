@@ -55,6 +55,29 @@ def shift(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
     return F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
 
 
+def context_rows(
+    selected: Tensor, context: int, slots: int, size: int, documents: Tensor | None = None, real: Tensor | None = None
+) -> Tensor:
+    """bool [B, S]: the ``context`` positions before each selected one, of its document and no padding; with room.
+
+    Args:
+        selected: [B, K] positions, -1 for unused slots. slots: of a sequence, for selected positions and context.
+        size: S. documents: int [B or 1, S], each position's document. real: bool [B, S], False at padding.
+    """
+    found = torch.zeros(len(selected), size, dtype=torch.bool)
+    for row in range(len(selected)):
+        chosen = [i for i in selected[row].tolist() if i >= 0]
+        kind = [0] * size if documents is None else documents.expand(len(selected), -1)[row].tolist()
+        near = {}
+        for position in range(size):
+            ahead = [i - position for i in chosen if 0 < i - position <= context and kind[i] == kind[position]]
+            if ahead and position not in chosen and (real is None or real[row, position]):
+                near[position] = min(ahead)
+        for position in sorted(near, key=lambda p: (near[p], p))[: slots - len(chosen)]:
+            found[row, position] = True
+    return found
+
+
 def candidates(target: Tensor, ignore_index: int = IGNORE) -> Tensor:
     return target != ignore_index
 
@@ -209,11 +232,13 @@ def reference(
     kv_gradient: str = "project",
     kv_weight: str = "1",
     extra: Tensor | None = None,
+    context: Tensor | None = None,
     **loss: Any,
 ) -> Run:
     """The run that a compiled model has to reproduce: ``logits`` evaluates the unmodified model eagerly.
 
-    ``extra``: bool [B, S], positions that carry gradient whether they are selected or not.
+    ``extra``: bool [B, S], positions that carry gradient whether they are selected or not; ``context``: likewise, the
+    positions that carry gradient because of those that are selected.
     """
     rows = picks.rows if isinstance(picks, Picks) else picks
     factors = None
@@ -225,6 +250,9 @@ def reference(
         )
         factors = factors if extra is None else torch.where(extra, 1.0, factors)
     hard = hard_mask(rows, target.shape[1])
+    if context is not None:
+        factors = None if factors is None else torch.where(context & ~hard, 1.0, factors)
+        hard = hard | context
     with routing(model, hard if extra is None else hard | extra, gradient, kv_gradient, factors):
         return backward(model, selected_loss(logits(), target, picks, **loss))
 

@@ -77,6 +77,13 @@ BAD = [
     ({"max_selected": True, "selection": "labels"}, "max_selected"),
     ({"max_selected": float("nan"), "selection": "labels"}, "max_selected"),
     ({"max_selected": 0.5}, r"max_selected is for selection in \['labels', .*\] or scope='batch'"),
+    ({"context": -1}, "context must be 'auto' or an integer >= 0, got -1"),
+    ({"context": True}, "context must be 'auto' or an integer >= 0, got True"),
+    ({"context": 2.0}, "context must be 'auto' or an integer >= 0, got 2.0"),
+    ({"context": "all"}, "context must be 'auto' or an integer >= 0, got 'all'"),
+    ({"context": None}, "context must be 'auto' or an integer >= 0, got None"),
+    ({"context": 3, "gradient": "exact"}, "context=3 needs gradient='routed'.*got gradient='exact'"),
+    ({"context": 0, "max_selected": 0.5}, "max_selected is for .*, or with context > 0"),
     (["ratio"], "options must be a dict"),
 ]
 
@@ -130,6 +137,24 @@ def test_slots_of_a_sequence():
     assert Options(selection="sequence_aware", min_tokens_ratio=0.9).most_slots == 1
     assert Options(scope="batch", max_selected=0.5).most_slots == Fraction(1, 2)
     assert Options(selection="labels", max_selected=7).most_slots == 7
+
+
+def test_slots_with_context():
+    assert Options(context=3).most_slots == Fraction(1, 4) and Options(context=3).most_gradient_slots == Fraction(1, 2)
+    assert Options(context=3, min_tokens_ratio=0.7).most_gradient_slots == 1
+    given = Options(context=3, max_selected=40)
+    assert (given.most_slots, given.most_gradient_slots) == (Fraction(1, 4), 40)
+    whole = Options(context=3, scope="batch", max_selected=0.5)
+    assert whole.most_slots == whole.most_gradient_slots == Fraction(1, 2)
+    labels = Options(selection="labels")
+    assert labels.most_slots == labels.most_gradient_slots == Fraction(1, 4)
+
+
+def test_context_means_nothing_where_the_gradient_is_exact():
+    assert Options(selection="labels").context_rows == 128 and Options().context_rows == 0
+    assert Options(selection="labels", context=5).context_rows == 5
+    assert Options(selection="labels", gradient="exact").context_rows == 0
+    assert Options(gradient="exact", context=0).context_rows == 0
 
 
 def test_digest_covers_what_changes_the_graph():

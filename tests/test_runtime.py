@@ -50,12 +50,12 @@ def test_metrics_keys_and_values():
     values = rt.metrics()
     assert list(values) == [
         *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
-        *("avg_difficulty", "scoring", "selection", "labels_overflow", "context_overflow", "matched"),
-        *("fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
+        *("avg_difficulty", "gradient_tokens", "scoring", "selection", "labels_overflow", "context_overflow"),
+        *("matched", "fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
         "stale_steps",
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
-    assert values["tokens_total"] == candidates and values["tokens_selected"] == 8
+    assert values["tokens_total"] == candidates and values["tokens_selected"] == values["gradient_tokens"] == 8
     assert values["token_ratio"] == pytest.approx(8 / candidates)
     assert 0 < values["avg_confidence"] < 1 and 0 < values["avg_entropy"] < 5
     assert values["avg_difficulty"] == pytest.approx(values["avg_entropy"] - values["avg_confidence"], abs=1e-4)

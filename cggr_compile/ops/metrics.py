@@ -9,8 +9,9 @@ from cggr_compile.ops.library import define_composite
 
 STAT_NAMES = ("tokens_selected", "tokens_total", "avg_confidence", "avg_entropy", "avg_difficulty")
 
-# where a sixth figure stands, of graphs with gradient rows that carry no loss: how many of them found no slot
-OVERFLOW = len(STAT_NAMES)
+# where three more figures begin, of graphs with gradient rows that carry no loss: see ``cggr::gradient_rows``
+GRADIENT = len(STAT_NAMES)
+GRADIENT_NAMES = ("gradient_tokens", "extra_overflow", "context_overflow")
 
 
 def stats_reference(
@@ -19,14 +20,14 @@ def stats_reference(
     top1: Tensor | None,
     entropy: Tensor | None,
     difficulty: Tensor | None,
-    dropped: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """float32 [5] in the order of STAT_NAMES; [6] with ``dropped``, which is the last.
+    """float32 [5] in the order of STAT_NAMES; [8] with ``counts``, which are the last.
 
     Args:
         keep: bool [B, K], used slots. valid: bool [B, S], candidates.
         top1, entropy, difficulty: float32 [B, S] of the router, averaged over the candidates; None gives NaN.
-        dropped: int64 [], see ``cggr::gradient_rows``.
+        counts: int64 [3] in the order of GRADIENT_NAMES, see ``cggr::gradient_rows``.
     """
     total = valid.sum()
     averages = [
@@ -35,12 +36,12 @@ def stats_reference(
         else torch.full((), torch.nan, device=keep.device)
         for value in (top1, entropy, difficulty)
     ]
-    last = [] if dropped is None else [dropped.float()]
-    return torch.stack([keep.sum().float(), total.float(), *averages, *last])
+    figures = torch.stack([keep.sum().float(), total.float(), *averages])
+    return figures if counts is None else torch.cat([figures, counts.float()])
 
 
 stats = define_composite(
-    "stats(Tensor keep, Tensor valid, Tensor? top1, Tensor? entropy, Tensor? difficulty, Tensor? dropped=None) "
+    "stats(Tensor keep, Tensor valid, Tensor? top1, Tensor? entropy, Tensor? difficulty, Tensor? counts=None) "
     "-> Tensor",
     stats_reference,
 )

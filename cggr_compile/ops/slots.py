@@ -48,27 +48,39 @@ def row_weights_reference(rows: Tensor, keep: Tensor, valid: Tensor, probabiliti
 
 
 def gradient_rows_reference(
-    rows: Tensor, keep: Tensor, extra: Tensor, slots: int
+    rows: Tensor, keep: Tensor, extra: Tensor | None, distance: Tensor | None, slots: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rows that carry gradient: those of the loss, and ``extra`` ones as far as there are slots for them.
+    """The rows that carry gradient: those of the loss, then ``extra`` ones, then context, as far as there are slots.
 
     Args:
-        rows, keep: [B, K] as of ``pack_rows``, the rows of the loss. extra: bool [B, S], further positions; some may
-            be rows of the loss. slots: G, K <= G <= S.
+        rows, keep: [B, K] as of ``pack_rows``, the rows of the loss.
+        extra: bool [B, S], further positions; some may be rows of the loss. None: no such ones.
+        distance: int64 [B, S] as of ``context_distance``: context where it is more than 0 and less than S. None: no
+            context.
+        slots: G, K <= G <= S. length: S.
 
     Returns:
-        rows: int64 [B, G] and keep: bool [B, G] as of ``pack_rows``. Every row of the loss is among them; extra
-            ones that find no slot are the last of their sequence.
+        rows: int64 [B, G] and keep: bool [B, G] as of ``pack_rows``. Every row of the loss is among them. Of the extra
+            ones the last of their sequence find no slot, of the context what is farthest from a row of the loss (of
+            two as far, the last).
         places: int64 [B, K], in [0, G): the slot of each row of the loss; any slot for an unused one.
-        dropped: int64 [], the extra positions of the whole batch without a slot.
+        counts: int64 [3], of the whole batch: rows with a slot, extra ones without, context without.
     """
-    losses = torch.zeros_like(extra).scatter(1, rows, keep)
-    more = extra & ~losses
-    room = slots - keep.sum(1, keepdim=True)
-    mask = losses | (more & (more.cumsum(1) <= room))
+    losses = torch.zeros(rows.shape[0], length, dtype=torch.bool, device=rows.device).scatter(1, rows, keep)
+    # 0: loss, 1: extra, 1 + distance: context, last: no gradient
+    last = length + 1
+    order = torch.full_like(losses, last, dtype=torch.int64)
+    if distance is not None:
+        order = torch.where((distance > 0) & (distance < length), 1 + distance, order)
+    if extra is not None:
+        order = torch.where(extra, 1, order)
+    order = torch.where(losses, 0, order)
+    first = (order * length + torch.arange(length, device=rows.device)).sort(1).values[:, :slots]
+    mask = torch.zeros_like(losses).scatter(1, first % length, first < last * length)
+    missed = ~mask & (order < last)
+    counts = torch.stack([mask.sum(), (missed & (order == 1)).sum(), (missed & (order > 1)).sum()])
     places = (mask.cumsum(1) - 1).clamp(min=0).gather(1, rows)
-    dropped = (more.sum(1, keepdim=True) - room).clamp(min=0).sum()
-    return *pack_rows_reference(mask, slots), places, dropped
+    return *pack_rows_reference(mask, slots), places, counts
 
 
 pack_rows = define_composite("pack_rows(Tensor mask, SymInt slots) -> (Tensor, Tensor)", pack_rows_reference)
@@ -76,6 +88,7 @@ row_weights = define_composite(
     "row_weights(Tensor rows, Tensor keep, Tensor valid, Tensor? probabilities) -> Tensor", row_weights_reference
 )
 gradient_rows = define_composite(
-    "gradient_rows(Tensor rows, Tensor keep, Tensor extra, SymInt slots) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gradient_rows(Tensor rows, Tensor keep, Tensor? extra, Tensor? distance, SymInt slots, SymInt length) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     gradient_rows_reference,
 )

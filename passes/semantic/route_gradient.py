@@ -8,7 +8,7 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Block, GradientRows, LayerStack, Outputs, Routing, Selection
+from cggr_compile.passes.facts import Block, Candidates, GradientRows, LayerStack, Outputs, Routing, Selection
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
 from cggr_compile.passes.nodes import op_name, same_size, shape_of
 from cggr_compile.passes.patterns.token_mixers import token_mixers
@@ -43,7 +43,7 @@ class RouteGradient(SemanticPass):
     """
 
     name = "route_gradient"
-    needs = (LayerStack, Outputs, Routing, Selection)
+    needs = (LayerStack, Outputs, Candidates, Routing, Selection)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if ctx[Routing].gradient == "exact":
@@ -79,7 +79,7 @@ class RouteGradient(SemanticPass):
         with emit.before(gathers[0], self.name):
             factors = emit.method("sqrt", ctx[Selection].weights)  # a token's weight is 1/p
             if gradient is not None:
-                factors = _spread(emit, ctx[Selection], gradient, factors)
+                factors = _spread(emit, ctx[Selection], gradient, ctx[Candidates].valid, factors)
                 rows = gradient.rows
             weighed = emit.call(torch.ops.cggr.scale_selected_grads.default, rows, factors)
         for gather in gathers:
@@ -104,12 +104,16 @@ class RouteGradient(SemanticPass):
             user.replace_input_with(source, marked)
 
 
-def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, factors: Node) -> Node:
-    """The factors of the selected rows, [B, K], for all that carry gradient, [B, G]: 1 for those that always do."""
+def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, valid: Node, factors: Node) -> Node:
+    """The factors of the selected rows, [B, K], for all that carry gradient, [B, G].
+
+    1 for those that always do, selected or not, and for the context of a selected row, which is not drawn by itself.
+    """
     used = emit.call(torch.where, selection.keep, factors, 1.0)
-    ones = emit.call(torch.ones_like, gradient.extra, dtype=torch.float32)
-    each = emit.method("scatter", ones, 1, selection.rows, used)
-    return emit.method("gather", emit.call(torch.where, gradient.extra, 1.0, each), 1, gradient.rows)
+    each = emit.method("scatter", emit.call(torch.ones_like, valid, dtype=torch.float32), 1, selection.rows, used)
+    if gradient.extra is not None:
+        each = emit.call(torch.where, gradient.extra, 1.0, each)
+    return emit.method("gather", each, 1, gradient.rows)
 
 
 def _projection_input(ordered: list[Node], block: Block) -> Node:

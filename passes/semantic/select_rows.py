@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -11,11 +10,22 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.options import Options
-from cggr_compile.passes.analysis.positions import union
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, ExtraRows, GradientRows, LossSite, NoRouter, RouterScores, Selection
+from cggr_compile.passes.facts import (
+    Candidates,
+    ExtraRows,
+    LayerStack,
+    LossSite,
+    NoRouter,
+    Padding,
+    RouterScores,
+    Routing,
+    Selection,
+    Slots,
+)
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import fake_value, shape_of
+from cggr_compile.passes.nodes import fake_value
+from cggr_compile.passes.semantic.context_rows import more_rows, share_of
 from cggr_compile.passes.step_interface import StepOutputs, add_state_input
 from cggr_compile.selections.record import SlotRequest
 
@@ -36,15 +46,18 @@ class SelectRows(SemanticPass):
     ``cggr_state`` is a new graph input (seed, step); ``weights``, ``where(keep, rows, -1)`` and ``stats`` become the
     last three graph outputs.
 
-    Where positions carry gradient though the loss may not select them (``ExtraRows``), G - K slots are theirs::
+    Where positions carry gradient though the loss does not select them, context in front of those that it selects
+    (the option ``context``) or what is trained there (``ExtraRows``), there are G slots for all of them::
 
+        starts = position_ids[:, 1:] - position_ids[:, :-1] != 1             # of documents, padded to [B, S]
+        distance = cggr.context_distance(mask, starts, attention_mask != 0, 128)
         extra = (arange(S) < 4).expand(B, S)                                 # a soft prompt's, say
-        gradient_rows, gradient_keep, places, dropped = cggr.gradient_rows(rows, keep, extra, G)
+        gradient_rows, gradient_keep, places, counts = cggr.gradient_rows(rows, keep, extra, distance, G, S)
     """
 
     name = "select_rows"
-    needs = (LossSite, Candidates)
-    uses = (RouterScores, NoRouter, ExtraRows)
+    needs = (LossSite, LayerStack, Candidates, Routing)
+    uses = (RouterScores, NoRouter, ExtraRows, Padding)
     provides = (Selection,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
@@ -54,19 +67,20 @@ class SelectRows(SemanticPass):
         valid = candidates.valid
         device = fake_value(ctx[LossSite].target).device
         state = add_state_input(gm.graph, ctx.fake_mode, device)
+        at_most = Slots(options.most_slots, options.most_gradient_slots)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
-            slots = _share_of(emit, emit.size(valid, 1), options.most_slots)
+            slots = share_of(emit, emit.size(valid, 1), at_most.loss)
             mask, probabilities = _select(emit, ctx, options, state, slots)
             packed = emit.call(ops.pack_rows.default, mask, slots)
             rows, keep = emit.item(packed, 0), emit.item(packed, 1)
             weights = emit.call(ops.row_weights.default, rows, keep, valid, probabilities)
             measured = (router.top1, router.entropy, router.difficulty) if router else (None, None, None)
-            gradient, dropped = _gradient_rows(emit, ctx, rows, keep, slots)
-            stats = emit.call(ops.stats.default, keep, valid, *measured, *dropped)
+            more = more_rows(emit, ctx, (mask, rows, keep), slots, at_most)
+            stats = emit.call(ops.stats.default, keep, valid, *measured, *more.counts)
             public = emit.call(torch.where, keep, rows, -1)
         StepOutputs(weights, public, stats).append_to(gm.graph)
-        ctx.add(Selection(rows, keep, weights, state, stats, gradient))
+        ctx.add(Selection(rows, keep, weights, state, stats, more.rows))
         if not options.selection_record.sampled:
             ctx.notices.append(
                 f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "
@@ -74,13 +88,11 @@ class SelectRows(SemanticPass):
                 "2.38 (23M parameters from scratch, a quarter of the tokens, equal steps). selection='importance' "
                 "is weighted"
             )
-        most = options.most_slots
+        most = at_most.loss
         number = f"ceil({most} * S)" if isinstance(most, Fraction) else f"min({most}, S)"
         unranked = ", without a router" if unrouted else ""
-        details = {"slots": str(slots)}
-        if gradient is not None:
-            details["gradient_slots"] = str(shape_of(gradient.rows)[1])
-        return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence", details)
+        details = {"slots": str(slots)} | more.details
+        return PassResult(True, f"{options.selection}{unranked}, {number} slots per sequence{more.text}", details)
 
 
 def _without_scores(ctx: GraphContext, unrouted: str) -> Options:
@@ -111,7 +123,7 @@ def _select(
     scores = router.difficulty if router and record.scores != "unused" else None
     budget = slots
     if options.whole_batch:
-        budget = _share_of(emit, emit.size(valid, 1), options.ratio)
+        budget = share_of(emit, emit.size(valid, 1), options.ratio)
         budget = emit.integer(torch.sym_min, budget, slots)
     request = SlotRequest(
         scores=emit.proxy(scores),
@@ -124,29 +136,3 @@ def _select(
     )
     mask, probabilities = record.by_slots(request)
     return emit.node(mask), None if probabilities is None else emit.node(probabilities)
-
-
-def _gradient_rows(
-    emit: Emitter, ctx: GraphContext, rows: Node, keep: Node, slots: int | Node
-) -> tuple[GradientRows | None, list[Node]]:
-    """The rows that carry gradient if they are more than the selected ones, and how many found no slot."""
-    more = ctx.get(ExtraRows)
-    if more is None:
-        return None, []
-    valid = ctx[Candidates].valid
-    # what the regions depend on stands in front of the first block: the embeddings are made with it
-    regions, most = more.regions, more.most
-    batch, length = emit.size(valid, 0), emit.size(valid, 1)
-    extra = union(emit, regions, batch, length, fake_value(valid).device)
-    wanted = emit.integer(torch.sym_min, emit.integer(operator.add, slots, most), length)
-    found = emit.call(ops.gradient_rows.default, rows, keep, extra, wanted)
-    packed, kept, places, dropped = (emit.item(found, i) for i in range(4))
-    return GradientRows(packed, kept, places, extra), [dropped]
-
-
-def _share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:
-    """A number of positions, at most ``length``: rounded up where it is a share of it."""
-    if isinstance(share, int):
-        return emit.integer(torch.sym_min, share, length)
-    scaled = emit.integer(operator.mul, length, share.numerator)
-    return emit.integer(operator.floordiv, emit.integer(operator.add, scaled, share.denominator - 1), share.denominator)

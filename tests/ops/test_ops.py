@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import cggr_compile.ops  # noqa: F401  (registers)
 from cggr_compile.ops import UnresolvedMarkerError
-from cggr_compile.ops.metrics import OVERFLOW, STAT_NAMES
+from cggr_compile.ops.metrics import GRADIENT, STAT_NAMES
 
 ops = torch.ops.cggr
 
@@ -46,9 +46,12 @@ def test_opcheck_all():
         (ops.pack_rows.default, (valid, 8)),
         (ops.row_weights.default, (rows, keep, valid, torch.rand(2, 8))),
         (ops.row_weights.default, (rows, keep, valid, None)),
-        (ops.gradient_rows.default, (rows, keep, valid, 6)),
+        (ops.context_distance.default, (valid, None, None, 3)),
+        (ops.context_distance.default, (valid, valid[:1], valid, 20)),
+        (ops.gradient_rows.default, (rows, keep, valid, None, 6, 8)),
+        (ops.gradient_rows.default, (rows, keep, None, torch.randint(0, 9, (2, 8)), 6, 8)),
         (ops.stats.default, (keep, valid, *stats[:3])),
-        (ops.stats.default, (keep, valid, *stats[:3], torch.tensor(2))),
+        (ops.stats.default, (keep, valid, *stats[:3], torch.tensor([5, 0, 2]))),
         (ops.detach_unselected.default, (hidden.detach(), 1)),
         (ops.scale_selected_grads.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
@@ -101,10 +104,10 @@ def test_stats_without_router_are_nan():
     assert out[:2].tolist() == [2.0, 4.0] and out[2:].isnan().all()
 
 
-def test_stats_tell_what_was_dropped_last():
+def test_stats_end_with_the_counts_of_gradient_rows():
     keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
-    out = ops.stats(keep, valid, None, None, None, torch.tensor(3))
-    assert out.shape == (len(STAT_NAMES) + 1,) and out[OVERFLOW] == 3.0
+    out = ops.stats(keep, valid, None, None, None, torch.tensor([9, 0, 3]))
+    assert out.shape == (len(STAT_NAMES) + 3,) and out[GRADIENT:].tolist() == [9.0, 0.0, 3.0]
 
 
 def test_el2n_formula():

@@ -78,6 +78,27 @@ where = where(getitem_19, getitem_18, -1)  # [2, 4]""",
     )
 
 
+def test_select_rows_with_context(decoder_step, expect):
+    expect(
+        added(decoder_step({"selection": "labels", "scoring": "random", "context": 3}), "select_rows"),
+        """\
+inclusion_probabilities_default = inclusion_probabilities.default(None, ne, 4, None)  # [2, 16]
+systematic_sample_default = systematic_sample.default(inclusion_probabilities_default, cggr_state)
+pack_rows_default = pack_rows.default(systematic_sample_default, 4)
+getitem = getitem(pack_rows_default, 0)  # [2, 4]
+getitem_14 = getitem(pack_rows_default, 1)  # [2, 4]
+row_weights_default = row_weights.default(getitem, getitem_14, ne, inclusion_probabilities_default)
+context_distance_default = context_distance.default(systematic_sample_default, None, None, 3)  # [2,
+gradient_rows_default = gradient_rows.default(getitem, getitem_14, None, context_distance_default, 4
+getitem_15 = getitem(gradient_rows_default, 0)  # [2, 4]
+getitem_16 = getitem(gradient_rows_default, 1)  # [2, 4]
+getitem_17 = getitem(gradient_rows_default, 2)  # [2, 4]
+getitem_18 = getitem(gradient_rows_default, 3)  # [3]
+stats_default = stats.default(getitem_14, ne, None, None, None, getitem_18)  # [8]
+where = where(getitem_14, getitem, -1)  # [2, 4]""",
+    )
+
+
 def test_rewrite_loss(decoder_step, expect):
     expect(
         added(decoder_step(), "rewrite_loss"),

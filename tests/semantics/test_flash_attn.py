@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import assert_same, backward, dense
+from reference import assert_same, backward, context_rows, dense
 from training import complaints, metrics, padded
 
 import cggr_compile
@@ -77,6 +77,23 @@ def test_packed_sequences(kv_gradient="stop"):
     mask = (document[:, None] == document) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
     by_mask = {**models.make_batch(1), "position_ids": POSITIONS, "attention_mask": mask[None, None]}
     assert_same(run, train(family(attention="sdpa"), by_mask, kv_gradient=kv_gradient))
+
+
+def test_context_ends_with_a_packed_sequence():
+    """Positions go on: only cu_seqlens tells the documents apart; by sdpa, a mask."""
+    batch = packed() | {"position_ids": torch.arange(LENGTH)[None]}
+    batch["labels"] = torch.where(torch.isin(torch.arange(LENGTH), torch.tensor([3, 7, 14])), batch["input_ids"], -100)
+    options = dict(selection="labels", max_selected=1.0, scoring="random", context=5)
+    model = family()
+    run = train(model, batch, **options)
+    document = (torch.arange(LENGTH)[:, None] >= torch.tensor(STARTS)).sum(1)
+    rows = context_rows(torch.tensor([[2, 6, 13]]), 5, LENGTH, LENGTH, documents=document[None])
+    assert metrics(model)["gradient_tokens"] == 3 + int(rows.sum()) == 3 + 2 + 1 + 4
+    mask = (document[:, None] == document) & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    by_mask = {name: batch[name] for name in ("input_ids", "labels", "position_ids")} | {
+        "attention_mask": mask[None, None]
+    }
+    assert_same(run, train(family(attention="sdpa"), by_mask, **options))
 
 
 def test_ratio_one_is_the_model():

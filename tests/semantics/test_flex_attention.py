@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
-from reference import assert_same, backward, dense
+from reference import assert_same, backward, context_rows, dense
 
 import cggr_compile
 from cggr_compile.runtime import FallbackWarning
@@ -63,6 +63,25 @@ def test_block_mask():
     run = train(model, **BATCH, position_ids=POSITIONS, attention_mask=block_mask())
     assert_same(run, stopped())
     assert row_sparse(model).details["dense_attention"] == {}
+
+
+@pytest.mark.parametrize("block_size", [4, 128])
+def test_context_ends_with_a_document_of_the_block_mask(block_size):
+    """The mask alone tells documents apart: blocks that it lists as full, as partial and not at all, or one block."""
+    labels = torch.where(torch.isin(torch.arange(LENGTH), torch.tensor([3, 7, 14])), BATCH["input_ids"], -100)
+    batch = dict(input_ids=BATCH["input_ids"], labels=labels, position_ids=torch.arange(LENGTH).expand(2, -1))
+    mask = flex.create_block_mask(
+        within_documents, 2, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=block_size
+    )  # fmt: skip
+    options = dict(selection="labels", max_selected=1.0, scoring="random", context=5)
+    model = make("flex_attention", **options)
+    run = train(model, **batch, attention_mask=mask)
+    # 2, 6 and 13 predict the labels; 5 begins a document
+    rows = context_rows(torch.tensor([[2, 6, 13]] * 2), 5, LENGTH, LENGTH, documents=DOCUMENTS[None].int())
+    assert cggr_compile.runtime(model).metrics()["gradient_tokens"] == 2 * 3 + int(rows.sum()) == 2 * (3 + 8)
+    numbers = torch.arange(LENGTH)
+    dense_mask = within_documents(0, 0, numbers[:, None], numbers)[None, None].expand(2, -1, -1, -1)
+    assert_same(run, train(make("sdpa", **options), **batch, attention_mask=dense_mask))
 
 
 @pytest.mark.slow

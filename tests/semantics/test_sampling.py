@@ -22,7 +22,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "importance-batch": {"scope": "batch"},
     "random-batch": {"selection": "random", "scope": "batch", "max_selected": 7},
     "stratified": {"selection": "stratified", "num_strata": 2},
-    "labels": {"selection": "labels", "max_selected": 9},
+    "labels": {"selection": "labels", "max_selected": 9, "context": 0},
     "topk-batch": {"selection": "topk", "scope": "batch"},
     "sequence_aware": {"selection": "sequence_aware", "min_tokens_per_sequence": 3},
 }

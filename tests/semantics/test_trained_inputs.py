@@ -15,7 +15,7 @@ from training import complaints, metrics, picks, small
 
 import cggr_compile
 
-LABELS = {"selection": "labels", "max_selected": 1.0, "fallback": "warn"}
+LABELS = {"selection": "labels", "max_selected": 1.0, "context": 0, "fallback": "warn"}
 ROUTED = ("project", "stop")
 
 
@@ -100,7 +100,7 @@ def test_positions_that_are_selected_too() -> None:
 def test_overflow_is_counted_and_told() -> None:
     """More images than the first batch had: the last positions have no slot."""
     model, ids, labels = build("marked")
-    compiled(model, selection="labels", max_selected=8)
+    compiled(model, selection="labels", max_selected=8, context=0)
     many = torch.where(torch.arange(SEQ) < SEQ - 1, placed.IMAGE, ids)
     with complaints() as said:
         backward(model, model(ids, labels))

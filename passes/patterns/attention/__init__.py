@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from cggr_compile.passes.facts import Attention
 from cggr_compile.passes.nodes import same_size, shape_of
-from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Backward
+from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Backward, Hides
 from cggr_compile.passes.patterns.attention.composite import Composite
 from cggr_compile.passes.patterns.attention.flash import FlashAttn
 from cggr_compile.passes.patterns.attention.flex import Flex
@@ -44,6 +44,11 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
         return None
     tensors, users = (found.key, found.value), (found.key_user, found.value_user)
     return Attention(adapter.kind, node, *tensors, key_axis, value_axis, *users, found.mask)
+
+
+def hidden_by(attention: Attention, stream: Collection[Node]) -> Hides | str | None:
+    """What an attention of Dynamo's graph hides besides later keys; None: nothing, or why that cannot be read."""
+    return next(adapter for adapter in ADAPTERS if adapter.kind == attention.kind).hides(attention, stream)
 
 
 def _token_axis(tensor: Node, axis: int, batch: Any, length: Any) -> int | None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch.fx import Node
 
 if TYPE_CHECKING:
+    from cggr_compile.passes.facts import Attention
+    from cggr_compile.passes.fx import Emitter
     from cggr_compile.passes.joint.row_sparse.layout import Layout, Tag
     from cggr_compile.passes.joint.row_sparse.values import RowValues
 
@@ -38,6 +40,20 @@ class Forward:
     key_user: Node
     value_user: Node
     mask: Node | None = None
+
+
+@dataclass(frozen=True)
+class Hides(ABC):
+    """What keeps the queries of an attention from keys. Equal where two attentions hide the same."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes that it is computed from."""
+
+    @abstractmethod
+    def previous(self, emit: Emitter) -> Node:
+        """Whether a query may see the key just before its own, in any head: bool [B or 1, S] (any value at 0)."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,10 @@ class AttentionAdapter(Protocol):
 
     def recognise(self, node: Node, stream: Collection[Node]) -> Forward | None:
         """The attention at ``node`` of Dynamo's graph; ``stream``: what is computed from the embedding."""
+
+    def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | str | None:
+        """What one of its attentions hides besides later keys; None: nothing, or why that cannot be read."""
+        return None
 
     def is_forward(self, node: Node) -> bool:
         """Whether ``node`` of the joint graph is an attention of the forward pass: a layer of its own begins there."""

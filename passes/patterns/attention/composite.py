@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch.fx import Node
 
-from cggr_compile.passes.nodes import argument, op_name, shape_of
-from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forward
+from cggr_compile.passes.facts import Attention
+from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
+from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forward, Hides
+from cggr_compile.passes.patterns.attention.dense_mask import DenseMasks
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
@@ -33,6 +36,22 @@ class Composite(AttentionAdapter):
             argument(weighted, 1, "other"),
         )
         return Forward(query, key, value, -1, -2, scores, weighted, mask)  # the key arrives transposed
+
+    def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | str | None:
+        scores = _without_sinks(attention.node.all_input_nodes[0])
+        masks: dict[Node, bool] = {}
+        while scores is not attention.key_user:
+            (source,) = (n for n in scores.all_input_nodes if n in stream)
+            for other in scores.all_input_nodes:
+                if other is source or len(shape_of(other)) < 2:
+                    continue
+                hidden = _hides(scores, other, source)
+                if hidden is None:
+                    return f"hand-written attention whose scores go through {op_name(scores)!r} with {other}"
+                masks[other] = hidden
+            scores = source
+        rank = len(shape_of(attention.node))
+        return DenseMasks(tuple(masks), tuple(masks.values()), rank) if masks else None
 
 
 def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, Node | None] | None:
@@ -66,6 +85,20 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
     if argument(user, 0, "input") is not weights:
         return None
     return scores, user, mask
+
+
+def _hides(call: Node, mask: Node, scores: Node) -> bool | None:
+    """Whether True in ``mask`` hides what ``call`` makes of the scores, or shows it (or it is added); None: neither."""
+    name, dtype = op_name(call), fake_value(mask).dtype
+    if name == "add" and dtype.is_floating_point:
+        return False
+    if dtype != torch.bool:
+        return None
+    if name == "masked_fill" and argument(call, 1, "mask") is mask:
+        return True
+    if name == "where" and argument(call, 0, "condition") is mask:
+        return argument(call, 1, "input") is not scores
+    return None
 
 
 def _without_sinks(scores: Node) -> Node:

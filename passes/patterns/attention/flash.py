@@ -9,7 +9,9 @@ function around one of them; the joint graph has its backward functionalized::
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from cggr_compile import compat
-from cggr_compile.passes.nodes import argument, op_name, same_size, shape_of
-from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
+from cggr_compile.passes.facts import Attention
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
+from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward, Hides
 
 if TYPE_CHECKING:
+    from cggr_compile.passes.fx import Emitter
     from cggr_compile.passes.joint.row_sparse.layout import Layout
     from cggr_compile.passes.joint.row_sparse.values import RowValues
 
@@ -49,6 +53,13 @@ class FlashAttn(AttentionAdapter):
         # [tokens, heads, D], of all sequences: a marker needs them apart
         return Forward(query, _before_packing(key), _before_packing(value), -3, -3, key, value)
 
+    def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | str | None:
+        found = _operands(attention.node)
+        if found is None or not found[3]:
+            return None
+        starts = _inside(attention.node, 4, "cu_seqlens_k")
+        return _Packed(starts, attention.key) if isinstance(starts, Node) else "flash-attn whose cu_seqlens is no input"
+
     def is_forward(self, node: Node) -> bool:
         return str(node.target) in FORWARDS
 
@@ -62,6 +73,28 @@ class FlashAttn(AttentionAdapter):
             return None  # they are written into parts of other tensors
         gradients = {1 + int(base): i for base, i in found.items()}  # type: ignore[arg-type]  # result 0 is its own
         return _Backward(node, grad, gradients, ("BS", None, None) if _packed(node) else ("B", "S", None, None))
+
+
+@dataclass(frozen=True)
+class _Packed(Hides):
+    """Sequences that begin at ``starts``, int32 [sequences + 1] (with the end); ``like``: [B, S, heads, D]."""
+
+    starts: Node
+    like: Node = field(compare=False)
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return (self.starts,)
+
+    def previous(self, emit: Emitter) -> Node:
+        batch, length = (emit.size(self.like, axis) for axis in (0, 1))
+        tokens = emit.integer(operator.mul, batch, length)
+        begins = emit.call(
+            torch.zeros, emit.integer(operator.add, tokens, 1), dtype=torch.bool, device=fake_value(self.starts).device
+        )
+        begins = emit.method("index_fill", begins, 0, emit.method("long", self.starts), True)
+        inside = emit.call(torch.logical_not, emit.method("narrow", begins, 0, 0, tokens))
+        return emit.method("view", inside, batch, length)
 
 
 class _Backward(Backward):
@@ -103,19 +136,31 @@ class _Backward(Backward):
 
 def _operands(node: Node) -> tuple[Node, Node, Node, bool] | None:
     """Query, key and value of the autograd function at ``node`` of Dynamo's graph, and whether they are packed."""
-    body = _body(node) if op_name(node) == "autograd_function_apply" else None
-    if body is None:
+    call = _call(node) if op_name(node) == "autograd_function_apply" else None
+    if call is None:
         return None
-    inside = [n for n in body.graph.nodes if _operator(n) in (DENSE, PACKED)]
-    if len(inside) != 1:
-        return None
-    inputs, operands = body.graph.find_nodes(op="placeholder"), node.args[2:]
-    inputs = inputs[len(inputs) - len(operands) :]  # older releases give the context first
-    given = dict(zip(inputs, operands, strict=True))
-    found = [given.get(_unpadded(argument(inside[0], i, name))) for i, name in enumerate("qkv")]
+    found = [_inside(node, i, name) for i, name in enumerate("qkv")]
     if not all(isinstance(tensor, Node) for tensor in found):
         return None
-    return *found, _operator(inside[0]) == PACKED  # type: ignore[return-value]
+    return *found, _operator(call) == PACKED  # type: ignore[return-value]
+
+
+def _call(node: Node) -> Node | None:
+    """The operator's call in the body of the autograd function at ``node``."""
+    body = _body(node)
+    inside = [n for n in body.graph.nodes if _operator(n) in (DENSE, PACKED)] if body is not None else []
+    return inside[0] if len(inside) == 1 else None
+
+
+def _inside(node: Node, position: int, name: str) -> Node | None:
+    """What the autograd function at ``node`` is given that its operator gets as this argument."""
+    call = _call(node)
+    assert call is not None
+    inputs, operands = call.graph.find_nodes(op="placeholder"), node.args[2:]
+    inputs = inputs[len(inputs) - len(operands) :]  # older releases give the context first
+    passed = argument(call, position, name)
+    given = dict(zip(inputs, operands, strict=True))
+    return given.get(_unpadded(passed)) if isinstance(passed, Node) else None
 
 
 def _body(node: Node) -> GraphModule | None:

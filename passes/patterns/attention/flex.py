@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile import compat
+from cggr_compile.passes.facts import Attention
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
-from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward
+from cggr_compile.passes.patterns.attention.base import Arguments, AttentionAdapter, Backward, Forward, Hides
 
 if TYPE_CHECKING:
+    from cggr_compile.passes.fx import Emitter
     from cggr_compile.passes.joint.row_sparse.layout import Layout
     from cggr_compile.passes.joint.row_sparse.values import RowValues
 
@@ -22,7 +25,9 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 BACKWARD = "flex_attention_backward"
-# the operator's parameters, in order
+# the operators' parameters, in order
+FORWARD_PARAMETERS = ("query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_buffers",
+                      "mask_buffers")  # fmt: skip
 PARAMETERS = ("query", "key", "value", "out", "logsumexp", "grad", "grad_logsumexp", "score_mod", "joint_graph",
               "block_mask", "scale", "kernel_options", "score_buffers", "mask_buffers")  # fmt: skip
 # where its log-sum-exp and its block tables were checked against the rows' operator
@@ -45,8 +50,66 @@ class Flex(AttentionAdapter):
         # its BlockMask is no tensor of the scores' shape: it stays as it is
         return Forward(query, key, value, -2, -2, node, node)  # type: ignore[arg-type]
 
+    def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | str | None:
+        given: dict[str, Any] = dict(zip(FORWARD_PARAMETERS, attention.node.args, strict=False)) | attention.node.kwargs
+        _, _, partial, partial_at, full, full_at, *_, query_block, key_block, held = given["block_mask"]
+        mask_mod = _subgraph(held)
+        if query_block == key_block == UNBLOCKED and _always(mask_mod.graph):
+            return None
+        tables: tuple[Node, ...] = (partial, partial_at) if full is None else (partial, partial_at, full, full_at)
+        if query_block == key_block == UNBLOCKED:
+            tables = ()
+        sizes, buffers = shape_of(given["query"])[:3], tuple(given["mask_buffers"])
+        if not all(isinstance(size, int) for size in sizes) or not all(isinstance(node, Node) for node in buffers):
+            return "FlexAttention of symbolic sizes"
+        if mask_mod.graph.find_nodes(op="get_attr"):
+            return "FlexAttention whose mask_mod holds constants"
+        device = fake_value(attention.key).device
+        return _Hides(mask_mod.code, tables, buffers, (query_block, key_block), sizes, device, mask_mod)
+
     def backward(self, node: Node) -> Backward | None:
         return _Backward(node, _given(node)["grad"]) if str(node.target) == BACKWARD else None
+
+
+@dataclass(frozen=True)
+class _Hides(Hides):
+    """``mask_mod`` computes ``code`` from ``buffers``; ``tables`` of its blocks, none where there are no blocks.
+
+    ``sizes``: of the queries, [B, heads, S].
+    """
+
+    code: str
+    tables: tuple[Node, ...]
+    buffers: tuple[Node, ...]
+    blocks: tuple[int, int]
+    sizes: tuple[int, int, int]
+    device: torch.device
+    mask_mod: GraphModule = field(compare=False)
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return (*self.tables, *self.buffers)
+
+    def previous(self, emit: Emitter) -> Node:
+        batch, heads, length = self.sizes
+
+        def seen(*buffers: Tensor) -> Tensor:
+            numbers = [torch.arange(size, device=self.device) for size in self.sizes]
+            found: Any = self.mask_mod
+            # one axis at a time: positions, heads, sequences
+            for axes in ((None, None, 0, 0), (None, 0, None, None), (0, None, None, None)):
+                found = torch.vmap(found, (*axes, *[None] * len(buffers)))
+            return found(*numbers, (numbers[2] - 1).clamp(min=0), *buffers)  # type: ignore[no-any-return]
+
+        def in_blocks(found: Tensor, *tables: Tensor) -> Tensor:
+            own = torch.arange(length, device=self.device).view(1, 1, length, 1)
+            at = own // self.blocks[0], (own - 1).clamp(min=0) // self.blocks[1]
+            listed = _in_blocks(found.unsqueeze(-1), tables, at, -(-length // self.blocks[1]))
+            return listed.expand(batch, heads, length, 1).squeeze(-1)
+
+        found = emit.trace(seen, *self.buffers)
+        found = emit.trace(in_blocks, found, *self.tables) if self.tables else found
+        return emit.method("any", found, 1)
 
 
 class _Backward(Backward):
@@ -104,9 +167,7 @@ def _mask(rv: RowValues, given: dict[str, Any]) -> Node | None:
 
     def in_blocks(found: Tensor, queries: Tensor, columns: Tensor, *tables: Tensor) -> Tensor:
         at = queries // query_block, columns // key_block
-        blocks = -(-keys // key_block)
-        found = found & _listed(tables[0], tables[1], blocks, at)
-        return expanded(found | _listed(tables[2], tables[3], blocks, at) if full is not None else found)
+        return expanded(_in_blocks(found, tables, at, -(-keys // key_block)))
 
     where = rv.emit.trace(places, rv.rows)
     found = rv.emit.inline(_subgraph(mask_mod), *where, *given["mask_buffers"])
@@ -120,6 +181,12 @@ def _mask(rv: RowValues, given: dict[str, Any]) -> Node | None:
 def _numbers(size: int, axis: int, like: Tensor) -> Tensor:
     """0, 1, ... along one of four axes."""
     return torch.arange(size, device=like.device).view([size if i == axis else 1 for i in range(4)])
+
+
+def _in_blocks(found: Tensor, tables: Sequence[Tensor], at: tuple[Tensor, Tensor], blocks: int) -> Tensor:
+    """``found`` where a block is listed as partial, True where it is listed as full (if there are such tables)."""
+    found = found & _listed(tables[0], tables[1], blocks, at)
+    return found | _listed(tables[2], tables[3], blocks, at) if len(tables) > 2 else found
 
 
 def _listed(count: Tensor, table: Tensor, blocks: int, at: tuple[Tensor, Tensor]) -> Tensor:
@@ -152,7 +219,7 @@ def _identity(score_mod: Graph) -> bool:
 def _always(mask_mod: Graph) -> bool:
     """Whether a mask hides nothing: ``new_ones(())``, which is what a call without one gets."""
     result = _result(mask_mod)
-    return isinstance(result, Node) and result.target is aten.new_ones.default
+    return isinstance(result, Node) and op_name(result) in ("new_ones", "new_ones.default")
 
 
 def _elementwise(mask_mod: Graph) -> bool:

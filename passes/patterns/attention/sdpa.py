@@ -10,8 +10,10 @@ import torch
 from torch.fx import Node
 
 from cggr_compile import compat
+from cggr_compile.passes.facts import Attention
 from cggr_compile.passes.nodes import argument, op_name, shape_of
-from cggr_compile.passes.patterns.attention.base import MASK, Arguments, AttentionAdapter, Backward, Forward
+from cggr_compile.passes.patterns.attention.base import MASK, Arguments, AttentionAdapter, Backward, Forward, Hides
+from cggr_compile.passes.patterns.attention.dense_mask import DenseMasks
 
 if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.layout import Layout
@@ -43,6 +45,11 @@ class ScaledDotProduct(AttentionAdapter):
             return None
         query, key, value = (argument(node, i, name) for i, name in enumerate(("query", "key", "value")))
         return Forward(query, key, value, -2, -2, node, node, argument(node, 3, "attn_mask"))
+
+    def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | None:
+        if attention.mask is None:
+            return None
+        return DenseMasks((attention.mask,), (False,), len(shape_of(attention.key)))
 
     def is_forward(self, node: Node) -> bool:
         return node.target in FORWARDS

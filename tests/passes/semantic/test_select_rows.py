@@ -12,7 +12,7 @@ SELECTIONS = [
     {"selection": "random"},
     {"selection": "topk", "scoring": "entropy"},
     {"selection": "stratified", "num_strata": 3},
-    {"selection": "labels"},
+    {"selection": "labels", "context": 0},
     {},
 ]
 

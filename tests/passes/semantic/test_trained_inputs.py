@@ -15,7 +15,7 @@ from cggr_compile.passes.facts import ExtraRows, Routing, Selection
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 
-LABELS = {"selection": "labels", "max_selected": 1.0}
+LABELS = {"selection": "labels", "max_selected": 1.0, "context": 0}
 
 
 def captured(embed: placed.Embed, shapes: dict[str, tuple[int, ...]], image: int | None = None, **options) -> Captured:
