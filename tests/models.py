@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCAB, HIDDEN, LAYERS, HEADS, SEQ = 128, 32, 4, 4, 16
+# Compiling takes as long as the model is deep: two layers are a stack, what needs more says so.
+VOCAB, HIDDEN, LAYERS, HEADS, SEQ = 128, 32, 2, 4, 16
 IGNORE = -100
-_FAMILY_LAYERS = 3
 
 _SIZES = {
     "vocab_size": VOCAB,
     "max_position_embeddings": 128,
-    "num_hidden_layers": _FAMILY_LAYERS,
+    "num_hidden_layers": LAYERS,
     "hidden_size": HIDDEN,
 }
 _LLAMA = dict(intermediate_size=64, num_attention_heads=HEADS, num_key_value_heads=2, **_SIZES)
-_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": _FAMILY_LAYERS, "n_head": HEADS, "n_positions": 128}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _GRANITE = {
     "embedding_multiplier": 2.0,
@@ -134,9 +134,11 @@ def backend() -> Any:
     return cggr
 
 
-def every_other_slow(names: Iterable[Any]) -> list[Any]:
-    """Parameters of a test: of many variants alike ``make test`` runs half, ``make test-all`` all."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if i % 2 else []) for i, name in enumerate(names)]
+def slow_but(quick: Iterable[Any], names: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: of many variants alike ``make test`` runs the ``quick`` ones, ``make test-all`` all."""
+    quick, names = list(quick), list(names)
+    assert all(name in names for name in quick), f"not all of {quick} are among {names}"
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
 def compiled(target: Any, *, in_place: bool | None = None, **options: Any) -> Any:
@@ -224,11 +226,12 @@ class Decoder(nn.Module):
         tied: bool = True,
         bias: bool = False,
         documents: bool = False,
+        layers: int | None = None,
     ) -> None:
         super().__init__()
         self.documents = documents
         self.wte, self.wpe = nn.Embedding(VOCAB, HIDDEN), nn.Embedding(64, HIDDEN)
-        self.blocks = nn.ModuleList(Layer(attend, fused) for _ in range(LAYERS))
+        self.blocks = nn.ModuleList(Layer(attend, fused) for _ in range(LAYERS if layers is None else layers))
         self.ln_f = nn.LayerNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=bias)
         if tied:

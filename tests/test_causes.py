@@ -97,13 +97,13 @@ class Broken(models.SlicedLoss):
         if self.where == "loop":
             for i, block in enumerate(self.blocks):
                 x = block(x)
-                if i == 1:
+                if i == 0:
                     torch._dynamo.graph_break()
         else:
-            x = self.blocks[1](self.blocks[0](x))
+            x = self.blocks[0](x)
             if self.where == "middle" or (self.where == "evaluation" and not self.training):
                 torch._dynamo.graph_break()
-            x = self.blocks[3](self.blocks[2](x))
+            x = self.blocks[1](x)
         logits = self.lm_head(self.ln_f(x))
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
         if self.where == "behind":

@@ -15,26 +15,29 @@ from training import RATIO, check_against_reference, complaints, metrics, picks,
 import cggr_compile
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_evaluation_is_untouched_inductor(grad: bool) -> None:
+@pytest.mark.parametrize(
+    ("training", "grad"),
+    [(False, False), pytest.param(True, False, marks=pytest.mark.slow), pytest.param(False, True)],
+    ids=["eval", "train without gradient", "eval with gradient"],
+)
+def test_evaluation_is_untouched_inductor(training: bool, grad: bool) -> None:
     model, batch = small(num_hidden_layers=1), make_batch()
     plain = copy.deepcopy(model)
     plain.compile()
     compiled(model, min_tokens_ratio=RATIO, compiler="inductor")
-    for training in (False,) if grad else (False, True):
-        model.train(training), plain.train(training)
-        with torch.set_grad_enabled(grad), complaints() as heard:
-            got, want = model(**batch), plain(**batch)
-            assert got.logits.shape == (2, SEQ, VOCAB)
-            assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
-            if not grad:
-                got, want = model(batch["input_ids"]), plain(batch["input_ids"])
-                assert got.loss is None and torch.equal(got.logits, want.logits)
-        assert not heard, heard
+    model.train(training), plain.train(training)
+    with torch.set_grad_enabled(grad), complaints() as heard:
+        got, want = model(**batch), plain(**batch)
+        assert got.logits.shape == (2, SEQ, VOCAB)
+        assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+        if not grad:
+            got, want = model(batch["input_ids"]), plain(batch["input_ids"])
+            assert got.loss is None and torch.equal(got.logits, want.logits)
+    assert not heard, heard
 
 
 def test_train_eval_train() -> None:
-    model, batch = small(), make_batch()
+    model, batch = small(num_hidden_layers=1), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, batch)
     step = metrics(model)["step"]
@@ -78,7 +81,7 @@ class Model(torch.nn.Module):
 
 def test_training_without_labels() -> None:
     """Logits for a loss outside of the compiled region: the dense model, and its gradient."""
-    model, batch = small(), make_batch()
+    model, batch = small(num_hidden_layers=1), make_batch()
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     logits = model(batch["input_ids"]).logits
     assert logits.shape == (2, SEQ, VOCAB)
@@ -87,7 +90,7 @@ def test_training_without_labels() -> None:
 
 
 def test_generate() -> None:
-    model, batch = small(), make_batch()
+    model, batch = small(num_hidden_layers=1), make_batch()
     plain = copy.deepcopy(model).eval()
     compiled(model, min_tokens_ratio=RATIO)
     model(**batch).loss.backward()
@@ -100,26 +103,26 @@ def test_generate() -> None:
 
 
 def test_state_dict_is_the_models_own() -> None:
-    model, batch = small(), make_batch()
+    model, batch = small(num_hidden_layers=1), make_batch()
     keys = list(model.state_dict())
     compiled(model, min_tokens_ratio=RATIO)
     assert list(model.state_dict()) == keys
     model(**batch).loss.backward()
     assert list(model.state_dict()) == keys
-    assert {n for n, _ in model.named_buffers()} == {n for n, _ in small().named_buffers()}
-    small().load_state_dict(model.state_dict())
+    assert {n for n, _ in model.named_buffers()} == {n for n, _ in small(num_hidden_layers=1).named_buffers()}
+    small(num_hidden_layers=1).load_state_dict(model.state_dict())
 
 
 def test_torch_compile_wrapper() -> None:
     """torch.compile(model) instead of model.compile(): the runtime is found from either object."""
-    model, batch = small(), make_batch()
+    model, batch = small(num_hidden_layers=1), make_batch()
     wrapped = compiled(model, in_place=False, min_tokens_ratio=RATIO)
     got = backward(model, wrapped(**batch).loss)
     assert_same(got, hf_reference(model, batch, picks(wrapped)))
 
 
 def test_two_models_have_two_runtimes() -> None:
-    first, second, batch = small(), small("gpt2"), make_batch()
+    first, second, batch = small(num_hidden_layers=1), small("gpt2", n_layer=1), make_batch()
     compiled(first, min_tokens_ratio=RATIO)
     compiled(second, min_tokens_ratio=0.5)
     first(**batch).loss.backward()

@@ -18,7 +18,7 @@ from training import RATIO, check_against_reference, metrics, padded, selected, 
     [
         ("right", "auto", "stop"),
         ("right", "right", "project"),
-        ("right", "any", "project"),
+        pytest.param("right", "any", "project", marks=pytest.mark.slow),
         ("left", "auto", "stop"),
         ("left", "any", "project"),
         ("holes", "auto", "project"),
@@ -46,7 +46,7 @@ def test_padding_in_other_families(side: str, name: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_whose_labels_are_not_ignored(side: str) -> None:
     """A careless collator: labels = input_ids. The model counts them, so they are candidates like any other."""
-    model, batch = small(), padded(side, ignored_labels=False)
+    model, batch = small(num_hidden_layers=1), padded(side, ignored_labels=False)
     compiled(model, min_tokens_ratio=0.9)
     check_against_reference(model, batch)
     valid = candidates(shift(batch["labels"]))
@@ -56,14 +56,14 @@ def test_padding_whose_labels_are_not_ignored(side: str) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_labels_of_padding_are_those_of_the_model(side: str) -> None:
-    model, batch = small(), padded(side, ignored_labels=False)
+    model, batch = small(num_hidden_layers=1), padded(side, ignored_labels=False)
     compiled(model, selection="labels", max_selected=1.0, gradient="exact")
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
 
 
 def test_labels_of_padding_in_a_later_batch() -> None:
     """By then the mask is gone, and such a row would see other keys than in the model: asserted on the device."""
-    model = small()
+    model = small(num_hidden_layers=1)
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, padded("right"))
     with pytest.raises(RuntimeError, match="labels mark a position where attention_mask is 0"):
@@ -72,7 +72,7 @@ def test_labels_of_padding_in_a_later_batch() -> None:
 
 @pytest.mark.parametrize("where", ["returned", "in the loss"])
 def test_a_mask_stays_where_more_than_the_loss_reads_padding(where: str) -> None:
-    model, batch = small(), padded("right")
+    model, batch = small(num_hidden_layers=1), padded("right")
 
     def step(**batch: Tensor) -> tuple[Tensor, ...]:
         states = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
@@ -89,7 +89,7 @@ def test_a_mask_stays_where_more_than_the_loss_reads_padding(where: str) -> None
 @pytest.mark.parametrize("first", ["full", "right"])
 def test_padding_of_another_kind_in_a_later_batch(first: str) -> None:
     """What `auto` concluded from the first batch must not make a later one silently wrong."""
-    model = small()
+    model = small(num_hidden_layers=1)
     start = {**padded("right"), "attention_mask": torch.ones(2, SEQ, dtype=torch.long)}
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, start if first == "full" else padded("right"))
@@ -102,7 +102,7 @@ def test_padding_of_another_kind_in_a_later_batch(first: str) -> None:
 
 
 def test_broken_promise_of_right_padding_raises() -> None:
-    model, batch = small(), padded("left")
+    model, batch = small(num_hidden_layers=1), padded("left")
     compiled(model, min_tokens_ratio=RATIO, padding="right")
     with pytest.raises(RuntimeError, match=r"(?i)padding"):
         backward(model, model(**batch).loss)
@@ -111,6 +111,6 @@ def test_broken_promise_of_right_padding_raises() -> None:
 @pytest.mark.parametrize("seq", [12, 13])
 def test_padding_at_ratio_one(seq: int) -> None:
     for side in ("right", "left"):
-        model, batch = small(), padded(side, seq=seq)
+        model, batch = small(num_hidden_layers=1), padded(side, seq=seq)
         compiled(model, min_tokens_ratio=1.0)
         assert_same(backward(model, model(**batch).loss), dense(model, batch))

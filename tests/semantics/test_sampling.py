@@ -44,7 +44,7 @@ def by_position(chosen: Any, size: int = SEQ) -> Tensor:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_equals_the_weighted_reference(name: str) -> None:
-    model, batch = small(), uneven()
+    model, batch = small(num_hidden_layers=1), uneven()
     compiled(model, min_tokens_ratio=RATIO, router_layers="full", router_precision="model", **CHOICES[name])
     check_against_reference(model, batch)
     chosen, target = picks(model), shift(batch["labels"])
@@ -96,7 +96,7 @@ def test_the_loss_is_unbiased(name: str) -> None:
 
 def test_all_labels_are_the_dense_loss() -> None:
     """As many slots as positions: prompt-masked fine-tuning, exactly."""
-    model, batch = small(), uneven()
+    model, batch = small(num_hidden_layers=1), uneven()
     compiled(model, selection="labels", max_selected=1.0, gradient="exact")
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
     assert torch.equal(by_position(picks(model)) == 1, candidates(shift(batch["labels"])))
@@ -115,7 +115,7 @@ def test_overflow_is_counted_over_all_steps() -> None:
 
 def test_num_items_in_batch() -> None:
     """Divided by the user's count, not by the number of labels."""
-    model, batch = small(), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
+    model, batch = small(num_hidden_layers=1), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
     compiled(model, min_tokens_ratio=RATIO, scope="batch")
     check_against_reference(model, batch)
 

@@ -92,7 +92,7 @@ DECODER, LLAMA = (decoder, decoder_loss), (functools.partial(llama, num_hidden_l
 MODES = [
     (*DECODER, {"kv_gradient": "stop"}),
     (*DECODER, {"row_sparse": False}),
-    (*LLAMA, {"kv_gradient": "stop"}),
+    pytest.param(*LLAMA, {"kv_gradient": "stop"}, marks=pytest.mark.slow),
     (*LLAMA, {"kv_gradient": "project"}),
     (*LLAMA, {"gradient": "exact"}),
 ]

@@ -14,7 +14,7 @@ from training import picks, small
 from cggr_compile import compat
 
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture
@@ -96,9 +96,8 @@ def test_a_checkpoint_around_two_blocks(whole_products):
     for paired in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = models.Decoder()
+        model = models.Decoder(layers=4)
         blocks = list(model.blocks)
-        assert len(blocks) == 4
         if paired:
             model.blocks = nn.ModuleList([Pair(*blocks[:2]), Pair(*blocks[2:])])
 
