@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import models
@@ -11,6 +12,13 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 os.environ["CGGR_STRICT"] = "1"  # a pass that fails must not pass for a graph that does not match
+
+
+def pytest_collection_finish():
+    """Compiling makes many objects: the garbage collector need not look at those of the imports again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from cggr_compile.runtime import FallbackWarning
 
 def test_no_cpp_compiler_trains_all_the_same(monkeypatch):
     monkeypatch.setattr("cggr_compile.compat.cpp_compiler", lambda: None)
-    model = models.compiled(models.family("llama"), compiler="auto")
+    model = models.compiled(models.family("llama", num_hidden_layers=1), compiler="auto")
     model(**models.make_batch()).loss.backward()
     report = cggr_compile.runtime(model).reports[0]
     assert report.matched and report.compiler == "eager"
@@ -46,7 +46,7 @@ def test_internal_error_falls_back_loudly(monkeypatch, caplog, name, place):
     """To the graph as it was captured, whether the rewriting depends on the pass or not."""
     monkeypatch.delenv("CGGR_STRICT")
     monkeypatch.setattr(f"cggr_compile.passes.semantic.{place}.__call__", broken)
-    model, batch = models.compiled(models.family("llama"), fallback="warn"), models.make_batch()
+    model, batch = models.compiled(models.family("llama", num_hidden_layers=1), fallback="warn"), models.make_batch()
     with pytest.warns(
         FallbackWarning, match=f"{name}: internal error: KeyError: 'oops', in pass {name}: please report"
     ):
@@ -54,13 +54,13 @@ def test_internal_error_falls_back_loudly(monkeypatch, caplog, name, place):
     assert "Traceback" in caplog.text
     (report,) = cggr_compile.runtime(model).reports
     assert report.cause is Cause.INTERNAL_ERROR and not cggr_compile.runtime(model).metrics()["matched"]
-    torch.testing.assert_close(loss, models.family("llama")(**batch).loss)
+    torch.testing.assert_close(loss, models.family("llama", num_hidden_layers=1)(**batch).loss)
 
 
 @pytest.mark.parametrize("place", ["rewrite_loss.RewriteLoss", "group_queries.GroupQueries"])
 def test_internal_errors_raise_where_they_are_looked_for(monkeypatch, place):
     monkeypatch.setattr(f"cggr_compile.passes.semantic.{place}.__call__", broken)
-    model = models.compiled(models.family("llama"), fallback="warn")
+    model = models.compiled(models.family("llama", num_hidden_layers=1), fallback="warn")
     with pytest.raises(Exception, match="oops"):
         model(**models.make_batch())
 
@@ -71,7 +71,7 @@ def test_a_broken_joint_pass_never_runs(monkeypatch):
 
     monkeypatch.delenv("CGGR_STRICT")
     monkeypatch.setattr("cggr_compile.passes.joint.resolve_markers.ResolveMarkers.__call__", broken_joint)
-    model = models.compiled(models.family("llama"))
+    model = models.compiled(models.family("llama", num_hidden_layers=1))
     with pytest.raises(Exception, match="oops"):
         model(**models.make_batch())
 
@@ -87,7 +87,7 @@ def test_optimizer_graphs_do_not_warn():
 
 
 def test_reset():
-    model, batch = models.compiled(models.family("llama")), models.make_batch()
+    model, batch = models.compiled(models.family("llama", num_hidden_layers=1)), models.make_batch()
     model(**batch)
     torch._dynamo.reset()
     model(**batch)
@@ -97,7 +97,7 @@ def test_reset():
 def test_frozen_base_with_adapters():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-    model = peft.get_peft_model(models.family("llama"), config)
+    model = peft.get_peft_model(models.family("llama", num_hidden_layers=1), config)
     models.compiled(model)(**models.make_batch()).loss.backward()
     assert cggr_compile.runtime(model).metrics()["matched"]
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -118,7 +118,7 @@ def test_loss_in_half_precision_graph():
 def test_a_graph_of_unknown_mode_stays_dense_loudly(monkeypatch):
     """Where the captured frame does not hold the model, evaluation must not be taken for training."""
     monkeypatch.setattr(compat, "module_at", lambda path, scopes: None)
-    model, batch = models.family("llama").eval(), models.make_batch()
+    model, batch = models.family("llama", num_hidden_layers=1).eval(), models.make_batch()
     want = model(**batch)
     models.compiled(model, fallback="warn")
     with pytest.warns(FallbackWarning, match="trains or evaluates is unknown"):

@@ -13,7 +13,7 @@ from training import padded
 import cggr_compile
 from cggr_compile import captured_reference, verify
 
-SIZES = {"num_hidden_layers": 2}
+SIZES = {"num_hidden_layers": 1}
 
 
 def verified(model, *batches, **options):
@@ -41,7 +41,7 @@ def compared(monkeypatch):
 @pytest.mark.parametrize("gradient", ["exact", "routed"])
 def test_what_is_compared(gradient, compared):
     """All gradients, or those behind the last place where gradient is stopped: once for each graph."""
-    model = models.family("llama", **SIZES)
+    model = models.family("llama", num_hidden_layers=2)
     (report,) = verified(model, *[models.make_batch(seed=s) for s in (1, 2)], gradient=gradient)
     assert report.verification.steps == 2 and 0 < report.verification.captured_error < 1e-5
     assert f"{report.verification.captured_error:.1e} from the captured graph" in str(report.verification)
@@ -91,7 +91,7 @@ def test_sizes_that_have_become_numbers():
 
 
 def test_random_numbers_are_not_compared(caplog):
-    (report,) = verified(models.family("gpt2", n_layer=2, resid_pdrop=0.3))
+    (report,) = verified(models.family("gpt2", n_layer=1, resid_pdrop=0.3))
     assert report.verification.steps == 1 and report.verification.captured_error is None
     assert report.verification.note == "not compared with the captured graph: it draws random numbers"
     assert "it draws random numbers" in caplog.text

@@ -28,7 +28,7 @@ def _reset():
 
 
 def compiled(**options):
-    model = family("llama").train()
+    model = family("llama", num_hidden_layers=1).train()
     model.compile(backend="cggr", options=OPTIONS | options)
     return model
 

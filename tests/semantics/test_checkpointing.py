@@ -19,7 +19,7 @@ DENSE = Picks(torch.arange(models.SEQ - 1).expand(2, -1), torch.ones(2, models.S
 
 
 def test_checkpointing() -> None:
-    model, batch = small(num_hidden_layers=3), make_batch()
+    model, batch = small(), make_batch()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False  # transformers' own warning about it would break the graph
     compiled(model, min_tokens_ratio=RATIO)

@@ -102,8 +102,8 @@ def loss_on(batch):
 
 
 @pytest.fixture(autouse=True)
-def _two_layers(monkeypatch):
-    monkeypatch.setattr(models, "LAYERS", 2)
+def _one_layer(monkeypatch):
+    monkeypatch.setattr(models, "LAYERS", 1)
 
 
 @pytest.mark.parametrize("kv_gradient", ["stop", "project"])

@@ -12,8 +12,8 @@ POSITIONS = {"aten.sum.dim_IntList": 1}  # learned positions: a sum over sequenc
 
 
 @pytest.fixture(autouse=True)
-def _two_layers(monkeypatch):
-    monkeypatch.setattr(models, "LAYERS", 2)
+def _one_layer(monkeypatch):
+    monkeypatch.setattr(models, "LAYERS", 1)
 
 
 def shared_heads(q, k, v, mask=None):

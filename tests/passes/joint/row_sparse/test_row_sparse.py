@@ -20,9 +20,8 @@ def call_with(batch):
 
 def small(name, layers=2, **changes):
     """One layer has every operator; two, rows that one passes on to the other."""
-    return lambda: models.family(
-        name, **{"n_layer" if name.startswith("gpt2") else "num_hidden_layers": layers}, **changes
-    )
+    count = "n_layer" if name.startswith("gpt2") else "num_hidden_layers"
+    return lambda: models.family(name, **{count: layers}, **changes)
 
 
 POSITIONS = {"aten.sum.dim_IntList": 1}  # learned positions: a sum over sequences alone
