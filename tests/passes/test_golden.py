@@ -16,6 +16,12 @@ def expect():
     return expecttest.TestCase().assertExpectedInline
 
 
+@pytest.fixture(autouse=True)
+def _four_layers(monkeypatch):
+    """The texts number the operators."""
+    monkeypatch.setattr(models, "LAYERS", 4)
+
+
 def added(captured, name: str, width: int = 100) -> str:
     """The lines that one pass adds or changes."""
     passes = [p.name for p in semantic_passes(captured.ctx)]

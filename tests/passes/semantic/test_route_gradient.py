@@ -24,7 +24,7 @@ def test_stop_marks_keys_and_values(attend, decoder_step):
     assert captured.run("route_gradient").matched
     captured.check_shapes()
     found = markers(captured)
-    assert len(found) == 8
+    assert len(found) == 2 * models.LAYERS
     for block in captured.ctx[LayerStack].blocks:
         for tensor, user in (
             (block.attention.key, block.attention.key_user),
@@ -40,7 +40,7 @@ def test_project_marks_the_projections_input(fused, decoder_step):
     captured = decoder_step({"kv_gradient": "project"}, models.Decoder(fused=fused))
     captured.run("route_gradient")
     found = markers(captured)
-    assert len(found) == 4 and {m.args[1] for m in found} == {1}
+    assert len(found) == models.LAYERS and {m.args[1] for m in found} == {1}
     for marker in found:
         assert op_name(marker.args[0]) == "layer_norm"
         assert {op_name(u) for u in marker.users} == {"linear"}
@@ -64,4 +64,4 @@ def test_idempotent_shape(decoder_step):
     """Running the pass on its own result would mark twice; the pipeline runs it once, on a copy."""
     captured = decoder_step()
     captured.run("detach_outputs")
-    assert len(markers(captured)) == 4
+    assert len(markers(captured)) == models.LAYERS
