@@ -40,7 +40,7 @@ MODES = {
     "project": {"gradient": "routed", "kv_gradient": "project"},
 }
 RATIO = 0.25
-# Depth is checked with one family and one program; what only varies them has two layers: half the time.
+# Depth is checked with one family and one program; what only varies them has two layers or one.
 DEEP = ("llama", "outside")
 
 
@@ -271,6 +271,8 @@ LOSS_PROGRAMS = {"nanogpt", "outside-head-bias", "label-smoothing", "criterion",
 def depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.getfixturevalue("name") in DEEP:
         monkeypatch.setattr(models, "LAYERS", 3)
+    elif request.getfixturevalue("name") in LOSS_PROGRAMS:
+        monkeypatch.setattr(models, "LAYERS", 1)
 
 
 def program_modes() -> list[Any]:

@@ -71,7 +71,12 @@ def test_no_router_no_averages():
     assert values["avg_entropy"] is None and values["tokens_selected"] == 8
 
 
-@pytest.mark.parametrize("selection", ["topk", "importance", "stratified", "labels", "sequence_aware"])
+@pytest.mark.parametrize(
+    "selection",
+    models.slow_but(
+        ["importance", "labels", "sequence_aware"], ["topk", "importance", "stratified", "labels", "sequence_aware"]
+    ),
+)
 def test_reading_metrics_is_the_only_transfer(selection, monkeypatch):
     """A step converts no tensor to a Python number (on an accelerator each one would wait for the device)."""
     model, rt = make(selection=selection, scoring="loss")

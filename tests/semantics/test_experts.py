@@ -18,7 +18,7 @@ from cggr_compile import PersistentTRMLP
 
 
 def with_router_logits(name: str, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
-    model = small(name, router_aux_loss_coef=2.0, **overrides)
+    model = small(name, **{"router_aux_loss_coef": 2.0, "num_hidden_layers": 1, **overrides})
     batch = make_batch() | {"attention_mask": torch.ones(2, SEQ, dtype=torch.long), "output_router_logits": True}
     return model, batch
 
@@ -72,7 +72,7 @@ def test_router_logits_that_break_the_graph_are_reported(hooks: bool) -> None:
 
 
 def test_a_loop_over_experts_is_reported() -> None:
-    model, batch = small("mixtral", experts_implementation="eager"), make_batch()
+    model, batch = small("mixtral", num_hidden_layers=1, experts_implementation="eager"), make_batch()
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")
     with complaints() as found:
         got = backward(model, model(**batch).loss)

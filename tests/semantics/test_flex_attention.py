@@ -21,7 +21,7 @@ def flexible(monkeypatch):
     monkeypatch.setattr(flex, "_validate_device", lambda query, key, value: None)
 
 
-def family(attention, name="llama", layers=2, **config):
+def family(attention, name="llama", layers=1, **config):
     return models.family(name, attn_implementation=attention, num_hidden_layers=layers, use_cache=False, **config)
 
 
@@ -103,12 +103,12 @@ def test_masks_made_by_transformers():
 def test_dense_attention_is_named(monkeypatch):
     """As where the row form was never checked: all but attention is on rows, and what is computed stays the same."""
     monkeypatch.setattr("cggr_compile.passes.patterns.attention.flex.DEVICES", ())
-    with pytest.warns(FallbackWarning, match="attention in 2 layers: FlexAttention on cpu"):
+    with pytest.warns(FallbackWarning, match="attention in 1 layers: FlexAttention on cpu"):
         model = make("flex_attention", fallback="warn", kv_gradient="stop")
         run = train(model, **BATCH, position_ids=POSITIONS, attention_mask=block_mask())
     assert_same(run, stopped())
     record = row_sparse(model)
-    assert record.details["densified"] == {} and "2 × FlexAttention on cpu" in record.reason
+    assert record.details["densified"] == {} and "1 × FlexAttention on cpu" in record.reason
 
 
 def test_exact_gradient():

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, compiled, make_batch
+from models import SEQ, VOCAB, compiled, make_batch, slow_but
 from reference import assert_same, assert_zero, backward, dense, eager_call, reference, shift
 from torch import Tensor
 from training import RATIO, SLOTS, as_on_an_accelerator, check_against_reference, metrics, picks, selected, small
@@ -116,7 +116,10 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
+QUICK = ["where", "in place", "of two inputs", "at random", "of the logits", "by a table"]
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, TARGETS))
 def test_labels_that_the_model_maps(name: str) -> None:
     """The range is that of the target, as the loss gets it, not that of what the model is called with."""
     model, batch = models.Decoder(), make_batch()

@@ -17,7 +17,11 @@ import cggr_compile
 
 @pytest.mark.parametrize(
     ("training", "grad"),
-    [(False, False), pytest.param(True, False, marks=pytest.mark.slow), pytest.param(False, True)],
+    [
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
     ids=["eval", "train without gradient", "eval with gradient"],
 )
 def test_evaluation_is_untouched_inductor(training: bool, grad: bool) -> None:

@@ -221,7 +221,10 @@ def test_every_output_keeps_its_exact_gradient(name: str) -> None:
         assert not any("part of the backward" in message for message in found), found  # the same in other words
 
 
-@pytest.mark.parametrize("name", ["every hidden state", "value head [B, S]", "stacked losses", "loss [1]"])
+PLAIN = ["every hidden state", "value head [B, S]", "stacked losses", "loss [1]"]
+
+
+@pytest.mark.parametrize("name", slow_but(["every hidden state", "stacked losses"], PLAIN))
 def test_outputs_are_those_of_plain_pytorch(name: str) -> None:
     """Where every label is selected and the gradient is exact."""
     model, (ids, labels) = Stateful(OUTPUTS[name][0]), make_batch().values()
@@ -240,7 +243,10 @@ FROM_LOGITS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FROM_LOGITS)
+OF_EACH_SHAPE = ["z-loss per token", "two words", "z-loss in a loss [1]"]
+
+
+@pytest.mark.parametrize("name", slow_but(OF_EACH_SHAPE, FROM_LOGITS))
 def test_what_is_computed_from_the_logits_needs_them_all(name: str) -> None:
     model, (ids, labels) = Stateful(FROM_LOGITS[name]), make_batch().values()
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")

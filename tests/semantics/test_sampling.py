@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, compiled, make_batch
+from models import SEQ, compiled, make_batch, slow_but
 from ops.test_inclusion import expected
 from reference import assert_same, backward, candidates, dense, difficulty, eager_call, hf_reference, reference, shift
 from torch import Tensor
@@ -120,14 +120,17 @@ def test_num_items_in_batch() -> None:
     check_against_reference(model, batch)
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", slow_but(["importance", "labels"], CHOICES))
 def test_ratio_one_is_the_unmodified_model(name: str) -> None:
     model, batch = small(num_hidden_layers=1), make_batch()
     compiled(model, min_tokens_ratio=1.0, **CHOICES[name])
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
 
 
-@pytest.mark.parametrize("name", ["importance", "importance-batch", "stratified", "sequence_aware"])
+ONE_TOKEN = ["importance", "importance-batch", "stratified", "sequence_aware"]
+
+
+@pytest.mark.parametrize("name", slow_but(["importance-batch", "stratified"], ONE_TOKEN))
 def test_one_token(name: str) -> None:
     model, batch = small(num_hidden_layers=1), make_batch(1, 2, ignored=False)
     compiled(model, min_tokens_ratio=RATIO, **CHOICES[name])
@@ -151,7 +154,10 @@ def test_same_tokens_at_the_same_step() -> None:
     assert all(torch.equal(*pair) for pair in zip(picks(model), first, strict=True))
 
 
-@pytest.mark.parametrize("name", ["importance-batch", "labels", "sequence_aware"])
+SYMBOLIC = ["importance-batch", "labels", "sequence_aware"]
+
+
+@pytest.mark.parametrize("name", slow_but(["importance-batch", "labels"], SYMBOLIC))
 def test_sizes_that_stay_symbolic(name: str) -> None:
     model = models.Decoder()
     model.blocks = model.blocks[:1]

@@ -36,7 +36,7 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, *args, use_reentrant=False, **self.arguments)
 
 
-def decoder(checkpoints: bool, layers: int = models.LAYERS, **arguments) -> models.Decoder:
+def decoder(checkpoints: bool, layers: int = 4, **arguments) -> models.Decoder:
     torch.manual_seed(0)
     model = models.Decoder()
     model.blocks = model.blocks[:layers]
@@ -88,7 +88,10 @@ def train(make, loss, checkpoints: bool, batch, **options) -> tuple[int, Run]:
     return size, Run(run.loss, {name.replace(".inner", ""): grad for name, grad in run.grads.items()})
 
 
-DECODER, LLAMA = (decoder, decoder_loss), (functools.partial(llama, num_hidden_layers=2), llama_loss)
+DECODER, LLAMA = (
+    (functools.partial(decoder, layers=2), decoder_loss),
+    (functools.partial(llama, num_hidden_layers=2), llama_loss),
+)
 MODES = [
     (*DECODER, {"kv_gradient": "stop"}),
     (*DECODER, {"row_sparse": False}),
