@@ -56,7 +56,7 @@ class Hybrid(models.Decoder):
     """A mixer in front of the blocks named: 0 is before the first attention, 2 inside of the second block."""
 
     def __init__(self, mix: Callable[[Mixer, Tensor], Tensor], places: tuple[int, ...] = (2,), kernel: int = 3) -> None:
-        super().__init__()
+        super().__init__(layers=3)
         self.mixers = nn.ModuleDict({str(i): Mixer(mix, kernel) for i in places})
         models.randomise(self)
 
