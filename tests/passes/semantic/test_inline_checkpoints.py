@@ -88,10 +88,8 @@ def train(make, loss, checkpoints: bool, batch, **options) -> tuple[int, Run]:
     return size, Run(run.loss, {name.replace(".inner", ""): grad for name, grad in run.grads.items()})
 
 
-DECODER, LLAMA = (
-    (functools.partial(decoder, layers=2), decoder_loss),
-    (functools.partial(llama, num_hidden_layers=2), llama_loss),
-)
+DECODER = functools.partial(decoder, layers=2), decoder_loss
+LLAMA = functools.partial(llama, num_hidden_layers=2), llama_loss
 MODES = [
     (*DECODER, {"kv_gradient": "stop"}),
     (*DECODER, {"row_sparse": False}),
