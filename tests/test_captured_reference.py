@@ -56,7 +56,10 @@ def test_what_is_compared(gradient, compared):
     assert f"{last}input_layernorm.weight" not in names
 
 
-@pytest.mark.parametrize("kind", ["padding", "count", "sliced", "smoothing", "bfloat16", "fused"])
+KINDS = ["padding", "count", "sliced", "smoothing", "bfloat16", "fused"]
+
+
+@pytest.mark.parametrize("kind", models.slow_but(["padding", "sliced", "bfloat16", "fused"], KINDS))
 def test_every_kind_of_loss(kind):
     options = {"cross_entropy": "fused"} if kind == "fused" else {}
     tolerance = 5e-2 if kind == "bfloat16" else 1e-5

@@ -89,7 +89,7 @@ def test_family_equals_reference(name: str, mode: str) -> None:
             assert error > 1e-3, f"{other} and {mode} cannot be told apart ({error:.1e} at {where})"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", models.slow_but(["llama", "gpt2"], FAMILIES))
 def test_ratio_one_is_the_unmodified_model(name: str) -> None:
     model, batch = tiny(name), make_batch()
     compiled(model, min_tokens_ratio=1.0)
@@ -280,7 +280,7 @@ def program_modes() -> list[Any]:
     slow = pytest.mark.slow
 
     def repeats(name: str, mode: str) -> bool:
-        return mode == "exact" or (mode == "stop" and name in LOSS_PROGRAMS)
+        return mode == "exact" or (mode == "stop" and name in {*LOSS_PROGRAMS, "outside-softmax", "functional-softmax"})
 
     return [pytest.param(*pair, marks=slow if repeats(*pair) else ()) for pair in pairs]
 
@@ -310,7 +310,7 @@ def test_own_model_equals_reference(name: str, mode: str) -> None:
 
 
 @pytest.mark.usefixtures("depth")
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", models.slow_but(["nanogpt", "criterion", "functional", "documents"], PROGRAMS))
 def test_own_model_at_ratio_one(name: str) -> None:
     program = PROGRAMS[name]()
     ids, labels = program.batch()

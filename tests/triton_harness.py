@@ -27,11 +27,12 @@ def compiled(test):
     return None if INTERPRETED else test
 
 
-def pass_under_the_interpreter(at_least):
-    """``at_least``: by test file, how many tests it has to pass."""
+def pass_under_the_interpreter(at_least, marks):
+    """``at_least``: by test file, how many tests it has to pass; ``marks``: of which tests, as for pytest's ``-m``."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    options = ["-q", "-rp", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", marks]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:xdist", "-p", "no:cacheprovider", *map(str, at_least)],
+        [sys.executable, "-m", "pytest", *options, *map(str, at_least)],
         env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -26,8 +26,15 @@ def check(arguments, expected, tolerance):
 
 @interpreted
 @pytest.mark.parametrize("all_keys", [False, True])
-@pytest.mark.parametrize("mask", [None, "bool", "additive"])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("causal", "mask"),
+    [
+        (True, None),
+        (False, "bool"),
+        (True, "additive"),
+        *(pytest.param(*mode, marks=pytest.mark.slow) for mode in ((False, None), (True, "bool"), (False, "additive"))),
+    ],
+)
 def test_every_mode(causal, mask, all_keys):
     modes = dict(causal=causal, mask=mask, all_keys=all_keys)
     check(*make_case(70, 130, 16, unused=9, **modes), 1e-5)
@@ -37,7 +44,7 @@ def test_every_mode(causal, mask, all_keys):
 
 @interpreted
 @pytest.mark.parametrize("all_keys", [False, True])
-@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+@pytest.mark.parametrize("mask", [None, pytest.param("bool", marks=pytest.mark.slow), "additive"])
 def test_soft_cap(mask, all_keys):
     modes = dict(mask=mask, all_keys=all_keys, softcap=0.7)
     check(*make_case(40, 100, 16, unused=5, **modes), 1e-5)

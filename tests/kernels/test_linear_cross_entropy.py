@@ -49,7 +49,7 @@ def run(case, grads, span=32, columns=None, **overrides):
         *((3, 17, 8, 16, True), (33, 50, 20, 32, True)),
     ],
 )
-@pytest.mark.parametrize("modes", MODES)
+@pytest.mark.parametrize("modes", [*MODES[:2], pytest.param(MODES[2], marks=pytest.mark.slow)])
 def test_sizes(rows, vocab, width, span, descriptors, modes):
     case = make_case(rows, vocab, width, **modes)
     grads = make_grads(case, with_logsumexp=descriptors)

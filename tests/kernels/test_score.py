@@ -32,8 +32,15 @@ def run(case, span, **overrides):
     ("rows", "vocab", "width", "span"),
     [(1, 1, 16, 16), (33, 64, 16, 32), (16, 50, 24, 32), (40, 130, 33, 64), (50, 32, 64, 2048), (3, 17, 5, 16)],
 )
-@pytest.mark.parametrize("modes", [dict(), dict(bias=True, softcap=2.0, scale=0.3)])
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize(
+    ("modes", "descriptors"),
+    [
+        (dict(), True),
+        (dict(bias=True, softcap=2.0, scale=0.3), False),
+        pytest.param(dict(), False, marks=pytest.mark.slow),
+        pytest.param(dict(bias=True, softcap=2.0, scale=0.3), True, marks=pytest.mark.slow),
+    ],
+)
 def test_sizes(rows, vocab, width, span, modes, descriptors):
     case = make_case(rows, vocab, width, sharp=3.0, **modes)
     check(run(case, span, DESCRIPTORS=descriptors and width % 4 == 0), expected(*case), 1e-4)

@@ -117,7 +117,7 @@ class Decoder(models.Decoder):
         return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1)) + aux_loss
 
 
-@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("null", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_our_own_layer_with_its_loss(null: bool) -> None:
     model, batch = Decoder(null), make_batch()
     compiled(model, min_tokens_ratio=RATIO)

@@ -110,6 +110,7 @@ def test_soft_cap():
     assert_same(run, train(family("gemma2", "eager", **config), BATCH))
 
 
+@pytest.mark.slow
 def test_checkpoints():
     runs = []
     for attention in ("flash_attention_2", "sdpa"):

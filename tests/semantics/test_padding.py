@@ -20,7 +20,7 @@ from training import RATIO, check_against_reference, metrics, padded, selected, 
         ("right", "right", "project"),
         pytest.param("right", "any", "project", marks=pytest.mark.slow),
         ("left", "auto", "stop"),
-        ("left", "any", "project"),
+        pytest.param("left", "any", "project", marks=pytest.mark.slow),
         ("holes", "auto", "project"),
     ],
 )
@@ -54,7 +54,7 @@ def test_padding_whose_labels_are_not_ignored(side: str) -> None:
     assert metrics(model)["tokens_total"] == int(valid.sum())
 
 
-@pytest.mark.parametrize("side", ["left", "right", "holes"])
+@pytest.mark.parametrize("side", [pytest.param("left", marks=pytest.mark.slow), "right", "holes"])
 def test_labels_of_padding_are_those_of_the_model(side: str) -> None:
     model, batch = small(num_hidden_layers=1), padded(side, ignored_labels=False)
     compiled(model, selection="labels", max_selected=1.0, gradient="exact")
@@ -108,7 +108,7 @@ def test_broken_promise_of_right_padding_raises() -> None:
         backward(model, model(**batch).loss)
 
 
-@pytest.mark.parametrize("seq", [12, 13])
+@pytest.mark.parametrize("seq", [12, pytest.param(13, marks=pytest.mark.slow)])
 def test_padding_at_ratio_one(seq: int) -> None:
     for side in ("right", "left"):
         model, batch = small(num_hidden_layers=1), padded(side, seq=seq)

@@ -42,7 +42,10 @@ def by_position(chosen: Any, size: int = SEQ) -> Tensor:
     return torch.zeros(rows.shape[0], size + 1).scatter(1, rows, chosen.weights)[:, :size]
 
 
-@pytest.mark.parametrize("name", CHOICES)
+ONE_OF_EACH = ["importance", "importance-batch", "stratified", "labels", "sequence_aware"]
+
+
+@pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, CHOICES))
 def test_equals_the_weighted_reference(name: str) -> None:
     model, batch = small(num_hidden_layers=1), uneven()
     compiled(model, min_tokens_ratio=RATIO, router_layers="full", router_precision="model", **CHOICES[name])

@@ -28,10 +28,9 @@ def parts(model: placed.Placed) -> list[str]:
     return [name for name, _ in model.named_parameters(recurse=False)]
 
 
-# of each way to place them one: joined, nested, padded, in a slice, at indices, by a choice, at image tokens, in rows
+# Of each way to place them one; tests/passes/semantic/test_trained_inputs.py looks for all of them in the graph.
 QUICK_KNOWN = [
-    *("prefix", "suffix", "nested", "encoded", "padded", "sliced", "indexed", "chosen"),
-    *("scattered", "blended", "in_a_block", "rows_copied"),
+    *("prefix", "nested", "encoded", "sliced", "chosen", "scattered", "in_a_block", "rows_copied"),
 ]
 
 

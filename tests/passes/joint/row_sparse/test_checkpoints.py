@@ -64,7 +64,10 @@ def test_control_a_dense_backward_recomputes_every_position(whole_products):
     assert whole_products(3 * 40) >= LAYERS * 6
 
 
-@pytest.mark.parametrize("overrides", [{"resid_pdrop": 0.5}, {"attn_pdrop": 0.5}, {"attn_implementation": "eager"}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{"resid_pdrop": 0.5}, {"attn_pdrop": 0.5}, pytest.param({"attn_implementation": "eager"}, marks=pytest.mark.slow)],
+)
 def test_random_numbers_and_attention_are_recomputed_whole(overrides, whole_products):
     """Dropout draws the numbers of all positions again, softmax takes all keys."""
     runs = []

@@ -84,7 +84,7 @@ def test_batch_equals_length_equals_width():
     compare(small("llama", 1), call_with(batch), kv_gradient="stop")
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", [pytest.param("left", marks=pytest.mark.slow), "right"])
 @pytest.mark.parametrize("kv_gradient", [pytest.param("stop", marks=pytest.mark.slow), "project"])
 def test_padding(side, kv_gradient):
     batch = models.make_batch(3, 16)
@@ -96,7 +96,7 @@ def test_padding(side, kv_gradient):
     compare(small("llama", 1), call_with(batch), kv_gradient=kv_gradient, min_tokens_ratio=0.6)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 def test_dropout_draws_the_same_numbers(attention):
     """In the embedding, in the residual stream, and on the probabilities of attention written out or decomposed."""
     dropout = dict(attn_pdrop=0.3, resid_pdrop=0.3, embd_pdrop=0.3)
@@ -127,6 +127,7 @@ def test_autocast():
     assert record.details["densified"] == {} and not record.details["dense_attention"]
 
 
+@pytest.mark.slow
 def test_packed_sequences_in_a_sliding_window():
     batch = models.make_batch()
     batch["position_ids"] = torch.cat([torch.arange(6), torch.arange(10)])[None].expand(2, -1)
