@@ -27,7 +27,7 @@ from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.schedule import round_up, rungs
 from cggr_compile.training_graph import is_training
-from cggr_compile.variant_dispatcher import VariantDispatcher
+from cggr_compile.variant_dispatcher import Key, VariantDispatcher
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     training, refusal = is_training(gm, inputs)
     ratios = rungs(options) if training else (1.0,)
 
-    def variant_at(ratio: float) -> GraphVariant:
+    def variant_at(ratio: float, growth: int = 0) -> GraphVariant:
         report = GraphReport(
             index=sum(r.training == training for r in runtime.reports),
             training=training,
@@ -57,18 +57,20 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
         if refusal is not None:
             report.refuse(*refusal)
         rewritable, scheduled = training and refusal is None, len(ratios) > 1
-        variant = GraphVariant.of(gm, inputs, configuration, ratio, report, rewritable=rewritable, scheduled=scheduled)
+        variant = GraphVariant.of(
+            gm, inputs, configuration, ratio, report, rewritable=rewritable, scheduled=scheduled, growth=growth
+        )
         resolver.begin(report, options)
         return variant
 
     smallest = variant_at(ratios[-1])  # where that cannot be done, nothing below 1.0 can
     _tell(gm, inputs, smallest, runtime)
-    if not smallest.selective or len(ratios) == 1:
-        smallest.pin_sizes()
-        variants = VariantDispatcher({ratios[-1]: _at_capture(smallest, inputs, resolver)})
-    else:
-        every = {**{ratio: variant_at(ratio) for ratio in ratios[:-1]}, ratios[-1]: smallest}
-        variants = _dispatcher(every, inputs, options, resolver)
+    every = {(ratios[-1], 0): smallest}
+    if smallest.selective:
+        every |= {(ratio, 0): variant_at(ratio) for ratio in ratios[:-1]}
+        grown = range(1, smallest.doublings + 1)
+        every |= {(ratio, growth): variant_at(ratio, growth) for ratio in ratios if ratio < 1.0 for growth in grown}
+    variants = _dispatcher(every, inputs, options, resolver)
     resolver.end_capture()
     return CompiledStep(options, resolver, variants)
 
@@ -109,7 +111,7 @@ def _given_up(
 
 
 def _dispatcher(
-    every: dict[float, GraphVariant], inputs: list[Any], options: Options, resolver: RuntimeResolver
+    every: dict[Key, GraphVariant], inputs: list[Any], options: Options, resolver: RuntimeResolver
 ) -> VariantDispatcher:
     """Only what the first step needs is compiled now.
 
@@ -118,21 +120,23 @@ def _dispatcher(
     measured = options.min_tokens_ratio == "auto"
     for variant in every.values():
         variant.pin_sizes()
-    first = round_up(resolver.runtime.ratio(options), tuple(every))
+    first = next(iter(every))
+    if len(every) > 1:
+        first = round_up(resolver.runtime.ratio(options), tuple({ratio for ratio, _ in every})), 0
     compiled = {first: _at_capture(every[first], inputs, resolver, measured)}
     waiting = {}
     compilation = compat.compilation_id()
-    for ratio, variant in every.items():
-        if ratio == first:
+    for key, variant in every.items():
+        if key == first:
             continue
         if variant.static is None and has_symbolic_sizes(variant.graph):
             with compat.separate_tracing_context():
-                compiled[ratio] = _at_capture(variant, inputs, resolver, measured)
+                compiled[key] = _at_capture(variant, inputs, resolver, measured)
         else:
             variant.report.waiting = True
             variant.dump.finish()
             variant.ctx.example_inputs = []  # the model's parameters and a batch: not to be kept alive
-            waiting[ratio] = partial(_after_capture, variant, resolver, measured, compilation)
+            waiting[key] = partial(_after_capture, variant, resolver, measured, compilation)
     return VariantDispatcher(compiled, waiting)
 
 

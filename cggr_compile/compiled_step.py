@@ -35,7 +35,8 @@ class CompiledStep:
                 ratio = variants.nearest(call.ratio(self._options))
                 if self._options.min_tokens_ratio == "auto":
                     self._measure(call, ratio, args)
-            return variants.at(ratio, args).run(call, args)
+            growth = call.growth() if variants.grow else 0
+            return variants.at(ratio, args, growth).run(call, args)
         finally:
             self._resolver.end_call()
 

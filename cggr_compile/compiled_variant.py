@@ -42,6 +42,7 @@ class CompiledVariant:
         self._kept = None if variant.static is None else variant.static.kept
         self._training, self._selective = variant.training, variant.selective
         self._returns, self._scheduled = variant.returns, variant.ctx.scheduled
+        self._doublings = variant.doublings
         self._overwritten = variant.configuration.replays
         self._verifier: Verifier | None = None
         if variant.configuration.engine != "eager":
@@ -67,7 +68,10 @@ class CompiledVariant:
                 call.advance()
             results = self._compiled(*args)
         outputs, others = split(results, self._returns)
-        call.record(self.report, others.clone() if self._overwritten else others)
+        others = others.clone() if self._overwritten else others
+        call.record(self.report, others)
+        if self._doublings:
+            call.grow(others.stats, self._doublings)
         return tuple(outputs)
 
     def gradient(self, args: Sequence[Any]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from cggr_compile import compat
 from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.configuration import Configuration
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import ObservedRouter, StaticSizes
+from cggr_compile.passes.facts import ObservedRouter, Slots, StaticSizes
 from cggr_compile.passes.step_interface import OBSERVING, SELECTIVE
 from cggr_compile.pipeline import rewrite
 from cggr_compile.report import GraphDump, GraphReport
@@ -53,11 +53,13 @@ class GraphVariant:
         *,
         rewritable: bool,
         scheduled: bool,
+        growth: int = 0,
     ) -> GraphVariant:
         """Rewrite ``gm`` for a ratio, if it is ``rewritable``. ``gm`` stays as it is.
 
         Args:
             scheduled: whether there are other ratios.
+            growth: how often slots that are measured on the first batch are doubled.
         """
         options = configuration.options
         dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
@@ -67,6 +69,7 @@ class GraphVariant:
             compat.capture_fake_mode(gm),
             configuration.pays_launches,
             scheduled,
+            growth,
         )
         dump.stage("captured", gm)
         graph = rewrite(gm, ctx, report, dump) if rewritable else gm
@@ -81,6 +84,12 @@ class GraphVariant:
         if self.selective:
             return SELECTIVE
         return () if self.ctx.get(ObservedRouter) is None else OBSERVING
+
+    @property
+    def doublings(self) -> int:
+        """How often its slots may be doubled, with ``growth`` of another variant."""
+        slots = self.ctx.get(Slots) if self.selective else None
+        return 0 if slots is None else slots.doublings
 
     def pin_sizes(self) -> None:
         """Let Dynamo guard the sizes that have become numbers."""

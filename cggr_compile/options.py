@@ -20,6 +20,8 @@ from cggr_compile.selections.record import Scope, Selection
 
 # positions before a label: on SmolLM2-135M and GSM8K they close most of the distance to dense training
 AUTO_CONTEXT = 128
+# the selection that the first batch decides
+AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,11 @@ class Options:
             (listed there as SCORINGS)
             Or a function (logsumexp, entropy, top1, top2, label_logprob) -> difficulty of float32 tensors [B, S], which
             torch.fx can trace.
-        selection: which tokens the loss is taken over, a record of ``cggr_compile.selections``:
+        selection: which tokens the loss is taken over, ``auto`` or a record of ``cggr_compile.selections``:
             (listed there as SELECTIONS)
+            ``auto`` looks at the first batch: ``labels``, without a router, where less than half of its positions have
+            a label, with slots for as many labels and as much context as its fullest sequence has, rounded up, and
+            doubled at most twice where later batches have more; else ``importance``. The log says which.
             With the weight 1/p the loss estimates the full one. Without weights the sample is biased, see the README.
         scope: whether a selection that can do both fills the slots of each ``sequence`` or of the whole ``batch``,
             where difficult sequences get more.
@@ -114,7 +119,7 @@ class Options:
 
     min_tokens_ratio: float | Literal["auto"] = 0.25
     scoring: str | Callable[..., Any] = "combined"
-    selection: str = "importance"
+    selection: str = "auto"
     scope: Scope = "sequence"
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
@@ -155,7 +160,7 @@ class Options:
                 _check_choice(item.name, getattr(self, item.name), get_args(hints[item.name]))
         if not callable(self.scoring):
             _check_choice("scoring", self.scoring, tuple(SCORINGS))
-        _check_choice("selection", self.selection, tuple(SELECTIONS))
+        _check_choice("selection", self.selection, (AUTO, *SELECTIONS))
         layers = self.router_layers
         if not (layers is None or layers == "full" or (_is_int(layers) and int(layers) >= 1)):
             raise OptionError(f"router_layers must be None, 'full' or an integer >= 1, got {layers!r}")
@@ -200,7 +205,7 @@ class Options:
             raise OptionError(
                 f"max_selected must be a share in (0, 1] (float), a number >= 1 (int) or None, got {most!r}"
             )
-        if not self._caps_selected and not self.context_rows:
+        if not self._caps_selected and not self.context_rows and self.selection != AUTO:
             able = SELECTIONS.names(lambda record: "max_selected" in record.options)
             raise OptionError(
                 f"max_selected is for selection in {able} or scope='batch', or with context > 0; min_tokens_ratio does "
@@ -267,7 +272,8 @@ class Options:
 
     @property
     def selection_record(self) -> Selection:
-        return SELECTIONS[self.selection]
+        """``auto`` is checked as what it is where the labels do not decide: ``importance``."""
+        return SELECTIONS["importance" if self.selection == AUTO else self.selection]
 
     @property
     def whole_batch(self) -> bool:

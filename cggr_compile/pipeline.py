@@ -25,6 +25,7 @@ from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.passes.semantic.align_targets import AlignTargets
 from cggr_compile.passes.semantic.check_labels import CheckLabels
+from cggr_compile.passes.semantic.choose_selection import ChooseSelection
 from cggr_compile.passes.semantic.classify_outputs import ClassifyOutputs
 from cggr_compile.passes.semantic.detach_outputs import DetachOutputs
 from cggr_compile.passes.semantic.find_loss import FindLoss
@@ -60,6 +61,7 @@ PASSES: tuple[GraphPass, ...] = (
     GroupQueries(),
     LaunchBound(),
     AlignTargets(),
+    ChooseSelection(),
     TrainedInputs(),
     CheckLabels(),
     ShortenLastBlock(),
@@ -144,7 +146,7 @@ def rewrite(
     Raises:
         OptionError: an option that does not fit this model.
     """
-    work, begin = copy_module(gm), replace(ctx)
+    work, begin, asked = copy_module(gm), replace(ctx), ctx.options.selection
     for graph_pass in semantic_passes(ctx):
         off = SWITCHED_OFF if graph_pass.name in ctx.options.disable_passes else ""
         if graph_pass.name == InsertRouter.name and ctx.options.needs_router and (off or failed_router):
@@ -174,8 +176,9 @@ def rewrite(
         report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
     report.matched, report.cause, report.ratio = True, None, float(ctx.options.ratio)
-    report.gradient = ctx[Routing].gradient
+    report.gradient, report.selection = ctx[Routing].gradient, ctx.options.selection
     told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
+    told += [report.record(ChooseSelection.name)] if ctx.options.selection != asked else []
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work

@@ -21,9 +21,11 @@ from cggr_compile.variance import Gradient, VarianceMeter
 
 @dataclass
 class _Drawn:
-    """What a call was given: the ratio that the schedule wanted, and (seed, step), int64 [2] on the device."""
+    """What a call was given: the ratio that the schedule wanted, how often slots were doubled, and (seed, step), int64
+    [2] on the device."""
 
     ratio: float | None = None
+    growth: int | None = None
     state: Tensor | None = None
 
 
@@ -82,6 +84,18 @@ class Call:
             raise _unknown()
         return self._drawn.ratio
 
+    def growth(self) -> int:
+        """How often slots are doubled in this call.
+
+        Raises:
+            RuntimeError: as :meth:`ratio` does.
+        """
+        if not self.repeats:
+            self._drawn.growth = self.runtime.growth
+        if self._drawn.growth is None:
+            raise _unknown()
+        return self._drawn.growth
+
     def state(self, device: torch.device) -> Tensor:
         """(seed, step) of this call, int64 [2] on ``device``; a new forward advances the step, if that is automatic.
 
@@ -110,6 +124,11 @@ class Call:
         """See :meth:`Runtime.measure`."""
         if not self.repeats:
             self.runtime.measure(meter, args, ratio, gradients)
+
+    def grow(self, stats: Tensor, most: int) -> None:
+        """See :meth:`Runtime.grow`."""
+        if not self.repeats:
+            self.runtime.grow(stats, most)
 
     def record(self, report: GraphReport, returned: StepOutputs) -> None:
         """See :meth:`Runtime.record`."""

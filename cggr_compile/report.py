@@ -87,6 +87,7 @@ class GraphReport:
         ratio: share of the positions that it trains on; a schedule has one graph per ratio.
         gradient: what the option ``gradient`` came to in a graph that trains on selected positions, "routed" or
             "exact"; empty in others.
+        selection: what the option ``selection`` came to there; empty in others.
         waiting: whether it is yet to be compiled, because no step has come to its ratio.
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
         compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
@@ -102,6 +103,7 @@ class GraphReport:
     cause: Cause | None = Cause.NOT_TRAINING
     ratio: float = 1.0
     gradient: str = ""
+    selection: str = ""
     waiting: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None

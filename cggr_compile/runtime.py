@@ -20,6 +20,8 @@ from cggr_compile.overflow import Overflow
 from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
+from cggr_compile.selections import SELECTIONS
+from cggr_compile.slot_growth import SlotGrowth
 from cggr_compile.stale_steps import StaleSteps
 from cggr_compile.variance import Gradient, VarianceMeter
 
@@ -57,6 +59,7 @@ class Runtime:
         self.weights: Tensor | None = None
         self._stats: Tensor | None = None
         self._overflow = Overflow()
+        self._growth = SlotGrowth()
         self._last: GraphReport | None = None
         self._step = 0
         self._seed: int | None = None  # None: the options'
@@ -113,7 +116,7 @@ class Runtime:
             **values,
             "gradient_tokens": gradient_tokens,
             "scoring": self.options.scoring_name,
-            "selection": self.options.selection,
+            "selection": (report.selection if report is not None else "") or self.options.selection,
             "labels_overflow": self._overflow.labels(),
             "context_overflow": self._overflow.context(),
             "matched": matched,
@@ -217,10 +220,20 @@ class Runtime:
             selected, stats = returned.selected, returned.stats
             self.selected, self.weights, self._stats = selected, returned.weights, stats
             if selected is not None and stats is not None:
-                for notice in self._overflow.add(stats, self.options.selection_record.takes_all):
+                for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
                     (self.warn if notice.alarm else self.notify)(notice.text)
             if stats is not None and self.options.dynamic_threshold:
                 self._schedule.observe(stats)
+
+    @property
+    def growth(self) -> int:
+        """How often slots that were measured on the first batch are doubled."""
+        return self._growth.level
+
+    def grow(self, stats: Tensor, most: int) -> None:
+        """Count what found no slot in a step, and double the slots (up to ``most`` times) where it is much."""
+        if self._observed is None and (message := self._growth.add(stats, most)):
+            self.notify(f"{message}, which compiles the step anew (doubling {self.growth} of {most})")
 
     def verified(self, report: GraphReport, error: float, worst: str) -> None:
         """A step of this graph has been compared."""

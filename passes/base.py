@@ -103,6 +103,7 @@ class GraphContext:
         example_inputs: the arguments of the call that Dynamo captures.
         pays_launches: whether every kernel launch costs the host's time: on CUDA, without CUDA graphs.
         scheduled: whether this is one of several ratios of a graph, compiled after the capture.
+        growth: how often the slots that are measured on the first batch are doubled.
         notices, warnings: what the user should hear once: in the log, or as a warning where something is not as the
             options ask.
     """
@@ -112,6 +113,7 @@ class GraphContext:
     fake_mode: Any
     pays_launches: bool = False
     scheduled: bool = False
+    growth: int = 0
     notices: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     running: SemanticPass | None = None

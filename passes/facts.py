@@ -185,12 +185,15 @@ class ExtraRows:
 class Slots:
     """Slots of a sequence: a share of its positions, rounded up, or a number.
 
-    ``loss``: for the rows that carry loss. ``gradient``: for these and their context together; those of ``ExtraRows``
-    come on top.
+    Attributes:
+        loss: for the rows that carry loss.
+        gradient: for these and their context together; those of ``ExtraRows`` come on top.
+        doublings: how often they may be doubled, where they are measured on the first batch; 0 where they are given.
     """
 
     loss: Fraction | int
     gradient: Fraction | int
+    doublings: int = 0
 
 
 @dataclass(frozen=True)

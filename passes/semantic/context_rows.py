@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.analysis.documents import documents, real_tokens
+from cggr_compile.passes.analysis.documents import Documents, documents, real_tokens
 from cggr_compile.passes.analysis.positions import union
 from cggr_compile.passes.base import GraphContext
 from cggr_compile.passes.facts import ExtraRows, GradientRows, Routing, Slots
@@ -73,16 +73,21 @@ def more_rows(
 def _context(emit: Emitter, ctx: GraphContext, mask: Node, reach: int) -> tuple[Node, str, dict[str, Any]]:
     """The distance of every position to the row that it is context of, and how that is told."""
     told = documents(emit.graph, ctx)
-    padding, real = real_tokens(emit.graph, ctx), None
-    if padding is not None:
-        real = padding if fake_value(padding).dtype == torch.bool else emit.call(operator.ne, padding, 0)
-    distance = emit.call(ops.context_distance.default, mask, told.starts(emit), real, reach)
+    distance = context_distance(emit, ctx, told, mask, reach)
     text, names = f", context {reach}", told.names
     if names:
         text += f" inside of documents ({', '.join(names[:2])}{' and more' if len(names) > 2 else ''})"
     if told.unread:
         text += f"; it may reach into another document: {told.unread} cannot be read"
     return distance, text, {"context": reach, "documents": names}
+
+
+def context_distance(emit: Emitter, ctx: GraphContext, told: Documents, mask: Node, reach: int) -> Node:
+    """Emit how far every position is in front of the next one of ``mask``: see ``cggr::context_distance``."""
+    padding, real = real_tokens(emit.graph, ctx), None
+    if padding is not None:
+        real = padding if fake_value(padding).dtype == torch.bool else emit.call(operator.ne, padding, 0)
+    return emit.call(ops.context_distance.default, mask, told.starts(emit), real, reach)
 
 
 def share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:

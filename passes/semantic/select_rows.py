@@ -57,7 +57,7 @@ class SelectRows(SemanticPass):
 
     name = "select_rows"
     needs = (LossSite, LayerStack, Candidates, Routing)
-    uses = (RouterScores, NoRouter, ExtraRows, Padding)
+    uses = (RouterScores, NoRouter, ExtraRows, Padding, Slots)
     provides = (Selection,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
@@ -67,7 +67,7 @@ class SelectRows(SemanticPass):
         valid = candidates.valid
         device = fake_value(ctx[LossSite].target).device
         state = add_state_input(gm.graph, ctx.fake_mode, device)
-        at_most = Slots(options.most_slots, options.most_gradient_slots)
+        at_most = ctx.get(Slots) or Slots(options.most_slots, options.most_gradient_slots)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
             slots = share_of(emit, emit.size(valid, 1), at_most.loss)

@@ -1,0 +1,62 @@
+"""Doubles slots that were measured on the first batch, where later batches have more to put into them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cggr_compile.ops.metrics import GRADIENT, GRADIENT_NAMES, STAT_NAMES
+from cggr_compile.readback import Readback
+
+# Shares without a slot from which on more slots are worth their time. What finds none is not lost: labels are drawn at
+# random and weighted, context is dropped.
+LABELS, CONTEXT = 0.01, 0.1
+# Steps to look at before deciding: one long sequence is no reason.
+STEPS = 8
+_SELECTED, _TOTAL = STAT_NAMES.index("tokens_selected"), STAT_NAMES.index("tokens_total")
+_ROWS, _CONTEXT = (GRADIENT + GRADIENT_NAMES.index(name) for name in ("gradient_tokens", "context_overflow"))
+
+
+class SlotGrowth:
+    """How often the slots of one model have been doubled.
+
+    It counts on the device and reads back without waiting: a decision is some steps late.
+
+    Attributes:
+        level: doublings so far.
+    """
+
+    def __init__(self) -> None:
+        self.level = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._counts: Tensor | None = None  # float64 [5]: labels and context, of each those without a slot, and steps
+        self._readback = Readback()
+
+    def add(self, stats: Tensor, most: int) -> str:
+        """Count the figures (``cggr::stats``) of a step; what to tell the user where ``level`` rises.
+
+        Args:
+            stats: float32 [8]. most: the largest level.
+        """
+        if self.level >= most:
+            return ""
+        selected, total, rows, dropped = (stats[i].double() for i in (_SELECTED, _TOTAL, _ROWS, _CONTEXT))
+        counts = torch.stack([total, total - selected, rows - selected + dropped, dropped, torch.ones_like(total)])
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
+        arrived = self._readback.receive()
+        self._readback.send(self._counts)
+        if arrived is None or arrived[-1] < STEPS:
+            return ""
+        labels, missed, context, lost, _ = arrived
+        if missed <= LABELS * labels and lost <= CONTEXT * context:
+            return ""
+        self.level += 1
+        self._restart()
+        what = (
+            f"{missed / labels:.1%} of the labels"
+            if missed > LABELS * labels
+            else f"{lost / context:.0%} of the context"
+        )
+        return f"{what} found no slot: batches have more than the first one. The slots are doubled"

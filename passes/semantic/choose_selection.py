@@ -1,0 +1,121 @@
+"""Resolves ``selection="auto"``: looks at where the labels of the first batch are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from cggr_compile.passes.analysis.documents import documents
+from cggr_compile.passes.analysis.positions import FirstBatch
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Padding, Slots
+from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.nodes import shape_of
+from cggr_compile.passes.semantic.context_rows import context_distance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule, Node
+
+# Labelled positions, as a share of all, below which the loss concerns few of them: answers behind prompts.
+FEW = 0.5
+# How often slots are doubled, where later batches need more.
+DOUBLINGS = 2
+# Options that importance can do, and labels cannot.
+NEEDS_SCORES = {"min_tokens_ratio": "auto", "dynamic_threshold": True, "scope": "batch"}
+
+
+class ChooseSelection(SemanticPass):
+    """Settles which positions ``auto`` selects, and how many slots there are for them.
+
+    ``labels``, with context and without a router, where less than half of the first batch's positions have a label:
+    slots for as many labels, and as much context, as its fullest sequence has, rounded up (:func:`rounded_up`). Where
+    later batches have more, the slots are doubled (``ctx.growth``). Else ``importance``.
+
+    The graph stays as it is; what is chosen becomes its options.
+    """
+
+    name = "choose_selection"
+    needs = (LossSite, LayerStack, Candidates)
+    uses = (Padding,)
+    provides = (Slots,)
+    analysis = True
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        options = ctx.options
+        if options.selection != "auto":
+            return PassResult(False, f"selection={options.selection!r} as asked")
+        chosen, why = _choose(gm, ctx)
+        if chosen is None:
+            ctx.options = replace(options, selection="importance")
+            ctx.notices.append(f"selection='auto' is 'importance' here: {why}")
+            return PassResult(True, f"importance: {why}")
+        ctx.options = replace(options, selection="labels", scoring="random")
+        ctx.add(chosen)
+        length = shape_of(ctx[LayerStack].source)[1]
+        context = ctx.options.context_rows
+        slots = f"{chosen.loss} of {length} slots carry loss, {chosen.gradient} gradient"
+        ctx.notices.append(f"selection='auto' is 'labels' here, with context {context}: {why}; {slots}")
+        return PassResult(True, f"labels: {why}; {slots}", {"slots": [chosen.loss, chosen.gradient]})
+
+
+def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[Slots | None, str]:
+    """The slots of ``labels``, or None for ``importance``; and why."""
+    options, length = ctx.options, shape_of(ctx[LayerStack].source)[1]
+    for name, needs in NEEDS_SCORES.items():
+        if getattr(options, name) == needs:
+            return None, f"{name}={needs!r} needs scores"
+    if not isinstance(length, int):
+        return None, "the length of the sequences is symbolic"
+    batch = FirstBatch(gm, ctx)
+    labels = batch.value(ctx[Candidates].valid)
+    if isinstance(labels, str):
+        return None, f"where the first batch has labels is not known: {labels}"
+    share = float(labels.float().mean())
+    why = f"{share:.1%} of the first batch's positions have a label"
+    if share >= FEW:
+        return None, why
+    if not labels.any():
+        return None, "no position of the first batch has a label"
+    rows = _with_context(gm, ctx, batch)
+    if isinstance(rows, str):
+        return None, f"how much context the first batch has is not known: {rows}"
+    most = length if options.max_selected is None else _number(options.max_selected, length)
+    gradient = min(rounded_up(int(rows.sum(1).max()), length) << ctx.growth, most)
+    loss = min(rounded_up(int(labels.sum(1).max()), length) << ctx.growth, gradient)
+    return Slots(loss, gradient, DOUBLINGS if gradient < most else 0), why
+
+
+def _number(most: int | float, length: int) -> int:
+    return min(length, most if isinstance(most, int) else math.ceil(most * length))
+
+
+def _with_context(gm: GraphModule, ctx: GraphContext, batch: FirstBatch) -> Tensor | str:
+    """bool [B, S]: which positions of the first batch would carry gradient; or why that is not known."""
+    reach = replace(ctx.options, selection="labels", scoring="random").context_rows
+    if not reach:
+        return batch.value(ctx[Candidates].valid)
+    valid: Node = ctx[Candidates].valid
+    emit = Emitter(gm.graph, ctx.fake_mode)
+    known = set(gm.graph.nodes)
+    with emit.before(ctx[Candidates].anchor, ChooseSelection.name):
+        distance = context_distance(emit, ctx, documents(gm.graph, ctx), valid, reach)
+    try:
+        value = batch.value(distance)
+    finally:
+        for node in reversed([node for node in gm.graph.nodes if node not in known]):
+            gm.graph.erase_node(node)
+    return value if isinstance(value, str) else value <= reach
+
+
+def rounded_up(most: int, length: int) -> int:
+    """A number of slots for ``most`` positions: 1, 2, 3, 4, 6, 8, 12, 16, ... 64ths of the sequence.
+
+    So that a batch with a few more than the first one finds slots, and few sizes are compiled.
+    """
+    unit = max(1, length // 64)
+    wanted, step = -(-most // unit), 1
+    while step < wanted:
+        step = step + 1 if step < 4 else step * 3 // 2 if step & (step - 1) == 0 else step * 4 // 3
+    return min(step * unit, length)
