@@ -58,7 +58,7 @@ finetune: $(VENV)/.finetune  ## fine-tune SmolLM2-135M-Instruct on GSM8K; on a C
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)
 
-test: lint  ## lint, then the quick tests, most of the suite: nine minutes on two cores
+test: lint  ## lint, then the quick tests, most of the suite: some ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 test-all: lint  ## lint, then every test: some fifty minutes
