@@ -292,6 +292,7 @@ def test_dense_and_selective_begin_with_one_loss_and_report_alike(folder, tmp_pa
     found = {}
     for name, more in (("cggr", []), ("dense", ["--dense"])):
         sizes = [f"--model={tmp_path / 'model'}", "--steps=3", "--accumulate=2", "--evals=1"]
+        more = [*more, '--options={"context": 0}']
         assert finetune.main(arguments(folder, tmp_path / name, *sizes, *more)) == 0
         found[name] = report(tmp_path / name)
     out = capsys.readouterr().out

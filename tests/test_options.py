@@ -76,14 +76,17 @@ BAD = [
     ({"max_selected": 1.5, "selection": "labels"}, "max_selected"),
     ({"max_selected": True, "selection": "labels"}, "max_selected"),
     ({"max_selected": float("nan"), "selection": "labels"}, "max_selected"),
-    ({"max_selected": 0.5}, r"max_selected is for selection in \['labels', .*\] or scope='batch'"),
+    (
+        {"max_selected": 0.5, "selection": "importance"},
+        r"max_selected is for selection in \['labels', .*\] or scope='batch'",
+    ),
     ({"context": -1}, "context must be 'auto' or an integer >= 0, got -1"),
     ({"context": True}, "context must be 'auto' or an integer >= 0, got True"),
     ({"context": 2.0}, "context must be 'auto' or an integer >= 0, got 2.0"),
     ({"context": "all"}, "context must be 'auto' or an integer >= 0, got 'all'"),
     ({"context": None}, "context must be 'auto' or an integer >= 0, got None"),
     ({"context": 3, "gradient": "exact"}, "context=3 needs gradient='routed'.*got gradient='exact'"),
-    ({"context": 0, "max_selected": 0.5}, "max_selected is for .*, or with context > 0"),
+    ({"context": 0, "max_selected": 0.5, "selection": "random"}, "max_selected is for .*, or with context > 0"),
     (["ratio"], "options must be a dict"),
 ]
 

@@ -15,11 +15,11 @@ STAGES = [
         "recover_causal_mask",
         "group_queries",
         "align_targets",
+        "choose_selection",
     ),
     *(
         "trained_inputs",
         "check_labels",
-        "shorten_last_block",
         "insert_router",
         "select_rows",
         "rewrite_loss",

@@ -82,7 +82,7 @@ def test_each_rung_is_compiled_once_and_when_first_needed():
 
         return build
 
-    variants = VariantDispatcher({1.0: 1.0}, {r: compiler(r) for r in (0.5, 0.25)})
+    variants = VariantDispatcher({(1.0, 0): 1.0}, {(r, 0): compiler(r) for r in (0.5, 0.25)})
     ran = [variants.at(variants.nearest(wanted), (wanted,)) for wanted in (1.0, 0.8, 0.5, 0.3, 0.5, 0.25, 0.1, 1.0)]
     assert built == [(0.5, (0.5,)), (0.25, (0.25,))]
     assert ran == [1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 1.0]
@@ -92,7 +92,7 @@ def test_a_variant_that_cannot_be_compiled_is_tried_again():
     def fail(args):
         raise RuntimeError("no compiler today")
 
-    variants = VariantDispatcher({}, {0.5: fail})
+    variants = VariantDispatcher({}, {(0.5, 0): fail})
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no compiler today"):
             variants.at(0.5, ())
@@ -293,7 +293,9 @@ def test_waiting_rungs_keep_neither_model_nor_batch_alive():
 )
 def test_no_step_of_a_schedule_reads_a_number(options, figures, monkeypatch):
     """Nothing becomes a Python number in a step, but for figures that have arrived on the host."""
+    receive = Readback.receive
     as_on_an_accelerator(monkeypatch)
+    monkeypatch.setattr(Readback, "receive", receive)
     model, batch = tiny(), models.make_batch()
     scheduled(model, ladder=(1.0, 0.2), **options)
     rt = cggr_compile.runtime(model)

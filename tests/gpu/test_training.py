@@ -13,9 +13,9 @@ import cggr_compile
 
 # and what becomes of their layers of experts
 EXPERTS = {
-    "mixtral": "3 of 3 layers of experts",
-    "qwen3_moe": "3 of 3 layers of experts",
-    "olmoe": "3 of 3 layers of experts",
+    "mixtral": "2 of 2 layers of experts",
+    "qwen3_moe": "2 of 2 layers of experts",
+    "olmoe": "2 of 2 layers of experts",
     "deepseek_v3": "1 of 1 layers of experts",
     "gpt_oss": "2 of 2 layers of experts",
 }

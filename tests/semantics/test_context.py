@@ -171,7 +171,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", models.every_other_slow(SELECTIONS))
+@pytest.mark.parametrize("name", models.slow_but(["importance-weighed", "batch", "labels-weighed"], SELECTIONS))
 def test_context_of_any_selection(name: str) -> None:
     """As many slots as selected ones, or ``max_selected``; context is not drawn, so its factor at K and V is 1."""
     options, slots = SELECTIONS[name]

@@ -27,7 +27,7 @@ def test_few_labels() -> None:
     model, batch = small(num_hidden_layers=1), make_batch(3)
     batch["labels"][0, :-2] = -100
     batch["labels"][1] = -100
-    compiled(model, min_tokens_ratio=RATIO)
+    compiled(model, min_tokens_ratio=RATIO, selection="importance")
     check_against_reference(model, batch)
     used = (selected(model) >= 0).sum(1).tolist()
     assert used == [2, 0, SLOTS]

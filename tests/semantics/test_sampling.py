@@ -18,7 +18,7 @@ from training import RATIO, SLOTS, check_against_reference, complaints, metrics,
 import cggr_compile
 
 CHOICES: dict[str, dict[str, Any]] = {
-    "importance": {},
+    "importance": {"selection": "importance"},
     "importance-batch": {"scope": "batch"},
     "random-batch": {"selection": "random", "scope": "batch", "max_selected": 7},
     "stratified": {"selection": "stratified", "num_strata": 2},

@@ -58,7 +58,7 @@ class RowSparseBackward(JointPass):
         if not is_static(seed, rows) or not isinstance(length, int):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
         nodes = list(graph.nodes)
-        at = Annotations(shape_of(seed)[0], length, shape_of(rows)[1], backward=descendants([seed]))
+        at = Annotations(shape_of(seed)[0], length, shape_of(rows)[1], backward=descendants(seeds))
         at.annotate(nodes[nodes.index(seed) :])
         places = _places(at, nodes)
         rv = RowValues(graph, rows, keep, at)

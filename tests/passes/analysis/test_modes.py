@@ -175,14 +175,13 @@ def test_evaluation_with_static_sizes_leaves_no_mode_behind(fails):
 
     captured = Captured(program, torch.ones(2, 2, requires_grad=True))
     gm = captured.gm
-    examples = dict(zip(gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True))
     if fails:
         product = next(n for n in gm.graph.nodes if op_name(n) == "matmul")
         product.target = operator.getitem  # of a float tensor with another: an error
         with pytest.raises(Exception):  # noqa: B017  (whatever torch raises)
-            _evaluate(gm, examples, compat.static_fake_mode())
+            _evaluate(gm, captured.inputs, compat.static_fake_mode())
     else:
-        values = _evaluate(gm, examples, compat.static_fake_mode())
+        values = _evaluate(gm, captured.inputs, compat.static_fake_mode())
         for node, value in values.items():
             if isinstance(value, Tensor):
                 old = fake_value(node)
