@@ -14,8 +14,8 @@ class Disagreement(Exception):
 
 
 def first_layer_gradient(model: LlamaForCausalLM) -> list[Tensor]:
-    """Copies on the CPU: they take none of the device's memory."""
-    return [p.grad.to("cpu", copy=True) for p in model.model.layers[0].parameters()]
+    """Of the parameters that are trained; copies on the CPU, which take none of the device's memory."""
+    return [p.grad.to("cpu", copy=True) for p in model.model.layers[0].parameters() if p.requires_grad]
 
 
 def check_dense(losses: dict[str, float], gradients: dict[str, list[Tensor]], dtype: str) -> None:

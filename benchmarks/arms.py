@@ -5,6 +5,7 @@ plain        ``torch.compile(model)``, called as users do: ``model(input_ids=ids
 fair         the same model and the same loss (transformers' own: float32 logits, shifted, mean cross-entropy) without
              these two handicaps: SDPA with ``is_causal=True`` and no mask tensor, a compiled function that returns the
              loss alone. None of this project's code takes part.
+fair-checkpointed  `fair` with transformers' gradient checkpointing, which keeps the blocks' inputs only.
 selective    ``backend="cggr"`` with its default options, router included.
 stop         the same with ``kv_gradient="stop"``.
 random       control: random tokens, no router.
@@ -35,7 +36,7 @@ from cggr_compile.backend import cggr
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
-BASELINES = ("plain", "fair")
+BASELINES = ("plain", "fair", "fair-checkpointed")
 # options of backend "cggr" beside the ratio
 SELECTIVE: dict[str, dict[str, Any]] = {
     "selective": {},
@@ -49,7 +50,7 @@ SELECTIVE: dict[str, dict[str, Any]] = {
 ARMS = (*BASELINES, *SELECTIVE)
 DEFAULT_ARMS = ("plain", "fair", "selective", "stop", "random")
 # arms that compute the dense model: their losses and gradients must agree
-DENSE = ("fair", "plain", "dense-cggr")
+DENSE = ("fair", "plain", "fair-checkpointed", "dense-cggr")
 
 MASKLESS = "sdpa_without_mask"
 AttentionInterface.register(MASKLESS, sdpa_attention_forward)
@@ -59,6 +60,14 @@ def without_mask(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The model with causal attention that needs no mask tensor; the parameters are shared."""
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     twin.set_attn_implementation(MASKLESS)
+    return twin
+
+
+def checkpointed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """`without_mask`, its blocks under gradient checkpointing; the parameters are shared."""
+    twin = without_mask(model)
+    twin.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    twin.disable_input_require_grads()  # a hook, with adapters, that breaks the graph; only reentrant ones need it
     return twin
 
 
@@ -80,16 +89,34 @@ def build_arm(
     dump_dir: str | None = None,
 ) -> Step:
     """A function (ids, labels) -> loss, compiled at its first call. All arms of one ``model`` share its parameters."""
-    mode = "reduce-overhead" if cuda_graphs else None
-    dense = "aot_eager" if compiler == "eager" else "inductor"
+    if name in BASELINES:
+        return build_baseline(name, model, compiler=compiler, cuda_graphs=cuda_graphs)
+    options = {"min_tokens_ratio": ratio, "compiler": compiler, "dump_dir": dump_dir, "cuda_graphs": cuda_graphs}
+    return build_selective(model, options | SELECTIVE[name])
+
+
+def build_baseline(name: str, model: LlamaForCausalLM, *, compiler: str, cuda_graphs: bool) -> Step:
+    """One of BASELINES."""
+    how = dense_compiler(compiler, cuda_graphs=cuda_graphs)
     if name == "plain":
-        return loss_of(torch.compile(model, backend=dense, mode=mode))
-    if name == "fair":
-        return torch.compile(loss_of(without_mask(model)), backend=dense, mode=mode)
-    options: dict[str, Any] = {"min_tokens_ratio": ratio, "compiler": compiler, "dump_dir": dump_dir}
-    options |= {"fallback": "error", "cuda_graphs": cuda_graphs, **SELECTIVE[name]}
-    # the function behind backend="cggr": found in a checkout that is not installed, too
-    return loss_of(torch.compile(model, backend=cggr, options=options))
+        return loss_of(torch.compile(model, **how))
+    # one graph: where one arm's graph breaks, Dynamo stops compiling frames whose code other arms share
+    twin = without_mask(model) if name == "fair" else checkpointed(model)
+    return torch.compile(loss_of(twin), fullgraph=True, **how)
+
+
+def build_selective(model: LlamaForCausalLM, options: dict[str, Any]) -> Step:
+    """backend="cggr" with these options; a graph that is not rewritten is an error."""
+    # the function behind the name: found in a checkout that is not installed, too
+    return loss_of(torch.compile(model, backend=cggr, options={"fallback": "error", **options}))
+
+
+def dense_compiler(compiler: str, *, cuda_graphs: bool) -> dict[str, Any]:
+    """Arguments of ``torch.compile`` for what is not selective."""
+    return {
+        "backend": "aot_eager" if compiler == "eager" else "inductor",
+        "mode": "reduce-overhead" if cuda_graphs else None,
+    }
 
 
 def captured(step: Step, *batch: Tensor) -> list[GraphModule]:

@@ -1,7 +1,8 @@
 """Results of the step benchmark: the JSON file, and tables made of one or more such files.
 
 A document is ``{"machine": {...}, "results": [result]}``; a result is one shape: its sizes and, in ``arms``, for each
-arm ``status`` ("ok", or "failed" with the ``error``), medians and quartiles, and what is known about its compilation.
+arm ``status`` ("ok"; "failed" or "unavailable" with the ``error``), medians and quartiles, and what is known about its
+compilation. ``workload`` says what the shape does not: which tokens have a label, what is trained.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from timing import Sample
 
@@ -71,19 +73,22 @@ def title(result: dict[str, Any]) -> str:
     graphs = ", CUDA graphs" if result["cuda_graphs"] else ""
     layers = f", {result['layers']} layers" if result["shortened"] else ""
     alone = "" if result["rounds"] else ", NOT interleaved: times of the warm-up"
-    return f"{result['shape']}{layers}, {result['dtype']}, ratio {result['ratio']}{graphs}{alone}"
+    workload = result["workload"] if "workload" in result else f"ratio {result['ratio']}"
+    return f"{result['shape']}{layers}, {result['dtype']}, {workload}{graphs}{alone}"
 
 
 def rich_table(result: dict[str, Any]) -> Table:
-    table = Table(title=title(result), title_justify="left", caption="* partly from a cache", caption_justify="left")
-    table.add_column("arm")
+    table = Table(title=title(result), title_justify="left", caption_justify="left")
+    table.add_column("arm", no_wrap=True)
     for name in ("fwd ms", "bwd ms", "step ms", "fwd ×", "bwd ×", "step ×", "× plain", "peak MB", "peak ×"):
         table.add_column(name, justify="right")
     for name in ("saved MB", "saved ×", "compile s", "tokens/s"):
         table.add_column(name, justify="right")
+    notes = ["* partly from a cache"]
     for arm, record in result["arms"].items():
         if record["status"] != "ok":
-            table.add_row(arm, f"{record['status']}: {record.get('error', '')}"[:60])
+            table.add_row(arm, *[NONE] * (len(table.columns) - 1))
+            notes.append(f"{arm} {_reason(record)}")
             continue
         ratios = {part: times_faster(result, "fair", arm, part) for part in (*PARTS, "peak_mb", "saved_mb")}
         table.add_row(
@@ -98,32 +103,47 @@ def rich_table(result: dict[str, Any]) -> Table:
             text(record["compile_s"], "{:.1f}") + ("*" if record["compile_cached"] else ""),
             text(record.get("tokens_per_s"), "{:.0f}"),
         )
+    table.caption = escape("\n".join(notes))
     return table
 
 
-def markdown(documents: Sequence[dict[str, Any]]) -> str:
+def _reason(record: dict[str, Any]) -> str:
+    """Why an arm has no figures, in short; all of it is in the file."""
+    lines = record.get("error", "").splitlines() or [""]
+    return f"{record['status']}: {lines[0][:100]}"
+
+
+def markdown(documents: Sequence[dict[str, Any]], *, more: bool = False) -> str:
     """One table over all the documents, for the README. Memory: CUDA's peak, on the CPU what the forward keeps.
+
+    ``more``: also how many times less the forward keeps for the backward, and tokens a second.
 
     Raises:
         ValueError: for results of a rehearsal: shortened models, no rounds.
     """
-    lines = [
-        "| shape | arm | forward ms | backward ms | step ms | backward × | step × | memory MB | memory × |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["shape", "arm", "forward ms", "backward ms", "step ms", "backward ×", "step ×", "memory MB", "memory ×"]
+    header += ["saved ×", "tokens/s"] if more else []
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for result in (result for document in documents for result in document["results"]):
         if result["shortened"] or not result["rounds"]:
             raise ValueError(f"not a result to publish: {title(result)}")
         memory = "saved_mb" if result["device"] == "cpu" else "peak_mb"
         for arm, record in result["arms"].items():
-            cells = [f"{record['status']}: {record.get('error', '')}"[:60], *[NONE] * 6]
+            cells = [_reason(record), *[NONE] * (len(header) - 3)]
             if record["status"] == "ok":
                 cells = [text(value(result, arm, part), "{:.1f}") for part in PARTS]
                 cells += [text(times_faster(result, "fair", arm, part), "{:.2f}") for part in PARTS[1:]]
                 cells += [text(record[memory], "{:.0f}"), text(times_faster(result, "fair", arm, memory), "{:.2f}")]
-            shape = result["shape"] + (" (CUDA graphs)" if result["cuda_graphs"] else "")
-            lines.append(f"| {shape} | {arm} | {' | '.join(cells)} |")
+                if more:
+                    saved = text(times_faster(result, "fair", arm, "saved_mb"), "{:.2f}")
+                    cells += [saved, text(record["tokens_per_s"], "{:.0f}")]
+            lines.append(f"| {_label(result)} | {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _label(result: dict[str, Any]) -> str:
+    workload = f", {result['workload']}" if "workload" in result else ""
+    return str(result["shape"]) + workload + (" (CUDA graphs)" if result["cuda_graphs"] else "")
 
 
 def machine_line(machine: dict[str, Any]) -> str:

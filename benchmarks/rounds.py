@@ -3,55 +3,100 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from agreement import check_dense, first_layer_gradient
-from arms import BASELINES, DENSE, Step, build_arm
+from arms import DENSE, SELECTIVE, Step, build_arm
 from kernel_times import profile_step
 from results import save, summary
 from shapes import SHAPES, build_model, make_batch
 from timing import run_step
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import cggr_compile
-from cggr_compile.options import OptionError
 
 WARM_UP = 4  # steps after the compiling one; CUDA graphs are recorded in the first of them
-FAILURES = (RuntimeError, OptionError)  # out of memory, compilation, a graph that was not rewritten
+MOST_RECOMPILES = 64  # arms share a model, and so Dynamo's count for its code
+
+
+class Unavailable(Exception):
+    """An arm cannot run here: a package or an option is missing."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of computing the step.
+
+    build: makes it; may raise Unavailable.
+    selective: compiled by backend="cggr", which reports on it.
+    same: what must equal the first dense arm's, of "loss" and "gradient"; where it does not, the arm has failed. (Where
+        one of the dense arms of ``arms.DENSE`` differs, nothing can be compared, and the run ends.)
+    """
+
+    build: Callable[[], Step]
+    selective: bool = False
+    same: tuple[str, ...] = ()
+
+
+def step_run(name: str, args: argparse.Namespace, document: dict[str, Any], say: Callable[[str], None]) -> ShapeRun:
+    """The run of step.py for one shape."""
+    shape = SHAPES[name]
+    torch._dynamo.reset()
+    model = build_model(shape, device=args.device, dtype=getattr(torch, args.dtype or shape.dtype), layers=args.layers)
+    arms = {}
+    for arm in args.arms:
+        dump_dir = str(args.dump_dir / name / arm) if args.dump_dir else None
+        settings = {"compiler": args.compiler, "cuda_graphs": args.cuda_graphs, "dump_dir": dump_dir}
+        build = functools.partial(build_arm, arm, model, ratio=args.ratio, **settings)
+        arms[arm] = Arm(build, selective=arm in SELECTIVE)
+    batch = make_batch(shape, device=args.device)
+    return ShapeRun(name, arms, model, batch, args, document, say, {"ratio": args.ratio})
 
 
 class ShapeRun:
-    """One shape's model, batch and arms, and their result, which is appended to ``document`` and saved as it grows."""
+    """One model, one batch, their arms, and the result, which is appended to ``document`` and saved as it grows.
+
+    ``facts`` join the result: what sets it apart from others of the same shape.
+    """
 
     def __init__(
-        self, name: str, args: argparse.Namespace, document: dict[str, Any], say: Callable[[str], None]
+        self,
+        name: str,
+        arms: Mapping[str, Arm],
+        model: LlamaForCausalLM,
+        batch: tuple[Tensor, Tensor],
+        args: argparse.Namespace,
+        document: dict[str, Any],
+        say: Callable[[str], None],
+        facts: Mapping[str, Any],
     ) -> None:
-        shape = SHAPES[name]
-        dtype = args.dtype or shape.dtype
-        torch._dynamo.reset()
-        self.name, self.args, self.document, self.say = name, args, document, say
-        self.model = build_model(shape, device=args.device, dtype=getattr(torch, dtype), layers=args.layers)
-        self.parameters = list(self.model.parameters())
-        self.batch = make_batch(shape, device=args.device)
-        self.tokens = shape.batch * shape.length
+        torch._dynamo.config.recompile_limit = MOST_RECOMPILES
+        self.name, self.arms, self.model, self.batch = name, arms, model, batch
+        self.args, self.document, self.say = args, document, say
+        self.parameters = list(model.parameters())
+        self.tokens = batch[0].numel()
         self.steps: dict[str, Step] = {}  # of the arms that work
-        self.gradients: dict[str, list[Tensor]] = {}  # of the dense arms
+        self.gradients: dict[str, list[Tensor]] = {}  # of the arms that are compared
         self.records: dict[str, dict[str, Any]] = {}
         self.result: dict[str, Any] = {
             "shape": name,
             "device": args.device,
-            "batch": shape.batch,
-            "length": shape.length,
-            "layers": self.model.config.num_hidden_layers,
+            "batch": batch[0].shape[0],
+            "length": batch[0].shape[1],
+            "layers": model.config.num_hidden_layers,
             "shortened": args.layers is not None,
             "parameters": sum(p.numel() for p in self.parameters),
-            "dtype": dtype,
-            "ratio": args.ratio,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **facts,
             "compiler": args.compiler,
             "cuda_graphs": args.cuda_graphs,
             "rounds": 0,
@@ -65,11 +110,13 @@ class ShapeRun:
         Raises:
             Disagreement: between the dense arms; no rounds are run then.
         """
-        for arm in self.args.arms:
+        for arm in self.arms:
             self.attempt(arm, self.warm_up)
             save(self.document, self.args.json)
         dense = [arm for arm in DENSE if arm in self.steps]
         check_dense({arm: self.records[arm]["loss"] for arm in dense}, self.gradients, self.result["dtype"])
+        for arm in list(self.steps) if dense else ():
+            self.attempt(arm, self.compare, dense[0])
         samples: dict[str, list[Any]] = {arm: [] for arm in self.steps}
         for done in range(self.args.repeats):
             for arm in list(self.steps):
@@ -78,14 +125,18 @@ class ShapeRun:
             save(self.document, self.args.json)
         for arm in list(self.steps) if self.args.profile else ():
             self.attempt(arm, self.profile)
+        save(self.document, self.args.json)
 
     def attempt(self, arm: str, part: Callable[..., None], *args: Any) -> None:
         """``part(arm)``; if it fails, the arm is over, its record says why, and its memory is free for the others."""
         try:
             part(arm, *args)
             return
-        except FAILURES as error:
-            self.records[arm] = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        except Unavailable as error:
+            self.records[arm] = {"status": "unavailable", "error": str(error)}
+        except Exception as error:  # out of memory, a graph that was not rewritten, whatever a peer raises
+            message = f"{type(error).__name__}: {error}"
+            self.records[arm] = {"status": "failed", "error": message, "traceback": traceback.format_exc()}
         self.steps.pop(arm, None)
         self.model.zero_grad(set_to_none=True)
         gc.collect()
@@ -95,18 +146,11 @@ class ShapeRun:
     def warm_up(self, arm: str) -> None:
         """Compile, and a few steps more, whose times are the record's until the rounds replace them."""
         args = self.args
-        step = self.steps[arm] = build_arm(
-            arm,
-            self.model,
-            ratio=args.ratio,
-            compiler=args.compiler,
-            cuda_graphs=args.cuda_graphs,
-            dump_dir=str(args.dump_dir / self.name / arm) if args.dump_dir else None,
-        )
+        step = self.steps[arm] = self.arms[arm].build()
         before, begin = _counts(), time.perf_counter()
         run_step(step, self.batch, self.parameters, memory=False)
         seconds = time.perf_counter() - begin
-        if arm in DENSE:
+        if arm in DENSE or "gradient" in self.arms[arm].same:
             self.gradients[arm] = first_layer_gradient(self.model)
         warm = [run_step(step, self.batch, self.parameters, memory=not args.cuda_graphs) for _ in range(WARM_UP)]
         counts = _counts()
@@ -114,11 +158,11 @@ class ShapeRun:
             "status": "ok",
             "loss": warm[-1].loss,
             "compile_s": seconds,
-            "compile_cached": counts["cached"] > before["cached"],
+            "compile_cached": counts["cached"] > before["cached"] or counts["frames"] == before["frames"],
             "cuda_graphs_skipped": counts["skipped"] - before["skipped"],
             **summary(warm[1:], self.tokens),
         }
-        if arm not in BASELINES:
+        if self.arms[arm].selective:
             runtime = cggr_compile.runtime(self.model)
             passes = runtime.reports[-1].passes
             self.records[arm] |= {
@@ -131,10 +175,22 @@ class ShapeRun:
         note = f", {skipped} graphs run without CUDA graphs" if skipped else ""
         self.say(f"{self.name} {arm}: compiled in {seconds:.1f} s, loss {warm[-1].loss:.4f}{note}")
 
+    def compare(self, arm: str, dense: str) -> None:
+        """Raises Disagreement where the arm must be like ``dense``, and is not."""
+        same = self.arms[arm].same
+        if not same:
+            return
+        losses = {name: self.records[name]["loss"] for name in (dense, arm)}
+        gradients = self.gradients if "gradient" in same else dict.fromkeys(losses, self.gradients[dense])
+        check_dense(losses, gradients, self.result["dtype"])
+
     def measure(self, arm: str, samples: list[Any]) -> None:
         lead_in = self.args.device == "cuda"
         memory = not self.args.cuda_graphs
+        before = _counts()["frames"]
         samples.append(run_step(self.steps[arm], self.batch, self.parameters, lead_in=lead_in, memory=memory))
+        if _counts()["frames"] > before:
+            raise RuntimeError("compiled again after its warm-up: another arm made Dynamo forget it")
         self.records[arm] |= summary(samples, self.tokens)
 
     def profile(self, arm: str) -> None:
@@ -149,7 +205,8 @@ class ShapeRun:
 
 
 def _counts() -> dict[str, int]:
-    """Inductor's counts until now: graphs found in a cache, graphs that do not run as CUDA graphs."""
+    """Until now: frames that Dynamo compiled, graphs that Inductor found in a cache, or did not run as CUDA graphs."""
     counters = torch._dynamo.utils.counters
     cached = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-    return {"cached": cached, "skipped": counters["inductor"]["cudagraph_skips"]}
+    skipped = counters["inductor"]["cudagraph_skips"]
+    return {"frames": counters["frames"]["total"], "cached": cached, "skipped": skipped}

@@ -22,13 +22,14 @@ def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: in
     }
 
 
-# The dimensions of SmolLM-135M and -360M and of Llama-3.2-1B; the others are ours.
+# The dimensions of SmolLM-135M and -360M, of Llama-3.2-1B and of Llama-3-8B; the others are ours.
 MODELS = {
     "tiny": _llama(256, 64, 2, (4, 2), 128, tied=True),
     "cpu": _llama(8192, 384, 8, (6, 2), 1024, tied=False),
     "135m": _llama(49152, 576, 30, (9, 3), 1536, tied=True),
     "360m": _llama(49152, 960, 32, (15, 5), 2560, tied=True),
     "1b": _llama(128256, 2048, 16, (32, 8), 8192, tied=True),
+    "8b": _llama(128256, 4096, 32, (32, 8), 14336, tied=False),
 }
 
 
@@ -52,10 +53,8 @@ SHAPES = {
     "1b-4x4096": Shape("1b", 4, 4096, "cuda", "bfloat16"),
     "135m-16x512": Shape("135m", 16, 512, "cuda", "bfloat16"),
     "135m-4x512": Shape("135m", 4, 512, "cuda", "bfloat16"),
-}
-DEFAULT_SHAPES = {
-    "cpu": ["cpu-384"],
-    "cuda": [name for name, shape in SHAPES.items() if shape.device == "cuda"],
+    "135m-8x2048": Shape("135m", 8, 2048, "cuda", "bfloat16"),
+    "8b-4x2048": Shape("8b", 4, 2048, "cuda", "bfloat16"),
 }
 
 
@@ -71,8 +70,15 @@ def build_model(shape: Shape, *, device: str, dtype: torch.dtype, layers: int | 
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
-def make_batch(shape: Shape, *, device: str) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, int64 [batch, length] each: equal, but two tensors."""
+def make_batch(shape: Shape, *, device: str, labelled: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, int64 [batch, length] each: equal, but two tensors.
+
+    ``labelled``: only the last so many tokens of each sequence, at least one, have a label, as an answer behind its
+    prompt; the others have -100.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(MODELS[shape.model]["vocab_size"], (shape.batch, shape.length), generator=generator)
-    return ids.to(device), ids.to(device, copy=True)
+    labels = ids.clone()
+    if labelled is not None:
+        labels[:, :-labelled] = -100
+    return ids.to(device), labels.to(device)

@@ -23,43 +23,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from agreement import Disagreement
-from arguments import items
+from arguments import add_run_arguments, check_run_arguments, items
 from arms import ARMS, DEFAULT_ARMS, check_fair
 from machine import describe
 from results import machine_line, markdown, rich_table, save
 from rich.console import Console
-from rounds import ShapeRun
-from shapes import DEFAULT_SHAPES, SHAPES
+from rounds import step_run
+from shapes import SHAPES
+
+DEFAULT_SHAPES = {
+    "cpu": ["cpu-384"],
+    "cuda": ["135m-16x2048", "360m-8x2048", "1b-8x1024", "1b-4x4096", "135m-16x512", "135m-4x512"],
+}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", type=items(allowed=SHAPES), help=f"comma-separated, of: {', '.join(SHAPES)}")
     parser.add_argument("--arms", type=items(allowed=ARMS), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
     parser.add_argument("--ratio", type=float, default=0.25, help="min_tokens_ratio of the selective arms")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds; 0: compile and warm up only")
-    parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/step.json"))
-    parser.add_argument("--cuda-graphs", action="store_true", help='mode="reduce-overhead" for every arm')
-    parser.add_argument("--compiler", choices=("auto", "eager"), default="auto", help="eager: no generated code")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape's model has, to rehearse")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights, instead of the shape's")
-    parser.add_argument("--dump-dir", type=Path, help="folder for the graphs of the selective arms")
-    parser.add_argument("--profile", action="store_true", help="kernel times of every arm, into the folder of --json")
-    parser.add_argument("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: show these JSON files")
-    parser.add_argument("--readme", action="store_true", help="also print the table as Markdown")
+    add_run_arguments(parser, json=Path("runs/benchmarks/step.json"))
     args = parser.parse_args(argv)
     args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
     if not 0 < args.ratio <= 1:
         parser.error(f"--ratio must be in (0, 1], got {args.ratio}")
-    if args.repeats < 0 or (args.layers is not None and args.layers < 1):
-        parser.error("--repeats must be at least 0 and --layers at least 1")
-    if args.cuda_graphs and args.device != "cuda":
-        parser.error("--cuda-graphs needs --device cuda")
-    if args.device == "cuda" and not args.merge and not torch.cuda.is_available():
-        parser.error("--device cuda: this torch sees no CUDA device")
+    check_run_arguments(parser, args)
     return args
 
 
@@ -69,7 +58,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     check_fair()
     for shape in args.shapes:
         try:
-            ShapeRun(shape, args, document, lambda line: console.print(line, highlight=False)).run()
+            step_run(shape, args, document, lambda line: console.print(line, highlight=False)).run()
         finally:
             save(document, args.json)
     return document
