@@ -13,7 +13,6 @@ All have the same loss: every label counts in each of them.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -22,12 +21,10 @@ import peft
 import torch
 from arms import BASELINES, Step, build_baseline, build_selective
 from peers import PEERS, build_peer
-from rounds import Arm, Unavailable
+from rounds import Arm
 from shapes import Shape, build_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
-
-from cggr_compile.options import Options
 
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -36,7 +33,6 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-no-context-stop": {"context": 0, "kv_gradient": "stop"},
 }
 ARMS = (*BASELINES, *OURS, *PEERS)
-HAS_CONTEXT = any(field.name == "context" for field in dataclasses.fields(Options))
 
 
 def labelled_tokens(share: float, length: int) -> int:
@@ -45,17 +41,9 @@ def labelled_tokens(share: float, length: int) -> int:
 
 
 def our_options(arm: str, *, labelled: int, context: int, length: int) -> dict[str, Any]:
-    """Options of one of OURS for sequences whose last ``labelled`` tokens have a label.
-
-    Raises:
-        Unavailable: rows of context, and this release has no such option.
-    """
-    wanted = {"context": context, **OURS[arm]}
-    rows = min(length, labelled + wanted["context"])
-    if not HAS_CONTEXT and wanted.pop("context"):
-        raise Unavailable("this release has no option 'context'")
-    chosen = {"selection": "labels", "scoring": "random", "max_selected": rows, "launch_bound": "select"}
-    return chosen | wanted
+    """Options of one of OURS for sequences whose last ``labelled`` tokens have a label: slots for just these rows."""
+    chosen = {"selection": "labels", "scoring": "random", "context": context, "launch_bound": "select", **OURS[arm]}
+    return chosen | {"max_selected": min(length, labelled + chosen["context"])}
 
 
 def add_adapters(model: LlamaForCausalLM, rank: int) -> LlamaForCausalLM:

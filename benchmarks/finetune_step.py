@@ -113,7 +113,7 @@ def _steps_of_share(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    console = Console(width=max(140, Console().width))
+    console = Console(width=max(150, Console().width))
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)

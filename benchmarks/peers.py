@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from arms import Step, dense_compiler, loss_of, without_mask
@@ -54,19 +55,27 @@ def _liger(model: LlamaForCausalLM, how: dict[str, Any] | None) -> Step:
     apply_liger_kernel_to_llama = _package("liger_kernel.transformers").apply_liger_kernel_to_llama
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     # Liger replaces names of transformers' module as well, for every model: this arm alone is to see them
-    before = dict(vars(modeling_llama))
-    try:
+    with _restored():
         apply_liger_kernel_to_llama(model=twin)
-    finally:
-        replaced = {name: now for name, now in vars(modeling_llama).items() if now is not before.get(name)}
-        vars(modeling_llama).update({name: before[name] for name in replaced})
+        patched = dict(vars(modeling_llama))
     run = loss_of(twin) if how is None else torch.compile(loss_of(twin), fullgraph=True, **how)
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
-        with mock.patch.multiple(modeling_llama, **replaced):
+        with _restored():
+            vars(modeling_llama).update(patched)
             return run(ids, labels)
 
     return step
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Afterwards transformers' module is as it was."""
+    before = dict(vars(modeling_llama))
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)
 
 
 def _package(name: str) -> Any:

@@ -79,7 +79,6 @@ class ShapeRun:
         say: Callable[[str], None],
         facts: Mapping[str, Any],
     ) -> None:
-        torch._dynamo.config.recompile_limit = MOST_RECOMPILES
         self.name, self.arms, self.model, self.batch = name, arms, model, batch
         self.args, self.document, self.say = args, document, say
         self.parameters = list(model.parameters())
@@ -110,6 +109,10 @@ class ShapeRun:
         Raises:
             Disagreement: between the dense arms; no rounds are run then.
         """
+        with torch._dynamo.config.patch(recompile_limit=MOST_RECOMPILES):
+            self._run()
+
+    def _run(self) -> None:
         for arm in self.arms:
             self.attempt(arm, self.warm_up)
             save(self.document, self.args.json)
@@ -158,7 +161,7 @@ class ShapeRun:
             "status": "ok",
             "loss": warm[-1].loss,
             "compile_s": seconds,
-            "compile_cached": counts["cached"] > before["cached"] or counts["frames"] == before["frames"],
+            "compile_cached": counts["cached"] > before["cached"] or counts["captured"] == before["captured"],
             "cuda_graphs_skipped": counts["skipped"] - before["skipped"],
             **summary(warm[1:], self.tokens),
         }
@@ -187,9 +190,9 @@ class ShapeRun:
     def measure(self, arm: str, samples: list[Any]) -> None:
         lead_in = self.args.device == "cuda"
         memory = not self.args.cuda_graphs
-        before = _counts()["frames"]
+        before = _counts()["captured"]
         samples.append(run_step(self.steps[arm], self.batch, self.parameters, lead_in=lead_in, memory=memory))
-        if _counts()["frames"] > before:
+        if _counts()["captured"] > before:
             raise RuntimeError("compiled again after its warm-up: another arm made Dynamo forget it")
         self.records[arm] |= summary(samples, self.tokens)
 
@@ -205,8 +208,8 @@ class ShapeRun:
 
 
 def _counts() -> dict[str, int]:
-    """Until now: frames that Dynamo compiled, graphs that Inductor found in a cache, or did not run as CUDA graphs."""
+    """Until now: graphs that Dynamo captured, graphs that Inductor found in a cache, or did not run as CUDA graphs."""
     counters = torch._dynamo.utils.counters
     cached = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
     skipped = counters["inductor"]["cudagraph_skips"]
-    return {"frames": counters["frames"]["total"], "cached": cached, "skipped": skipped}
+    return {"captured": counters["stats"]["unique_graphs"], "cached": cached, "skipped": skipped}

@@ -78,6 +78,7 @@ def test_an_arm_that_fails_is_on_record_and_the_others_go_on(tmp_path, monkeypat
     path = tmp_path / "step.json"
     assert step.main([*RUN, "--arms=random,fair", "--repeats=1", f"--json={path}"]) == 1
     found = json.loads(path.read_text())["results"][0]["arms"]
+    assert found["random"].pop("traceback").endswith("OutOfMemoryError: no room\n")
     assert found["random"] == {"status": "failed", "error": "OutOfMemoryError: no room"}
     assert found["fair"]["status"] == "ok"
     assert "no room" in capsys.readouterr().out
@@ -97,7 +98,16 @@ def test_an_arm_that_fails_late_loses_its_times(tmp_path, monkeypatch) -> None:
     path = tmp_path / "step.json"
     assert step.main([*RUN, "--arms=fair", "--repeats=4", f"--json={path}"]) == 1
     (result,) = json.loads(path.read_text())["results"]
+    assert "device lost" in result["arms"]["fair"].pop("traceback")
     assert result["arms"] == {"fair": {"status": "failed", "error": "RuntimeError: device lost"}}
+
+
+def test_an_arm_that_is_compiled_again_loses_its_times(tmp_path, monkeypatch) -> None:
+    """Where another arm's graph broke, Dynamo no longer enters what this one has compiled."""
+    monkeypatch.setattr(rounds.ShapeRun, "compare", lambda *_: torch._dynamo.reset())
+    path = tmp_path / "step.json"
+    assert step.main([*RUN, "--layers=1", "--arms=fair", "--repeats=1", f"--json={path}"]) == 1
+    assert "compiled again" in json.loads(path.read_text())["results"][0]["arms"]["fair"]["error"]
 
 
 def test_a_graph_that_is_not_rewritten_is_a_failure(tmp_path, monkeypatch) -> None:
@@ -175,8 +185,8 @@ def test_gradients_betray_what_losses_do_not() -> None:
 
 
 def test_models_have_their_published_sizes() -> None:
-    """134.5, 361.8 and 1235.8 million parameters, tied heads counted once."""
-    for name, millions in (("135m", 134.5), ("360m", 361.8), ("1b", 1235.8)):
+    """134.5, 361.8, 1235.8 and 8030.3 million parameters, tied heads counted once."""
+    for name, millions in (("135m", 134.5), ("360m", 361.8), ("1b", 1235.8), ("8b", 8030.3)):
         shape = next(shape for shape in SHAPES.values() if shape.model == name)
         model = build_model(shape, device="meta", dtype=torch.bfloat16)
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
