@@ -76,8 +76,9 @@ def real_tokens(graph: Graph, ctx: GraphContext) -> Node | None:
     padding = ctx.get(Padding)
     if padding is not None and padding.mask is not None:
         return padding.mask
-    inputs = graph.find_nodes(op="placeholder")
-    return next((node for node in inputs if _called(node, "attention_mask") and _per_token(node, ctx)), None)
+    inputs = [node for node in graph.find_nodes(op="placeholder") if _called(node, "attention_mask")]
+    # one of floats may be added to scores: zero at real tokens
+    return next((n for n in inputs if _per_token(n, ctx) and not fake_value(n).is_floating_point()), None)
 
 
 def _counts_tokens(node: Node, ctx: GraphContext) -> bool:

@@ -55,7 +55,7 @@ class Flex(AttentionAdapter):
         _, _, partial, partial_at, full, full_at, *_, query_block, key_block, held = given["block_mask"]
         mask_mod = _subgraph(held)
         if query_block == key_block == UNBLOCKED and _always(mask_mod.graph):
-            return None
+            return None if _identity(_subgraph(given["score_mod"]).graph) else "FlexAttention with a score_mod"
         tables: tuple[Node, ...] = (partial, partial_at) if full is None else (partial, partial_at, full, full_at)
         if query_block == key_block == UNBLOCKED:
             tables = ()
