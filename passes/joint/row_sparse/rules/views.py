@@ -71,12 +71,15 @@ class Permute(View):
     mixes = "nothing"
 
     def result(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
-        order: Any = node.args[1]
-        return _gatherable(tuple(layout[axis] for axis in order))
+        return _gatherable(tuple(layout[axis] for axis in self._order(node)))
 
     def source(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
+        order = self._order(node)
+        return _gatherable(tuple(layout[order.index(i)] for i in range(len(layout))))
+
+    def _order(self, node: Node) -> list[int]:
         order: Any = node.args[1]
-        return _gatherable(tuple(layout[list(order).index(i)] for i in range(len(layout))))
+        return [axis % len(order) for axis in order]  # tensordot counts some from behind
 
 
 def _gatherable(layout: Layout) -> Layout | None:

@@ -90,6 +90,7 @@ VIEWS = {
     "split heads": (aten.view.default, (B, S, H), ([B, S, 2, 2],), TOKENS, ("B", "S", None, None)),
     "unsafe view": (aten._unsafe_view.default, (B * S, H), ([B, S, H],), ("BS", None), TOKENS),
     "permute": (aten.permute.default, (B, S, 2, 2), ([0, 2, 1, 3],), ("B", "S", None, None), ("B", None, "S", None)),
+    "permute-behind": (aten.permute.default, (B, S, 2, 2), ([0, 2, 1, -1],), (*TOKENS, None), ("B", None, "S", None)),
     "unsqueeze": (aten.unsqueeze.default, (B, S, H), (-1,), TOKENS, (*TOKENS, None)),
 }
 
