@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 PROMPT, IMAGE, FEATURES = 4, 1, 12
 IGNORE = -100
 
-Embed = Callable[..., Tensor]
+Embed = Any  # a function of the model and its inputs, or Inside
 
 
 class Placed(models.Decoder):
@@ -32,10 +32,10 @@ class Placed(models.Decoder):
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * 0.3))
 
     def logits(self, ids: Tensor, *inputs: Tensor) -> Tensor:
-        x = self.blocks[0](self.embed(self, ids, *inputs))
-        if hasattr(self, "inner"):
-            mask = (ids == IMAGE)[..., None]
-            x = torch.where(mask, x + F.linear(x, self.expert), x) + mask * self.inner
+        x = self.words(ids) if isinstance(self.embed, Inside) else self.embed(self, ids, *inputs)
+        x = self.blocks[0](x)
+        if isinstance(self.embed, Inside):
+            x = self.embed.change(self, x, ids)
         return self.lm_head(self.ln_f(self.blocks[1](x)))
 
     def forward(self, ids: Tensor, labels: Tensor, *inputs: Tensor) -> Tensor:
@@ -44,6 +44,12 @@ class Placed(models.Decoder):
 
     def words(self, ids: Tensor) -> Tensor:
         return self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+
+
+class Inside(NamedTuple):
+    """``change(model, x, ids)`` between the blocks, in the place of an embedding."""
+
+    change: Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def images() -> Tensor:
@@ -63,6 +69,9 @@ def batch(image: int | None = None) -> tuple[Tensor, Tensor]:
 
 # a row for each image token of :func:`images`
 SEEN = torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(2))
+# which of PROMPT rows stands at an image token, [2, SEQ, PROMPT]: one, nowhere else; and its index, PROMPT elsewhere
+CHOICE = F.one_hot(torch.arange(2 * SEQ).view(2, SEQ) % PROMPT, PROMPT).float() * images()[..., None]
+INDEX = torch.where(images(), CHOICE.argmax(-1), PROMPT)
 
 
 def spread(prompt: Tensor, ids: Tensor) -> Tensor:
@@ -164,9 +173,90 @@ def filled(m: Any, ids: Tensor) -> Tensor:
     return m.words(ids).masked_fill((ids == IMAGE)[..., None] & (torch.arange(HIDDEN) < 8), m.number)
 
 
-def in_a_block(m: Any, ids: Tensor) -> Tensor:
+def visual(x: Tensor, ids: Tensor) -> Tensor:
+    return x * (ids == IMAGE)[..., None]
+
+
+def expert(m: Any, x: Tensor, ids: Tensor) -> Tensor:
     """At the input of the second block, with an expert of its own."""
-    return m.words(ids)
+    mask = (ids == IMAGE)[..., None]
+    return torch.where(mask, x + F.linear(x, m.expert), x) + mask * m.inner
+
+
+# Products with data, or with what data blanks: a factor acts where the others are not zero.
+
+
+def chosen_by_each(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + torch.einsum("bsp,ph->bsh", CHOICE, m.prompt)
+
+
+def chosen_by_rows(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + CHOICE @ m.prompt
+
+
+def chosen_by_batches(m: Any, ids: Tensor) -> Tensor:
+    return torch.baddbmm(m.words(ids), CHOICE, m.prompt.expand(2, -1, -1))
+
+
+def chosen_linearly(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + F.linear(F.gelu(F.linear(F.dropout(CHOICE, 0.0), m.up)), m.down)
+
+
+def weighed(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + (CHOICE.unsqueeze(-1) * m.prompt).sum(2)
+
+
+def one_hot(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + F.one_hot(INDEX, PROMPT + 1)[..., :PROMPT].float() @ m.prompt
+
+
+def named(m: Any, ids: Tensor) -> Tensor:
+    """A row of zeros elsewhere."""
+    return m.words(ids) + F.linear(F.pad(m.prompt, (0, 0, 0, 1))[INDEX], m.down)
+
+
+def added_by_flag(m: Any, ids: Tensor) -> Tensor:
+    return torch.addcmul(m.words(ids), CHOICE.sum(-1, keepdim=True), m.marker)
+
+
+def adapted(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    return x + F.linear(F.rms_norm(visual(x, ids), (HIDDEN,), m.scale), m.adapter)
+
+
+def adapted_elsewhere_zero(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    first, second = x.masked_fill((ids != IMAGE)[..., None], 0.0).chunk(2, -1)
+    return x + F.linear(first * second, m.small)
+
+
+def adapted_piece(m: Any, ids: Tensor) -> Tensor:
+    x = m.words(ids)
+    return x + F.linear(torch.cat([x[:, :PROMPT], torch.zeros(2, SEQ - PROMPT, HIDDEN)], 1), m.adapter)
+
+
+def gated(m: Any, ids: Tensor) -> Tensor:
+    """Each of the two factors acts where the mask that is part of the other holds."""
+    x = m.words(ids)
+    return x + visual(torch.sigmoid(F.linear(x, m.gate)), ids) * m.marker
+
+
+def own_table(m: Any, ids: Tensor) -> Tensor:
+    table = m.table * (torch.arange(VOCAB) == IMAGE)[:, None]
+    return m.words(ids) + F.linear(F.embedding(ids, table), m.down)
+
+
+def put(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids).index_put((ids == IMAGE,), m.marker)
+
+
+def expert_of_blanked(m: Any, x: Tensor, ids: Tensor) -> Tensor:
+    return x + F.linear(visual(x, ids), m.expert).flip(1).flip(1)
+
+
+def expert_decided(m: Any, x: Tensor, ids: Tensor) -> Tensor:
+    """Data and the block decide together."""
+    return torch.where(((ids == IMAGE) & (x.mean(-1) < 9.0))[..., None], x + m.inner, x)
 
 
 def rows_copied(m: Any, ids: Tensor) -> Tensor:
@@ -184,6 +274,56 @@ def flipped(m: Any, ids: Tensor) -> Tensor:
 def summed(m: Any, ids: Tensor) -> Tensor:
     choice = F.one_hot(torch.arange(SEQ).clamp(max=PROMPT), PROMPT + 1)[:, :PROMPT]
     return m.words(ids) + torch.einsum("sp,ph->sh", choice.float(), m.prompt)
+
+
+def flattened(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + (CHOICE.view(-1, PROMPT) @ m.prompt).view(2, SEQ, HIDDEN)
+
+
+def gathered(m: Any, ids: Tensor) -> Tensor:
+    table = torch.cat([m.prompt, torch.zeros(1, HIDDEN)]).expand(2, -1, -1)
+    return m.words(ids) + torch.take_along_dim(table, INDEX[..., None], 1)
+
+
+def convolved(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + F.conv1d(CHOICE.mT, m.kernel, padding=1).mT
+
+
+def turned(m: Any, ids: Tensor) -> Tensor:
+    return m.words(ids) + (m.marker * images().flip(1)[..., None]).flip(1)
+
+
+def put_in_place(m: Any, ids: Tensor) -> Tensor:
+    prompt = torch.zeros(2, SEQ, HIDDEN)
+    prompt[:, :PROMPT] = m.prompt
+    return m.words(ids) + prompt
+
+
+def rows_in_place(m: Any, ids: Tensor) -> Tensor:
+    table = m.wte.weight.clone()
+    table[torch.tensor([0, IMAGE])] = m.rows
+    return F.embedding(ids, table)
+
+
+class Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, marker: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return x + mask[..., None] * marker
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        return grad, None, (grad * ctx.saved_tensors[0][..., None]).sum((0, 1))
+
+
+def marked_by_others(m: Any, ids: Tensor) -> Tensor:
+    """An autograd function that is not looked into."""
+    return Mark.apply(m.words(ids), (ids == IMAGE).float(), m.marker)
+
+
+def expert_of_flattened(m: Any, x: Tensor, ids: Tensor) -> Tensor:
+    mask = (ids == IMAGE).view(-1, 1)
+    return x + F.linear(x.view(-1, HIDDEN) * mask, m.expert).view_as(x)
 
 
 def padded_and_mixed(m: Any, ids: Tensor) -> Tensor:
@@ -230,22 +370,48 @@ KNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int,
     "blended": (blended, _MARKER, IMAGE, None),
     "marked": (marked, _MARKER, IMAGE, None),
     "filled": (filled, {"number": ()}, IMAGE, None),
-    "in_a_block": (in_a_block, {"inner": (HIDDEN,), "expert": (HIDDEN, HIDDEN)}, IMAGE, None),
+    "in_a_block": (Inside(expert), {"inner": (HIDDEN,), "expert": (HIDDEN, HIDDEN)}, IMAGE, None),
     "rows_copied": (rows_copied, {"rows": (2, HIDDEN)}, IMAGE, None),
     "rows_added": (rows_added, {"rows": (2, HIDDEN)}, VOCAB - 1, None),
 }
+PRODUCTS: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None, tuple[int, ...] | None]] = {
+    "chosen_by_each": (chosen_by_each, _PROMPT, None, None),
+    "adapted": (adapted, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}, IMAGE, None),
+    "expert_of_blanked": (Inside(expert_of_blanked), {"expert": (HIDDEN, HIDDEN)}, IMAGE, None),
+    "own_table": (own_table, {"table": (VOCAB, 6), "down": (HIDDEN, 6)}, IMAGE, None),
+    "lerped": (lerped, _MARKER, IMAGE, None),
+    "summed": (summed, _PROMPT, None, _FIRST),
+    "chosen_by_rows": (chosen_by_rows, _PROMPT, None, None),
+    "chosen_by_batches": (chosen_by_batches, _PROMPT, None, None),
+    "chosen_linearly": (chosen_linearly, {"up": (6, PROMPT), "down": (HIDDEN, 6)}, None, None),
+    "weighed": (weighed, _PROMPT, None, None),
+    "one_hot": (one_hot, _PROMPT, None, None),
+    "named": (named, {"prompt": (PROMPT, 6), "down": (HIDDEN, 6)}, None, None),
+    "added_by_flag": (added_by_flag, _MARKER, None, None),
+    "adapted_elsewhere_zero": (adapted_elsewhere_zero, {"small": (HIDDEN, HIDDEN // 2)}, IMAGE, None),
+    "adapted_piece": (adapted_piece, {"adapter": (HIDDEN, HIDDEN)}, None, _FIRST),
+    "gated": (gated, {"gate": (1, HIDDEN), "marker": (HIDDEN,)}, IMAGE, None),
+    "put": (put, _MARKER, IMAGE, None),
+    "expert_decided": (Inside(expert_decided), {"inner": (HIDDEN,)}, IMAGE, None),
+}
 UNKNOWN: dict[str, tuple[Embed, dict[str, tuple[int, ...]], int | None]] = {
     "reordered": (reordered, _PROMPT, None),
-    "lerped": (lerped, _MARKER, IMAGE),
+    "flattened": (flattened, _PROMPT, None),
     "padded_and_mixed": (padded_and_mixed, _PROMPT, None),
+    "put_in_place": (put_in_place, _PROMPT, None),
     "flipped": (flipped, _PROMPT, None),
-    "summed": (summed, _PROMPT, None),
+    "gathered": (gathered, _PROMPT, None),
+    "convolved": (convolved, {"kernel": (HIDDEN, PROMPT, 3)}, None),
+    "turned": (turned, _MARKER, None),
+    "rows_in_place": (rows_in_place, {"rows": (2, HIDDEN)}, IMAGE),
+    "marked_by_others": (marked_by_others, _MARKER, IMAGE),
+    "expert_of_flattened": (Inside(expert_of_flattened), {"expert": (HIDDEN, HIDDEN)}, IMAGE),
 }
 
 
 def positions(name: str) -> Tensor:
     """bool [2, SEQ]: where the trained part of a known one acts."""
-    where = KNOWN[name][3]
+    where = (KNOWN | PRODUCTS)[name][3]
     if where is None:
         return images()
     mask = torch.zeros(2, SEQ, dtype=torch.bool)

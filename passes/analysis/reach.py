@@ -1,4 +1,4 @@
-"""Which positions of the sequence a trained input acts at: a walk from the losses back to the graph's inputs."""
+"""Which positions of the sequence a trained input acts at: a walk from the loss back to the graph's inputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import torch
 from torch.fx import Node
 
 from cggr_compile import compat
+from cggr_compile.passes.analysis.effects import memory, mutated_operands
+from cggr_compile.passes.analysis.nonzero import multiplied, whole
 from cggr_compile.passes.analysis.positions import WHOLE, Holding, Region
-from cggr_compile.passes.analysis.uses import RULES, WEIGHED, Lookup, Place, Use, choice, differentiable, pointwise
+from cggr_compile.passes.analysis.products import PRODUCTS, WEIGHED
+from cggr_compile.passes.analysis.uses import RULES, Lookup, Place, Use, pointwise, table_of
 from cggr_compile.passes.base import GraphContext
 from cggr_compile.passes.facts import LayerStack, LossSite
 from cggr_compile.passes.fx import ancestors, descendants
-from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
+from cggr_compile.passes.nodes import differentiable, fake_value, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -55,11 +58,12 @@ class Reach:
 
 
 def reach(gm: GraphModule, ctx: GraphContext) -> Reach:
-    """Walk from the losses to every input that requires grad.
+    """Walk from the loss to every input that requires grad.
 
     The rows of the residual stream are followed from block to block: whatever happens inside, a block's input has the
     positions of its output. From there on down, joining pieces (``cat``), replacing positions (``where``,
-    ``masked_scatter``), blanking them (``x * mask``), slicing and padding say which positions an operand acts at.
+    ``masked_scatter``), slicing and padding say which positions an operand acts at; and so does a product, one of whose
+    factors is data or blanked (``select @ prompt``, ``linear(x * mask, weight)``).
     """
     return _Walk(gm, ctx).run()
 
@@ -67,34 +71,50 @@ def reach(gm: GraphModule, ctx: GraphContext) -> Reach:
 class _Walk:
     def __init__(self, gm: GraphModule, ctx: GraphContext) -> None:
         stack = ctx[LayerStack]
-        assert stack is not None and ctx[LossSite] is not None
         self.gm, self.loss = gm, ctx[LossSite].loss
         self.boundaries = {node for block in stack.blocks for node in (block.input, block.output)}
         entry = stack.blocks[0].input
-        random = [node for node in gm.graph.nodes if op_name(node) in _RANDOM]
-        self.place = Place(shape_of(entry)[0], ancestors([entry]), descendants([entry, *random]))
+        leaves = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr") and shape_of(n)]
+        learned = {n for n in leaves if isinstance(fake_value(n), torch.nn.Parameter) or differentiable(n)}
+        random = descendants(n for n in gm.graph.nodes if op_name(n) in _RANDOM)
+        random -= descendants(set(leaves) - learned)
+        batch, length = shape_of(entry)[:2]
+        aside = descendants([entry]) | random
+        self.place = Place(batch, length, ancestors([entry]), aside, descendants(learned), self.boundaries)
+        self.writes = list(_writes(gm))
+        self.written = descendants(n for where, _, _ in self.writes for n in gm.graph.nodes if _in(n, where))
         texts = [n for n in self.place.before if self._reads_text(n)]
         self.text = descendants(texts) if texts else stack.stream
 
     def run(self) -> Reach:
         found = Reach()
-        outputs = [n for n in self.gm.graph.output_node().all_input_nodes if not shape_of(n)]
-        todo = [(node, Use("shared", WHOLE)) for node in (self.loss, *outputs)]
+        todo = [(self.loss, Use("shared", WHOLE))]
         seen: set[tuple[Node, Use]] = set()
         while todo:
             node, use = todo.pop()
             if node in self.boundaries:
                 use = Use("rows", WHOLE, axis=1)
-            if (node, use) in seen or not differentiable(node):
+            if (node, use) in seen or not self._carries(node):
                 continue
             seen.add((node, use))
+            todo += self._put_into(node, use)
             if node.op in ("placeholder", "get_attr"):
-                found.parts[node].append(self._part(node, use))
+                if differentiable(node):
+                    found.parts[node].append(self._part(node, use))
                 continue
             if self._is_text(node, use):
                 found.tokens.append(use.region)
             todo += self._operands(node, use)
         return found
+
+    def _carries(self, node: Node) -> bool:
+        return differentiable(node) or node in self.written
+
+    def _put_into(self, node: Node, use: Use) -> Iterator[tuple[Node, Use]]:
+        """What is put into a part of a value in place: ``x[:, :4] = prompt``."""
+        for where, write, values in self.writes:
+            if _in(node, where) and write is not node and use.kind != "shared":
+                yield from ((n, use.mixed(narrower=n not in self.place.aside)) for n in values)
 
     def _part(self, leaf: Node, use: Use) -> Part:
         shape, lookup = shape_of(leaf), use.lookup
@@ -111,21 +131,23 @@ class _Walk:
         return Part(use.region, use.narrower, individual, individual and batched and placed and not parameter)
 
     def _reads_text(self, node: Node) -> bool:
-        read = _table_of(node)
+        read = table_of(node)
         return read is not None and node in self.place.before and _per_sequence(read[1], self.place.batch)
 
     def _is_text(self, node: Node, use: Use) -> bool:
         return use.lookup is None and use.kind != "shared" and not use.narrower and self._reads_text(node)
 
     def _operands(self, node: Node, use: Use) -> Iterator[tuple[Node, Use]]:
-        read = _table_of(node)
+        read = table_of(node)
         if read is not None and use.lookup is None and use.kind == "rows" and use.axis < len(shape_of(read[1])):
             table, index = read
             per_sequence = _per_sequence(index, self.place.batch)
             lookup = Lookup(index, use.axis, use.first, shape_of(table)[0], use.region, per_sequence)
             yield table, Use("rows", WHOLE, narrower=use.narrower, lookup=lookup)
             return
-        rule = RULES.get(op_name(node))
+        if use == Use("mixed", WHOLE) and self.place.own_rows(node):
+            use = Use("rows", WHOLE, axis=1)  # a block's own rows
+        rule = _RULES.get(op_name(node))
         found = rule(self.place, node, use) if rule is not None and use.kind == "rows" else None
         if found is None:
             yield from self._unknown(node, use)
@@ -134,16 +156,17 @@ class _Walk:
 
     def _unknown(self, node: Node, use: Use) -> Iterator[tuple[Node, Use]]:
         """Operands of a call without a rule: they act where the call does, or at some of these positions."""
-        operands = [n for n in node.all_input_nodes if differentiable(n)]
+        operands = [n for n in node.all_input_nodes if self._carries(n)]
         if use.kind == "shared":
             yield from ((n, use) for n in operands)
             return
         base = self._base(node, use) if self._may_place(node) else operands
         for operand in operands:
             if op_name(node) in WEIGHED and operand is not node.all_input_nodes[0]:
-                chosen = node in self.place.before and choice(node.all_input_nodes[0]) is not None
+                others = [n for n in node.all_input_nodes if n is not operand]
+                chosen = self._positions(node) and not all(whole(self.place, n, use.mixed(), True) for n in others)
                 yield operand, use.mixed(narrower=True) if chosen else use.shared()
-            elif _foreign(node) and len(shape_of(operand)) < 2:
+            elif _foreign(node) and len(shape_of(operand)) < 2 and not self._data(node):
                 yield operand, use.shared()  # the scale of somebody's own norm
             else:
                 yield operand, use.mixed(narrower=operand not in base)
@@ -151,9 +174,19 @@ class _Walk:
     def _may_place(self, node: Node) -> bool:
         """Whether an operand may end up at a part of the positions."""
         name = op_name(node)
-        if node not in self.place.before or RULES.get(name) is pointwise:
+        if RULES.get(name) is pointwise or table_of(node) is not None:
             return False
-        return name == "pad" or len([n for n in node.all_input_nodes if _is_floating(n)]) > 1
+        several = name == "pad" or len([n for n in node.all_input_nodes if _is_floating(n)]) > 1
+        return (several and node in self.place.before) or self._data(node)
+
+    def _positions(self, node: Node) -> bool:
+        """Whether a mixed value still tells positions apart, as far as is known."""
+        return node in self.place.before or self.place.flat(node)
+
+    def _data(self, node: Node) -> bool:
+        """Whether a call takes data that may say which positions."""
+        data = [n for n in node.all_input_nodes if shape_of(n) and self.place.is_data(n)]
+        return self._positions(node) and bool(data)
 
     def _base(self, node: Node, use: Use) -> list[Node]:
         """What the other operands may be put into: the text, or the most of it; of a table, what has as many rows."""
@@ -165,7 +198,23 @@ class _Walk:
         return [n for n in texts if sizes[n] == max(sizes.values())]
 
 
+_RULES = {**RULES, **dict.fromkeys(PRODUCTS, multiplied)}
 _RANDOM = ("rand", "rand_like", "randn", "randn_like", "bernoulli", "uniform", "normal", "dropout", "multinomial")
+
+
+def _writes(gm: GraphModule) -> Iterator[tuple[frozenset[int], Node, list[Node]]]:
+    """Calls that write something trained: the memory, the call, what it writes."""
+    for node in gm.graph.nodes:
+        targets = mutated_operands(node)
+        values = [n for n in node.all_input_nodes if n not in targets and differentiable(n)]
+        for target in targets if values else ():
+            where = memory(target)
+            if where:
+                yield where, node, values
+
+
+def _in(node: Node, where: frozenset[int]) -> bool:
+    return not where.isdisjoint(memory(node) or ())
 
 
 def _is_floating(node: Node) -> bool:
@@ -179,24 +228,6 @@ def _foreign(node: Node) -> bool:
     return isinstance(target, compat.HigherOrderOperator) or (
         isinstance(target, compat.OpOverload) and target.namespace != "aten"
     )
-
-
-def _table_of(node: Node) -> tuple[Node, Node] | None:
-    """Table [V, H] and index of a lookup."""
-    name = op_name(node)
-    if name == "embedding":
-        index, table = argument(node, 0, "input"), argument(node, 1, "weight")
-    elif name == "getitem" or (name == "index_select" and argument(node, 1, "dim") == 0):
-        table, index = node.args[0], node.args[-1]
-        if isinstance(index, tuple) and len(index) == 1:
-            index = index[0]
-    else:
-        return None
-    if not isinstance(table, Node) or not isinstance(index, Node) or len(shape_of(table)) != 2:
-        return None
-    value = fake_value(index)
-    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-    return (table, index) if whole else None
 
 
 def _per_sequence(index: Node, batch: Any) -> bool:

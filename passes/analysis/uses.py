@@ -1,9 +1,12 @@
-"""How the operands of one call act at the positions that its result acts at: a rule for each operator."""
+"""How the operands of one call act at the positions that its result acts at: a rule for each operator.
+
+Operators that multiply are in :mod:`products`: a factor acts only where the others are not zero.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -60,15 +63,28 @@ class Place:
     """What rules need to know of the graph.
 
     Attributes:
-        batch: sequences in a batch.
+        batch, length: sequences in a batch, and their positions.
         before: what the first block's input is computed from.
         aside: masks that tell no positions: computed from the first block's input, so a block's own affair, or at
             random, so with labels as often as elsewhere.
+        filled: what is computed from parameters, or from inputs that require grad; the rest is data, and may be zero.
+        stream: the inputs and outputs of blocks.
+        found: of values, where they are not zero; see ``nonzero.whole``.
     """
 
     batch: Any
+    length: Any
     before: set[Node]
     aside: set[Node]
+    filled: set[Node]
+    stream: set[Node]
+    found: dict[tuple[Node, Use, bool], list[Use]] = field(default_factory=dict)
+
+    def is_data(self, node: Node) -> bool:
+        """Whether a value may be zero: given, or decided before the first block."""
+        value = fake_value(node)
+        decided = node in self.before and isinstance(value, torch.Tensor) and not value.is_floating_point()
+        return node not in self.aside and (node not in self.filled or decided)
 
     def broadcast(self, node: Node, operand: Node, use: Use) -> Use:
         """``use`` of an elementwise call, for an operand."""
@@ -79,29 +95,53 @@ class Place:
 
     def masked(self, node: Node, use: Use, mask: Any, holds: bool = True) -> Use:
         """``use`` of a call, where ``mask`` (an operand of it) holds."""
+        return self.flagged(node, use, mask, node in self.before, holds)
+
+    def flagged(self, node: Node, use: Use, mask: Any, strict: bool, holds: bool = True) -> Use:
+        """``use`` of ``node``, where ``mask`` holds; ``strict``: whatever the mask looks like."""
         if not isinstance(mask, Node):
             return use
         size, mask = shape_of(node)[use.axis], _unexpanded(mask)
         axis = use.axis - (len(shape_of(node)) - len(shape_of(mask)))
-        if axis < 0 or not same_size(shape_of(mask)[axis], size) or mask in self.aside:
+        if axis < 0 or not same_size(shape_of(mask)[axis], size):
             return use
+        if mask in self.aside:
+            return self._given(use, mask, axis, strict) if holds else use
+        if not strict and any(not same_size(n, 1) for n in shape_of(mask)[axis + 1 :]):
+            return use  # in a block: angles of rotary embeddings, or who attends to whom
         batched = axis == 1 and any(same_size(shape_of(mask)[0], n) for n in (1, self.batch))
         if not (axis == 0 or batched) or not isinstance(size, int):
-            return replace(use, narrower=use.narrower or node in self.before)
+            return replace(use, narrower=use.narrower or strict)
         return replace(use, region=use.region.where(Flags(mask, axis, use.first), holds))
+
+    def _given(self, use: Use, mask: Node, axis: int, strict: bool) -> Use:
+        """``use``, where the data holds that a block's own mask is made of too."""
+        name, own = op_name(mask), replace(use, axis=axis)
+        if name in _BOTH:
+            for n in mask.all_input_nodes:
+                own = self.flagged(mask, own, n, strict)
+        elif name in _VIEWS:
+            for n, part in _VIEWS[name](self, mask, own) or []:
+                own = self.flagged(n, part, n, strict)
+        return replace(use, region=own.region, narrower=own.narrower)
+
+    def own_rows(self, node: Node) -> bool:
+        """Whether a value is in a block, and its second axis has the positions."""
+        size = shape_of(node)[:2]
+        return node not in self.before and len(size) == 2 and all(map(same_size, size, (self.batch, self.length)))
+
+    def flat(self, node: Node) -> bool:
+        """Whether a value is in a block, and its first axis has the positions of all sequences."""
+        both = isinstance(self.batch, int) and isinstance(self.length, int)
+        return both and node not in self.before and shape_of(node)[:1] == (self.batch * self.length,)
 
 
 Operands = list[tuple[Node, Use]]
+Rule = Callable[[Place, Node, Use], Operands | None]
 
 
 def pointwise(place: Place, node: Node, use: Use) -> Operands:
     return [(n, place.broadcast(node, n, use)) for n in node.all_input_nodes]
-
-
-def _product(place: Place, node: Node, use: Use) -> Operands:
-    """``x * mask`` acts where the mask is not zero."""
-    factors = [n for n in node.all_input_nodes if not differentiable(n)]
-    return pointwise(place, node, place.masked(node, use, factors[0]) if len(factors) == 1 else use)
 
 
 def _where(place: Place, node: Node, use: Use) -> Operands | None:
@@ -137,6 +177,27 @@ def _index_copy(place: Place, node: Node, use: Use) -> Operands | None:
         return None
     listed = use.region.where(Listed(index, use.first))
     return [(x, use), (source, replace(use, region=listed).mixed())]
+
+
+def _index_put(place: Place, node: Node, use: Use) -> Operands | None:
+    """``x`` with what ``indices`` name (a mask of the tokens, mostly) replaced by ``values``, or with these added."""
+    x, indices, values = (argument(node, i, name) for i, name in enumerate(("input", "indices", "values")))
+    if len(indices) == 1 and fake_value(indices[0]).dtype == torch.bool and use.axis < len(shape_of(indices[0])):
+        spread = len(shape_of(node)) - len(shape_of(indices[0]))
+        where = place.flagged(indices[0], use, indices[0], spread >= 0)
+        return [(x, use), (values, where.mixed() if len(shape_of(values)) > spread else where.shared())]
+    return [(x, use), *_put(place, use, values, *indices)]
+
+
+def _scattered(place: Place, node: Node, use: Use) -> Operands:
+    x, index, source = (argument(node, i, name) for i, name in ((0, "input"), (2, "index"), (3, "src")))
+    return [(x, use), *_put(place, use, source, index)]
+
+
+def _put(place: Place, use: Use, source: Any, *index: Any) -> Operands:
+    """``source``, put where an index says that is not looked into."""
+    own = all(not isinstance(n, Node) or n in place.aside for n in index)
+    return [(source, use.mixed(narrower=not own))] if isinstance(source, Node) else []
 
 
 def _slice_scatter(place: Place, node: Node, use: Use) -> Operands | None:
@@ -202,6 +263,8 @@ def _pad(place: Place, node: Node, use: Use) -> Operands | None:
 
 def _getitem(place: Place, node: Node, use: Use) -> Operands | None:
     source, index = node.args
+    if isinstance(source, Node) and op_name(source) in ("chunk", "split", "tensor_split"):
+        return _split(source, index, use)
     if not isinstance(source, Node) or not isinstance(fake_value(source), torch.Tensor):
         return None
     items = list(index) if isinstance(index, tuple) else [index]
@@ -222,6 +285,15 @@ def _getitem(place: Place, node: Node, use: Use) -> Operands | None:
         old += item is not None
         new += type(item) is not int
     return None
+
+
+def _split(node: Node, index: Any, use: Use) -> Operands | None:
+    """One of the pieces of ``chunk`` or ``split``."""
+    x, dim = argument(node, 0, "input"), argument(node, 2, "dim", 0)
+    sizes = [piece.shape[use.axis] for piece in fake_value(node)][:index]
+    if dim % len(shape_of(x)) != use.axis:
+        return [(x, use)]
+    return [(x, replace(use, first=use.first - sum(sizes)))] if _integers(tuple(sizes)) else None
 
 
 def _narrow(place: Place, node: Node, use: Use) -> Operands | None:
@@ -274,70 +346,58 @@ def _expanded(place: Place, node: Node, use: Use) -> Operands:
     return [(source, place.broadcast(node, source, use))]
 
 
-def _weighed(place: Place, node: Node, use: Use) -> Operands | None:
-    """``linear`` and ``x @ w``: features of each position by themselves."""
-    x, *weights = node.all_input_nodes
-    rank = len(shape_of(node))
-    if use.axis > rank - 2 or argument(node, 0, "input") is not x or len(shape_of(x)) != rank:
-        return None
-    if op_name(node) == "matmul" and len(shape_of(weights[0])) != 2:
-        return None
-    chosen = place.masked(node, use, choice(x))
-    return [(x, use), *((w, chosen.shared()) for w in weights)]
-
-
-def choice(node: Node) -> Node | None:
-    """The left factor of a product if it may choose where the right one acts: one-hot rows, say, or a constant."""
-    while op_name(node) in _CASTS and fake_value(node).is_floating_point():
-        node = node.all_input_nodes[0]
-    constant = node.op in ("placeholder", "get_attr") and len(shape_of(node)) <= 2
-    chooses = constant or not fake_value(node).is_floating_point()
-    return node if chooses and not differentiable(node) else None
-
-
-def _normed(place: Place, node: Node, use: Use) -> Operands | None:
-    """``layer_norm`` and ``rms_norm``."""
-    x, *weights = node.all_input_nodes
-    axes: Any = argument(node, 1, "normalized_shape")
-    if not isinstance(axes, (tuple, list, torch.Size)) or use.axis >= len(shape_of(node)) - len(axes):
-        return None
-    return [(x, use), *((w, use.shared()) for w in weights)]
-
-
 def _reduced(place: Place, node: Node, use: Use) -> Operands | None:
-    """A sum or mean over other axes, which stay with size 1."""
+    """A sum or mean over other axes, which stay with size 1 or go."""
     source = node.all_input_nodes[0]
     old, new = shape_of(source), shape_of(node)
-    if len(old) != len(new) or not same_size(old[use.axis], new[use.axis]):
+    dims: Any = argument(node, 1, "dim")
+    if len(old) == len(new):
+        return [(source, use)] if same_size(old[use.axis], new[use.axis]) else None
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)):
         return None
-    return [(source, use)]
+    kept = [axis for axis in range(len(old)) if axis not in {dim % len(old) for dim in dims}]
+    return [(source, replace(use, axis=kept[use.axis]))]
 
 
-def differentiable(node: Node) -> bool:
-    value = fake_value(node)
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+def table_of(node: Node) -> tuple[Node, Node] | None:
+    """Table [V, H] and index of a lookup."""
+    name = op_name(node)
+    if name == "embedding":
+        index, table = argument(node, 0, "input"), argument(node, 1, "weight")
+    elif name == "getitem" or (name == "index_select" and argument(node, 1, "dim") == 0):
+        table, index = node.args[0], node.args[-1]
+        if isinstance(index, tuple) and len(index) == 1:
+            index = index[0]
+    else:
+        return None
+    if not isinstance(table, Node) or not isinstance(index, Node) or len(shape_of(table)) != 2:
+        return None
+    value = fake_value(index)
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return (table, index) if whole else None
 
 
 def _unexpanded(mask: Node) -> Node:
-    """The mask before it was spread over features and cast."""
+    """The mask before it was spread over features, cast, and thinned out."""
     while op_name(mask) in _SPREAD and mask.all_input_nodes:
         mask = mask.all_input_nodes[0]
     return mask
 
 
 _CASTS = ("float", "to", "type", "half", "bfloat16", "double", "type_as")
-_SPREAD = ("expand", "expand_as", "broadcast_to", "contiguous", "clone", "bool", *_CASTS)
-# without a rule for the rows; what follows their first operand are weights
-WEIGHED = {
-    *("linear", "matmul", "bmm", "einsum", "addmm", "conv1d", "conv2d", "conv3d", "bilinear", "prelu"),
-    *("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "weight_norm"),
+_VIEWS: dict[str, Rule] = {
+    "getitem": _getitem,
+    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "mT"), _permuted),
+    **dict.fromkeys(("reshape", "view", "unsqueeze", "squeeze", "view_as", "reshape_as"), _reshaped),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
 }
-Rule = Callable[[Place, Node, Use], "Operands | None"]
+_BOTH = ("and", "bitwise_and", "logical_and", "mul")
+_SPREAD = ("dropout", "expand", "expand_as", "broadcast_to", "contiguous", "clone", "bool", *_CASTS)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
-            *("add", "sub", "rsub", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "abs"),
+            *("add", "sub", "rsub", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "abs"),
             *(
                 "tanh",
                 "sigmoid",
@@ -355,21 +415,17 @@ RULES: dict[str, Rule] = {
         ),
         pointwise,
     ),
-    "mul": _product,
     "where": _where,
     "masked_fill": _masked_fill,
     "masked_scatter": _masked_scatter,
     **dict.fromkeys(("index_copy", "index_add"), _index_copy),
+    "index_put": _index_put,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), _scattered),
     "slice_scatter": _slice_scatter,
     **dict.fromkeys(("cat", "concatenate", "hstack"), _cat),
     "stack": _stack,
     "pad": _pad,
-    "getitem": _getitem,
+    **_VIEWS,
     "narrow": _narrow,
-    **dict.fromkeys(("permute", "transpose", "swapaxes", "swapdims", "t", "mT"), _permuted),
-    **dict.fromkeys(("reshape", "view", "unsqueeze", "squeeze", "view_as", "reshape_as"), _reshaped),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
-    **dict.fromkeys(("linear", "matmul"), _weighed),
-    **dict.fromkeys(("layer_norm", "rms_norm"), _normed),
     **dict.fromkeys(("mean", "sum", "var", "norm", "amax"), _reduced),
 }

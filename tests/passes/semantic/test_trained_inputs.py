@@ -25,9 +25,9 @@ def captured(embed: placed.Embed, shapes: dict[str, tuple[int, ...]], image: int
     return Captured(lambda *args: model(*args), *placed.batch(image), *inputs, options={**LABELS, **options})
 
 
-@pytest.mark.parametrize("name", placed.KNOWN)
+@pytest.mark.parametrize("name", [*placed.KNOWN, *placed.PRODUCTS])
 def test_known_positions(name: str) -> None:
-    embed, shapes, image, _ = placed.KNOWN[name]
+    embed, shapes, image, _ = (placed.KNOWN | placed.PRODUCTS)[name]
     graph = captured(embed, shapes, image)
     result = graph.run("trained_inputs")
     again = TrainedInputs()(graph.gm, graph.ctx)
@@ -157,7 +157,52 @@ def masked_table(m, ids):
     return F.embedding(ids, m.wte.weight * (torch.arange(VOCAB) != 0)[:, None]) * m.scale
 
 
+def projected(m, ids):
+    return F.linear(m.words(ids).view(-1, HIDDEN), m.adapter).view(*ids.shape, HIDDEN)
+
+
+FEATURES = torch.randn(2, SEQ, 6, generator=torch.Generator().manual_seed(4))
+
+
+def features_beside(m, ids):
+    """Data at every position, and sinusoids."""
+    return m.words(ids) + FEATURES @ m.a + F.linear(FEATURES[0].sin(), m.b)
+
+
+def padding_blanked(m, ids):
+    mask = (torch.arange(SEQ) > 1).expand(2, -1)[..., None]
+    return F.linear(m.words(ids) * mask, m.adapter) * mask * m.scale
+
+
+def types_one_hot(m, ids):
+    return m.words(ids) + F.one_hot(ids % 2, 2).float() @ m.types
+
+
+def by_hand(m, ids):
+    x = m.words(ids)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + m.scale)
+    return x + F.linear(x * (x > 0), m.adapter)
+
+
+def summed_so_far(m, ids):
+    x = m.words(ids)
+    return x + F.linear(torch.cat([x, F.pad(x, (0, 0, 1, -1))], -1).cumsum(1), m.wide)
+
+
+def rotated(m, x, ids):
+    """In a block: a table of data on the features, and positions that change places."""
+    angles = FEATURES[0].repeat(1, 6)[:, :HIDDEN]
+    return x + F.linear(F.linear(x, m.adapter) * angles, m.other).flip(1)
+
+
 SHARED = {
+    "projected": (projected, {"adapter": (HIDDEN, HIDDEN)}),
+    "features_beside": (features_beside, {"a": (6, HIDDEN), "b": (HIDDEN, 6)}),
+    "padding_blanked": (padding_blanked, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}),
+    "types_one_hot": (types_one_hot, {"types": (2, HIDDEN)}),
+    "by_hand": (by_hand, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}),
+    "summed_so_far": (summed_so_far, {"wide": (HIDDEN, 2 * HIDDEN)}),
+    "rotated": (placed.Inside(rotated), {"adapter": (HIDDEN, HIDDEN), "other": (HIDDEN, HIDDEN)}),
     "adapted": (adapted, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}),
     "blanked": (blanked, {"adapter": (HIDDEN, HIDDEN), "scale": (HIDDEN,)}),
     "of_types": (of_types, {"scale": (HIDDEN,), "other": (HIDDEN,)}),
@@ -186,6 +231,33 @@ def test_the_rest_of_the_model(name: str) -> None:
     graph = captured(embed, shapes, image, frozen=False)
     details = graph.run("trained_inputs").details
     assert {n.rsplit(".", 1)[-1] for n in details["inputs"]} == set(shapes)
+
+
+class Regularised(placed.Placed):
+    def forward(self, ids, labels, *inputs):
+        return super().forward(ids, labels, *inputs) + 1e-3 * self.prompt.square().sum()
+
+
+def test_a_regulariser_is_no_way_through_the_model() -> None:
+    """It gives a prompt a gradient, but not the one of the labels."""
+    embed, shapes, *_ = placed.KNOWN["prefix"]
+    model = Regularised(embed, shapes)
+    graph = Captured(lambda *args: model(*args), *placed.batch(), options=LABELS)
+    assert next(iter(graph.run("trained_inputs").details["inputs"])).endswith("prompt")
+
+
+def test_a_deep_encoder() -> None:
+    """Deeper than Python's stack: what comes out is zero where what goes in is."""
+
+    def encoded(m, ids):
+        x = placed.CHOICE @ m.prompt
+        for _ in range(400):
+            x = x.tanh()
+        return m.words(ids) + x @ m.adapter
+
+    graph = captured(encoded, {"prompt": (placed.PROMPT, HIDDEN), "adapter": (HIDDEN, HIDDEN)})
+    assert len(graph.run("trained_inputs").details["inputs"]) == 2
+    assert graph.ctx[Routing].gradient == "routed" and graph.ctx.get(ExtraRows) is not None
 
 
 def test_labelled_images() -> None:
