@@ -268,8 +268,9 @@ def test_a_step_that_waits_for_the_device_is_not_recorded(replays):
 
 def test_verify_uses_the_graphs_and_leaves_training_alone(replays):
     model = models.family("llama")
-    expected = train(compiled(model))
-    verified = compiled(model, options={"cuda_graphs": True, "verify": 3})
+    drawn = {"selection": "random"}  # rounding may change a selection by scores, and its step is not compared
+    expected = train(compiled(model, options=drawn))
+    verified = compiled(model, options={**drawn, "cuda_graphs": True, "verify": 3})
     history = train(verified)
     values = cggr_compile.runtime(verified).metrics()
     assert values["verify_steps"] == 3 and 0 < values["verify_max_error"] < 1e-5
