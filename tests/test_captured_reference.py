@@ -86,6 +86,7 @@ def test_every_kind_of_loss(kind):
     assert report.matched and report.verification.note == "" and report.verification.captured_error < tolerance
 
 
+@pytest.mark.slow
 def test_sizes_that_have_become_numbers():
     model = models.family("llama", **SIZES)
     reports = verified(model, *[models.make_batch(2, seq) for seq in (16, 20, 24)])
@@ -139,7 +140,7 @@ def test_control_a_small_difference_is_seen(what, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("raises", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_neither_graph_nor_batch_stays(raises, monkeypatch):
     held = []
     begin = captured_reference.CapturedReference.__init__

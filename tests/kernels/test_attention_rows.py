@@ -164,8 +164,8 @@ def build(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("slots", "dim", "dtype", "modes"),
     [
-        (64, 64, torch.bfloat16, dict()),
-        (64, 128, torch.bfloat16, dict(all_keys=True)),
+        pytest.param(64, 64, torch.bfloat16, dict(), marks=pytest.mark.slow),
+        pytest.param(64, 128, torch.bfloat16, dict(all_keys=True), marks=pytest.mark.slow),
         (40, 256, torch.bfloat16, dict(causal=False, mask="additive")),
         (1, 80, torch.float16, dict(all_keys=True, mask="bool", kv_heads=1)),  # 1 is special in Triton's signatures
         (40, 64, torch.float32, dict(mask="bool")),

@@ -54,7 +54,7 @@ def test_metrics():
     assert 0 < metrics["avg_confidence"] < 1 and metrics["avg_entropy"] > 0
 
 
-@pytest.mark.parametrize("gradient", ["exact", "routed"])
+@pytest.mark.parametrize("gradient", [pytest.param("exact", marks=pytest.mark.slow), "routed"])
 def test_masked_language_model(gradient):
     wrapped = make("bert", options={"gradient": gradient, "kv_gradient": "stop"})
     ids = zoo.ids()

@@ -50,7 +50,11 @@ def test_families(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("selection", "gradient"), [("importance", {"gradient": "exact"}), ("topk", {"kv_gradient": "stop"})]
+    ("selection", "gradient"),
+    [
+        pytest.param("importance", {"gradient": "exact"}, marks=pytest.mark.slow),
+        ("topk", {"kv_gradient": "stop"}),
+    ],
 )
 def test_modes_and_weights(selection: str, gradient: dict[str, str]) -> None:
     model, batch = tiny(), padded("right")

@@ -76,7 +76,10 @@ def test_unknown_positions(name: str) -> None:
         assert ("gradient='exact' for this graph" in told) == (taken == "exact")
 
 
-@pytest.mark.parametrize("options", [{"verify": 1}, {"row_sparse": False}, {"cross_entropy": "fused"}], ids=str)
+OTHERS = [{"verify": 1}, {"row_sparse": False}, {"cross_entropy": "fused"}]
+
+
+@pytest.mark.parametrize("options", slow_but([OTHERS[0], OTHERS[2]], OTHERS), ids=str)
 def test_other_options(options: dict[str, Any]) -> None:
     """A random part of the labels, unused slots, weights at keys and values."""
     model, ids, labels = build("scattered", frozen=False)
@@ -159,7 +162,7 @@ def test_generated_code() -> None:
 PROMPT_TUNING = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", pytest.param("PromptEncoderConfig", marks=pytest.mark.slow)])
 def test_peft_prompts(kind: str) -> None:
     peft = pytest.importorskip("peft")
     model = models.randomise(peft.get_peft_model(small(), getattr(peft, kind)(**PROMPT_TUNING)))

@@ -8,8 +8,10 @@ from models import compiled, make_batch
 from reference import assert_same, backward, hf_reference
 from training import RATIO, check_against_reference, metrics, picks, small
 
+MODES = [{"gradient": "exact"}, {"kv_gradient": "stop"}, {"kv_gradient": "project"}]
 
-@pytest.mark.parametrize("mode", [{"gradient": "exact"}, {"kv_gradient": "stop"}, {"kv_gradient": "project"}], ids=str)
+
+@pytest.mark.parametrize("mode", models.slow_but(MODES[1:], MODES), ids=str)
 def test_lora(mode: dict[str, str]) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], lora_dropout=0.0)

@@ -95,7 +95,7 @@ MODES = [
     (*DECODER, {"row_sparse": False}),
     pytest.param(*LLAMA, {"kv_gradient": "stop"}, marks=pytest.mark.slow),
     (*LLAMA, {"kv_gradient": "project"}),
-    (*LLAMA, {"gradient": "exact"}),
+    pytest.param(*LLAMA, {"gradient": "exact"}, marks=pytest.mark.slow),
 ]
 
 

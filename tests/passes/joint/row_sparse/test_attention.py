@@ -43,8 +43,15 @@ def loss_on(batch):
     return lambda model: F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
 
-@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
-@pytest.mark.parametrize("attend", [shared_heads, capped])
+@pytest.mark.parametrize(
+    ("attend", "kv_gradient"),
+    [
+        (shared_heads, "stop"),
+        (capped, "project"),
+        pytest.param(shared_heads, "project", marks=pytest.mark.slow),
+        pytest.param(capped, "stop", marks=pytest.mark.slow),
+    ],
+)
 def test_on_rows(attend, kv_gradient):
     record = compare(lambda: decoder(attend), loss_on(models.make_batch()), kv_gradient=kv_gradient)
     assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]

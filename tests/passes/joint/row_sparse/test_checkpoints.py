@@ -45,8 +45,14 @@ def checkpointed(name, **overrides):
 
 
 # query, key and value, or one product for all three; two norms; biases; attention and MLP side by side
-@pytest.mark.parametrize(("name", "kept"), [("llama", 3), ("gpt2", 1), ("phi", 3)])
-@pytest.mark.parametrize("kv_gradient", ["project", "stop"])
+@pytest.mark.parametrize(
+    ("name", "kept", "kv_gradient"),
+    [
+        *(("llama", 3, "project"), ("gpt2", 1, "stop"), ("phi", 3, "project"), ("phi", 3, "stop")),
+        pytest.param("llama", 3, "stop", marks=pytest.mark.slow),
+        pytest.param("gpt2", 1, "project", marks=pytest.mark.slow),
+    ],
+)
 def test_products_outside_of_attention_are_recomputed_on_rows(name, kept, kv_gradient, whole_products):
     batch = models.make_batch(3, 40)
     model = checkpointed(name)
