@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -268,6 +268,33 @@ class SlicedLoss(Decoder):
         if labels is None:
             return logits
         return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+
+class Output(NamedTuple):
+    loss: Tensor | None
+    logits: Tensor
+
+
+class PlainLM(Decoder):
+    """One layer, called as transformers' models are: where the model is no subject, half the time of a Llama."""
+
+    def __init__(self) -> None:
+        super().__init__(fused=False, tied=False, layers=1)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        use_cache: bool | None = None,
+    ) -> Any:
+        logits = super().forward(input_ids)
+        if labels is None:
+            return Output(None, logits)
+        target = F.pad(labels, (0, 1), value=IGNORE)[:, 1:].reshape(-1)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = F.cross_entropy(logits.view(-1, VOCAB).float(), target, reduction=reduction)
+        return Output(loss if num_items_in_batch is None else loss / num_items_in_batch, logits)
 
 
 class Functional:

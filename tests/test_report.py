@@ -54,7 +54,7 @@ def test_dump(tmp_path):
 
 def test_dump_dir_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("CGGR_DUMP_DIR", str(tmp_path))
-    models.compiled(models.family("llama", num_hidden_layers=1))(**models.make_batch())
+    models.compiled(models.PlainLM())(**models.make_batch())
     assert (tmp_path / "00_captured.py").exists()
 
 
@@ -68,7 +68,7 @@ def test_further_graphs_get_folders(tmp_path):
 
 def test_logs(caplog):
     with caplog.at_level(logging.DEBUG, logger="cggr_compile"):
-        models.compiled(models.family("llama", num_hidden_layers=1))(**models.make_batch())
+        models.compiled(models.PlainLM())(**models.make_batch())
     assert any("find_stack: matched" in r.message for r in caplog.records)
     assert any("compiled by eager" in r.message for r in caplog.records)
 
@@ -76,7 +76,7 @@ def test_logs(caplog):
 def test_structured_trace(monkeypatch):
     artifacts = {}
     monkeypatch.setattr("cggr_compile.compat.trace_structured", lambda name, text: artifacts.setdefault(name, text))
-    models.compiled(models.family("llama", num_hidden_layers=1))(**models.make_batch())
+    models.compiled(models.PlainLM())(**models.make_batch())
     if not artifacts:
         pytest.fail("nothing handed to the structured trace")
     assert "cggr_0_report" in artifacts

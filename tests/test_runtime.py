@@ -12,7 +12,7 @@ import cggr_compile
 
 
 def make(**options):
-    model = models.compiled(models.family("llama", num_hidden_layers=1), **options)
+    model = models.compiled(models.PlainLM(), **options)
     return model, cggr_compile.runtime(model)
 
 

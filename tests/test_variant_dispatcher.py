@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 from reference import Run, assert_same, backward, collect, dense, hf_reference, overall
-from training import as_on_an_accelerator, metrics, picks, small
+from training import as_on_an_accelerator, metrics, picks
 
 import cggr_compile
 from cggr_compile import compat
@@ -23,7 +23,7 @@ SHORT = {"warmup_steps": 1, "ladder": (1.0,)}  # 1, .25
 
 
 def tiny():
-    return small(num_hidden_layers=1)
+    return models.PlainLM()
 
 
 def scheduled(model=None, **options):

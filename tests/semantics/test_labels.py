@@ -10,21 +10,21 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, compiled, make_batch, slow_but
+from models import SEQ, VOCAB, PlainLM, compiled, make_batch, slow_but
 from reference import assert_same, assert_zero, backward, dense, eager_call, reference, shift
 from torch import Tensor
 from training import RATIO, SLOTS, as_on_an_accelerator, check_against_reference, metrics, picks, selected, small
 
 
 def test_same_tensor_as_input_and_labels() -> None:
-    model, ids = small(num_hidden_layers=1), make_batch()["input_ids"]
+    model, ids = PlainLM(), make_batch()["input_ids"]
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, {"input_ids": ids, "labels": ids})
 
 
 def test_few_labels() -> None:
     """One sequence has fewer labels than slots, one has none: the mean is over what there is."""
-    model, batch = small(num_hidden_layers=1), make_batch(3)
+    model, batch = PlainLM(), make_batch(3)
     batch["labels"][0, :-2] = -100
     batch["labels"][1] = -100
     compiled(model, min_tokens_ratio=RATIO, selection="importance")
@@ -35,7 +35,7 @@ def test_few_labels() -> None:
 
 @pytest.mark.parametrize("gradient", ["exact", "routed"])
 def test_no_label_at_all(gradient: str) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, gradient=gradient)
     check_against_reference(model, batch, gradient=gradient)
     batch["labels"] = torch.full_like(batch["labels"], -100)
@@ -47,7 +47,7 @@ def test_no_label_at_all(gradient: str) -> None:
 @pytest.mark.parametrize("num_items", [0, 40])
 def test_no_label_in_a_micro_batch(num_items: int) -> None:
     """Accumulation: this micro-batch has no label, or (0) none of them has."""
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     batch["labels"] = torch.full_like(batch["labels"], -100)
     compiled(model, min_tokens_ratio=RATIO)
     assert_zero(backward(model, model(**batch, num_items_in_batch=torch.tensor(num_items)).loss))
@@ -68,7 +68,7 @@ def test_shift_labels() -> None:
 
 @pytest.mark.parametrize("bad", [VOCAB, -7])
 def test_label_outside_the_vocabulary(bad: int) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     model(**batch).loss.backward()
     batch["labels"][1, 3] = bad
@@ -155,7 +155,7 @@ def test_labels_that_the_model_maps(name: str) -> None:
 def test_an_accelerator_asserts(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There the first batch is looked at, and the graph asserts in every later step, for unselected labels too."""
     as_on_an_accelerator(monkeypatch)
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=0.1)
     if at == "later":
         model(**batch).loss.backward()
@@ -166,7 +166,7 @@ def test_an_accelerator_asserts(at: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_wrong_label_does_not_spoil_the_next_step() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     right = batch["labels"].clone()
     batch["labels"][0, 9] = VOCAB

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from models import SEQ, compiled, family, make_batch, slow_but
+from models import SEQ, PlainLM, compiled, family, make_batch, slow_but
 from reference import backward, candidates, difficulty, eager_call, hardest, hf_reference, shift, worst
 from torch import Tensor
 from training import RATIO, SLOTS, check_against_reference, metrics, padded, picks, selected, small
@@ -20,7 +20,7 @@ def test_seed_and_steps() -> None:
     def rows(seed: int, steps: int = 4) -> list[Tensor]:
         torch._dynamo.reset()
         torch.manual_seed(seed + 17 * steps)  # the global generator plays no part
-        model, batch = small(num_hidden_layers=1), make_batch(4)
+        model, batch = PlainLM(), make_batch(4)
         compiled(model, min_tokens_ratio=RATIO, seed=seed)
         out = []
         for _ in range(steps):
@@ -36,7 +36,7 @@ def test_seed_and_steps() -> None:
 
 
 def test_random_selection_is_uniform() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch(8, ignored=False)
+    model, batch = PlainLM(), make_batch(8, ignored=False)
     compiled(model, min_tokens_ratio=RATIO, scoring="random")
     counts, rounds = torch.zeros(SEQ), 60
     for _ in range(rounds):
@@ -50,7 +50,7 @@ def test_random_selection_is_uniform() -> None:
 
 @pytest.mark.slow
 def test_runtime_state_resumes_selection() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, seed=9)
     for _ in range(3):
         backward(model, model(**batch).loss)
@@ -65,7 +65,7 @@ def test_runtime_state_resumes_selection() -> None:
     assert torch.equal(selected(model), want)
 
     torch._dynamo.reset()
-    fresh = small(num_hidden_layers=1)
+    fresh = PlainLM()
     compiled(fresh, min_tokens_ratio=RATIO, seed=9)
     cggr_compile.runtime(fresh).load_state_dict(state)
     backward(fresh, fresh(**batch).loss)
@@ -73,7 +73,7 @@ def test_runtime_state_resumes_selection() -> None:
 
 
 def test_manual_advance() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, advance="manual")
     backward(model, model(**batch).loss)
     first = selected(model)
@@ -120,7 +120,7 @@ def test_topk_selects_the_hardest(scoring: str, layers: str | int) -> None:
 
 @pytest.mark.parametrize("selection", ["topk", "fixed_quota"])
 def test_fixed_quota_is_topk_by_its_older_name(selection: str) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, selection=selection, router_layers="full")
     check_against_reference(model, batch)
     target = shift(batch["labels"])
@@ -130,7 +130,7 @@ def test_fixed_quota_is_topk_by_its_older_name(selection: str) -> None:
 
 
 def test_metrics() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     model(**batch)
     got = metrics(model)
@@ -146,7 +146,7 @@ def test_metrics() -> None:
 
 
 def test_dropout_model_trains_and_selection_leaves_the_global_generator_alone() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     model(**batch).loss.backward()
     before = torch.get_rng_state()
@@ -161,7 +161,7 @@ def test_dropout_model_trains_and_selection_leaves_the_global_generator_alone() 
 
 
 def test_control_a_wrong_selection_is_noticed() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     got = backward(model, model(**batch).loss)
     right = picks(model)

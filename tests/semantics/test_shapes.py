@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from models import backend, compiled, make_batch
+from models import PlainLM, backend, compiled, make_batch
 from reference import assert_same, assert_zero, backward, hf_reference
-from training import RATIO, check_against_reference, picks, selected, small
+from training import RATIO, check_against_reference, picks, selected
 
 
 @pytest.mark.slow
 def test_shapes_and_compilations() -> None:
-    model = small(num_hidden_layers=1)
+    model = PlainLM()
     compiled(model, min_tokens_ratio=RATIO)
     shapes = [(2, 16), (3, 16), (2, 24), (3, 24), (2, 16), (3, 24), (1, 16)]
     graphs = []
@@ -28,7 +28,7 @@ def test_shapes_and_compilations() -> None:
 
 
 def test_steps_do_not_recompile() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
@@ -44,7 +44,7 @@ def test_steps_do_not_recompile() -> None:
 
 def test_long_sequence_slots_are_exact() -> None:
     """ceil(ratio * S) by integer arithmetic: 0.1 * 30 is 3, not 4."""
-    model = small(num_hidden_layers=1)
+    model = PlainLM()
     compiled(model, min_tokens_ratio=0.1)
     model(**make_batch(1, 30, ignored=False)).loss.backward()
     assert tuple(selected(model).shape) == (1, 3)
@@ -52,7 +52,7 @@ def test_long_sequence_slots_are_exact() -> None:
 
 @pytest.mark.parametrize("seq", [1, 2])
 def test_very_short_sequences(seq: int) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch(2, seq, ignored=False)
+    model, batch = PlainLM(), make_batch(2, seq, ignored=False)
     compiled(model, min_tokens_ratio=RATIO)
     got = backward(model, model(**batch).loss)
     if seq == 1:
@@ -67,7 +67,7 @@ def test_very_short_sequences(seq: int) -> None:
     ids=str,
 )
 def test_arguments_of_torch_compile(arguments: dict[str, bool]) -> None:
-    model = small(num_hidden_layers=1)
+    model = PlainLM()
     options = {"min_tokens_ratio": RATIO, "compiler": "eager", "fallback": "error"}
     model.compile(backend=backend(), options=options, **arguments)
     for size, seq in [(2, 16), (2, 20)]:
