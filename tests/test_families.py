@@ -66,7 +66,12 @@ def family_modes() -> list[Any]:
     """Without markers, ``exact``, what a family is matters to the selected loss alone: one of them is quick."""
     pairs = [(name, mode) for name in FAMILIES for mode in MODES]
     slow = pytest.mark.slow
-    return [pytest.param(*pair, marks=slow if pair[1] == "exact" and pair[0] not in DEEP else ()) for pair in pairs]
+    repeated = {("gpt2", "project"), ("mixtral", "stop")}
+
+    def repeats(name: str, mode: str) -> bool:
+        return (mode == "exact" and name not in DEEP) or (name, mode) in repeated
+
+    return [pytest.param(*pair, marks=slow if repeats(*pair) else ()) for pair in pairs]
 
 
 @pytest.mark.parametrize(("name", "mode"), family_modes())

@@ -36,7 +36,11 @@ def results(path: Any) -> list[dict[str, Any]]:
 # The command
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora=2", "--dtype=bfloat16"]], ids=["all weights", "adapters"])
+@pytest.mark.parametrize(
+    "lora",
+    [[], pytest.param(["--lora=2", "--dtype=bfloat16"], marks=pytest.mark.slow)],
+    ids=["all weights", "adapters"],
+)
 def test_every_arm_has_the_loss_of_the_same_labels(lora, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as if it were not installed
     path = tmp_path / "finetune.json"

@@ -65,7 +65,7 @@ def test_block_mask():
     assert row_sparse(model).details["dense_attention"] == {}
 
 
-@pytest.mark.parametrize("block_size", [4, 128])
+@pytest.mark.parametrize("block_size", [4, pytest.param(128, marks=pytest.mark.slow)])
 def test_context_ends_with_a_document_of_the_block_mask(block_size):
     """The mask alone tells documents apart: blocks that it lists as full, as partial and not at all, or one block."""
     labels = torch.where(torch.isin(torch.arange(LENGTH), torch.tensor([3, 7, 14])), BATCH["input_ids"], -100)

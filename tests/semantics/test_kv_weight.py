@@ -14,7 +14,12 @@ WEIGHED = "1/sqrt(p)"
 
 @pytest.mark.parametrize(
     ("kv_gradient", "row_sparse"),
-    [("stop", True), ("project", True), ("stop", False), pytest.param("project", False, marks=pytest.mark.slow)],
+    [
+        ("stop", True),
+        ("project", True),
+        pytest.param("stop", False, marks=pytest.mark.slow),
+        pytest.param("project", False, marks=pytest.mark.slow),
+    ],
 )
 def test_against_the_reference(kv_gradient: str, row_sparse: bool) -> None:
     model, batch = small(), make_batch()

@@ -92,7 +92,7 @@ DECODER = functools.partial(decoder, layers=2), decoder_loss
 LLAMA = functools.partial(llama, num_hidden_layers=2), llama_loss
 MODES = [
     (*DECODER, {"kv_gradient": "stop"}),
-    (*DECODER, {"row_sparse": False}),
+    pytest.param(*DECODER, {"row_sparse": False}, marks=pytest.mark.slow),
     pytest.param(*LLAMA, {"kv_gradient": "stop"}, marks=pytest.mark.slow),
     (*LLAMA, {"kv_gradient": "project"}),
     pytest.param(*LLAMA, {"gradient": "exact"}, marks=pytest.mark.slow),

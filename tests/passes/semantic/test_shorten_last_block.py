@@ -46,8 +46,14 @@ def test_twice_is_once(decoder_step):
     assert captured.ctx[RowTail] == before
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "phi"])
-@pytest.mark.parametrize("kv_gradient", ["stop", "project"])
+@pytest.mark.parametrize(
+    ("name", "kv_gradient"),
+    [
+        *(("mixtral", "stop"), ("gpt2", "project"), ("phi", "stop"), ("phi", "project")),
+        pytest.param("mixtral", "project", marks=pytest.mark.slow),
+        pytest.param("gpt2", "stop", marks=pytest.mark.slow),
+    ],
+)
 def test_gradients(name, kv_gradient):
     """Experts, addmm with flattened tokens, and an MLP beside the attention."""
     model, batch = models.compiled(small(name), kv_gradient=kv_gradient), models.make_batch()
