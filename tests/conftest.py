@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+import zlib
+from collections import defaultdict
+from pathlib import Path
 
 import models
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+TESTS = Path(__file__).parent
 os.environ["CGGR_STRICT"] = "1"  # a pass that fails must not pass for a graph that does not match
 
 
@@ -33,12 +38,29 @@ def fresh_dynamo():
 # Of the matrices, the quick tests (-m "not slow") are these.
 QUICK_FAMILIES = {"llama", "gpt2", "gemma2", "mixtral"}
 QUICK_ARCHITECTURE = 90
+# Variants of a test that repeat each other at the price of a compilation: of those that are quick otherwise, a part is.
+QUICK_PARTS = {
+    "passes/semantic/": 1 / 2,
+    **dict.fromkeys(("semantics/", "passes/joint/row_sparse/", "passes/patterns/", "modules/", "benchmarks/"), 1 / 3),
+    **dict.fromkeys(("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py"), 1 / 3),
+    **dict.fromkeys(("test_pipeline.py", "test_runtime_resolver.py", "test_runtime.py", "test_explain.py"), 1 / 3),
+}
 
 
 def pytest_collection_modifyitems(items):
     slow_families = {*models.FAMILIES, *models.OTHER_FAMILIES} - QUICK_FAMILIES
+    variants = defaultdict(list)
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
         families = {value for value in values.values() if isinstance(value, str)} & slow_families
         if families or values.get("arch", QUICK_ARCHITECTURE) != QUICK_ARCHITECTURE:
+            item.add_marker(pytest.mark.slow)
+        elif values and item.get_closest_marker("slow") is None:
+            variants[item.path, item.originalname].append(item)
+    for (path, _), alike in variants.items():
+        place = path.relative_to(TESTS).as_posix()
+        part = next((part for start, part in QUICK_PARTS.items() if place.startswith(start)), 1)
+        # by their names' checksum: over the tests each value of a common parameter comes up
+        alike.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        for item in alike[math.ceil(len(alike) * part) :]:
             item.add_marker(pytest.mark.slow)

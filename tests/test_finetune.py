@@ -285,6 +285,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(folder, tmp_path, 
     assert AutoTokenizer.from_pretrained(whole / "model").chat_template == TEMPLATE
 
 
+@pytest.mark.slow
 def test_dense_and_selective_begin_with_one_loss_and_report_alike(folder, tmp_path, tokenizer, capsys):
     model = LlamaForCausalLM.from_pretrained(folder / "model", attention_dropout=0.0)
     model.save_pretrained(tmp_path / "model")
