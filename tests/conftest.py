@@ -38,13 +38,12 @@ def fresh_dynamo():
 # Of the matrices, the quick tests (-m "not slow") are these.
 QUICK_FAMILIES = {"llama", "gpt2", "gemma2", "mixtral"}
 QUICK_ARCHITECTURE = 90
-# Variants of a test that repeat each other at the price of a compilation: of those that are quick otherwise, a part is.
-QUICK_PARTS = {
-    "passes/semantic/": 1 / 2,
-    **dict.fromkeys(("semantics/", "passes/joint/row_sparse/", "passes/patterns/", "modules/", "benchmarks/"), 1 / 3),
-    **dict.fromkeys(("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py"), 1 / 3),
-    **dict.fromkeys(("test_pipeline.py", "test_runtime_resolver.py", "test_runtime.py", "test_explain.py"), 1 / 3),
-}
+# Variants of a test repeat each other here, at the price of a compilation: of those that are quick otherwise, a third is.
+COMPILING = (
+    *("passes/semantic/", "passes/joint/row_sparse/", "passes/patterns/", "semantics/", "modules/", "benchmarks/"),
+    *("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py", "test_pipeline.py"),
+    *("test_runtime_resolver.py", "test_runtime.py", "test_explain.py"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -58,9 +57,9 @@ def pytest_collection_modifyitems(items):
         elif values and item.get_closest_marker("slow") is None:
             variants[item.path, item.originalname].append(item)
     for (path, _), alike in variants.items():
-        place = path.relative_to(TESTS).as_posix()
-        part = next((part for start, part in QUICK_PARTS.items() if place.startswith(start)), 1)
+        if not path.relative_to(TESTS).as_posix().startswith(COMPILING):
+            continue
         # by their names' checksum: over the tests each value of a common parameter comes up
         alike.sort(key=lambda item: zlib.crc32(item.name.encode()))
-        for item in alike[math.ceil(len(alike) * part) :]:
+        for item in alike[math.ceil(len(alike) / 3) :]:
             item.add_marker(pytest.mark.slow)

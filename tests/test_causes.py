@@ -348,6 +348,7 @@ def smoothed(logits, labels, vocab_size, **kwargs):
     return F.cross_entropy(*flat, label_smoothing=0.1)
 
 
+@pytest.mark.slow
 def test_label_smoothing_of_the_trainer(tmp_path):
     pytest.importorskip("accelerate")
     model = compiled(family("llama", num_hidden_layers=1), fallback="warn")

@@ -129,6 +129,7 @@ def test_many_models_of_one_class():
     assert metrics(trained[-1])["matched"] and not limits(heard) and not recompile_limit.given_up()
 
 
+@pytest.mark.slow
 def test_sizes_that_change_often_do_not_reach_the_limit():
     """Before that, one graph with symbolic sizes serves the rest, and evaluation has its own."""
     training = Training()

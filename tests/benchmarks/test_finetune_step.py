@@ -36,6 +36,7 @@ def results(path: Any) -> list[dict[str, Any]]:
 # The command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [[], pytest.param(["--lora=2", "--dtype=bfloat16"], marks=pytest.mark.slow)],

@@ -41,6 +41,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     return {r["arm"]: r for r in results}
 
 
+@pytest.mark.slow
 def test_arms_train_for_equal_seconds(study: Path) -> None:
     found = runs(study)
     for arm in ("dense", "random"):
@@ -52,6 +53,7 @@ def test_arms_train_for_equal_seconds(study: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_training_is_training(study: Path) -> None:
     """From one start; more time, more learning: a harness that does not train cannot pass."""
     found = runs(study)
@@ -61,6 +63,7 @@ def test_training_is_training(study: Path) -> None:
     assert found["dense"]["final"] < found["quarter"]["final"] < found["dense"]["curve"][0][2]
 
 
+@pytest.mark.slow
 def test_files_and_report(study: Path) -> None:
     out = study / "out"
     assert {path.name for path in out.iterdir()} == {"quality.json", "quality.txt", "quality.png"}
@@ -69,6 +72,7 @@ def test_files_and_report(study: Path) -> None:
     assert f"{found['random']['final'] - found['dense']['final']:+.3f}" in table
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again(study: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(quality_study, "Trainer", None)
     before = (study / "out" / "quality.json").read_text()

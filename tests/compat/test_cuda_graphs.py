@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cggr_compile.backend import cggr
 
 
+@pytest.mark.slow
 def test_dynamo_reset_drops_cuda_graphs(monkeypatch):
     from torch._inductor import cudagraph_trees
 

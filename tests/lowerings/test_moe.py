@@ -93,6 +93,7 @@ def test_numbers(choose, tmp_path):
             check((got[0].flip(0), *got[1:]), wanted, 4e-3)
 
 
+@pytest.mark.slow
 def test_nothing_is_saved_without_a_gradient(choose, tmp_path):
     case = make_case(20, 32, 48, 3, 2, dtype=torch.float16)
     choose(TEMPLATE)

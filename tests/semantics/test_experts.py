@@ -71,6 +71,7 @@ def test_router_logits_that_break_the_graph_are_reported(hooks: bool) -> None:
     assert_same(got, dense(model, batch))
 
 
+@pytest.mark.slow
 def test_a_loop_over_experts_is_reported() -> None:
     model, batch = small("mixtral", num_hidden_layers=1, experts_implementation="eager"), make_batch()
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")

@@ -102,6 +102,7 @@ def test_ratio_one_is_the_model():
     assert_same(train(family(), packed(), min_tokens_ratio=1.0), dense(family(), packed()))
 
 
+@pytest.mark.slow
 def test_soft_cap():
     config = dict(attn_logit_softcapping=2.0, final_logit_softcapping=None)
     model = family("gemma2", **config)

@@ -222,6 +222,7 @@ def test_without_a_router_the_selection_is_told_and_weighted(selection: str, bec
     assert float((runtime.weights[kept] * share - 1).abs().max()) < 0.2
 
 
+@pytest.mark.slow
 def test_a_ratio_that_follows_the_router_stands_still_without_one() -> None:
     torch.manual_seed(0)
     model = VARIANTS["spectral_norm_head"]()

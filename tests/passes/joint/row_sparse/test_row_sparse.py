@@ -118,6 +118,7 @@ def test_adapters():
     assert record.details["densified"] == {} and not record.details["dense_attention"]
 
 
+@pytest.mark.slow
 def test_autocast():
     def call(model):
         with torch.autocast("cpu", torch.bfloat16):
