@@ -38,7 +38,7 @@ def fresh_dynamo():
 # Of the matrices, the quick tests (-m "not slow") are these.
 QUICK_FAMILIES = {"llama", "gpt2", "gemma2", "mixtral"}
 QUICK_ARCHITECTURE = 90
-# Variants of a test repeat each other here, at the price of a compilation: of those that are quick otherwise, a third is.
+# Variants of a test repeat each other here, each with a compilation: of those that are quick otherwise, a third is.
 COMPILING = (
     *("passes/semantic/", "passes/joint/row_sparse/", "passes/patterns/", "semantics/", "modules/", "benchmarks/"),
     *("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py", "test_pipeline.py"),
