@@ -34,7 +34,6 @@ class ObserveRouter(SemanticPass):
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         candidates, router = ctx[Candidates], ctx.get(RouterScores)
-        assert candidates is not None
         if router is None:
             return PassResult(False, f"the schedule gets no figures: no router: {ctx[NoRouter].why}")
         emit = Emitter(gm.graph, ctx.fake_mode)
