@@ -136,10 +136,8 @@ class GraphContext:
         self._facts[type(fact)] = fact
 
     def restart(self, begin: GraphContext) -> None:
-        """Forget what was found and said since ``begin``."""
-        self.example_inputs, self.fake_mode, self.running = begin.example_inputs, begin.fake_mode, None
-        for found in (self._facts, self.notices, self.warnings):
-            found.clear()
+        """Be as ``begin`` was, a copy from before the first pass: nothing found, and nothing said."""
+        vars(self).update(vars(begin), running=None, notices=[], warnings=[], _facts={})
 
     @property
     def dense(self) -> bool:

@@ -52,6 +52,17 @@ def test_a_router_that_fails_half_way(monkeypatch, caplog):
     assert metrics(model)["matched"] and "KeyError" in report.record("insert_router").reason
 
 
+def test_what_was_chosen_is_chosen_again_and_told_without_the_router(monkeypatch, caplog):
+    def broken(emit, *args):
+        raise KeyError("oops")
+
+    monkeypatch.setattr("cggr_compile.passes.semantic.insert_router.difficulty", broken)
+    model, *_ = trained()
+    assert "selection='auto' is 'importance' here" in caplog.text
+    report = cggr_compile.runtime(model).reports[0]
+    assert report.record("choose_selection").matched and "have a label" in report.reason
+
+
 def test_routing_that_fails_half_way(monkeypatch):
     """Not one layer routed and the next one not."""
     insert, calls = Emitter.call, []
