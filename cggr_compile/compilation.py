@@ -122,7 +122,7 @@ def _dispatcher(
         variant.pin_sizes()
     first = next(iter(every))
     if len(every) > 1:
-        first = round_up(resolver.runtime.ratio(options), tuple(sorted({ratio for ratio, _ in every}, reverse=True))), 0
+        first = round_up(resolver.runtime.ratio(options), [ratio for ratio, _ in every]), 0
     compiled = {first: _at_capture(every[first], inputs, resolver, measured)}
     waiting = {}
     compilation = compat.compilation_id()
@@ -141,7 +141,7 @@ def _dispatcher(
 
 
 def _at_capture(
-    variant: GraphVariant, inputs: Sequence[Any], resolver: RuntimeResolver, measured: bool = False
+    variant: GraphVariant, inputs: Sequence[Any], resolver: RuntimeResolver, measured: bool
 ) -> CompiledVariant:
     """Compile a variant while Dynamo captures it."""
     if variant.static is None:

@@ -14,8 +14,7 @@ from cggr_compile import compat
 from cggr_compile.causes import Cause
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError, Options
-from cggr_compile.passes.analysis.effects import mutated_operand
-from cggr_compile.passes.analysis.modes import changes_modes
+from cggr_compile.passes.analysis.modes import has_effect
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, SemanticPass, refused
 from cggr_compile.passes.facts import NoRouter, Routing
 from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
@@ -48,6 +47,7 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 
 log = logging.getLogger(__name__)
 
+SWITCHED_OFF = "switched off (disable_passes)"
 # Every pass, in order. ``check_order`` holds it to what the passes declare, at import.
 PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),
@@ -111,8 +111,10 @@ check_order(PASSES)
 
 
 def check_disabled(options: Options) -> None:
-    """Raises:
-    OptionError: ``disable_passes`` names something else than an optional pass.
+    """Hold the option ``disable_passes`` to the names of optional passes.
+
+    Raises:
+        OptionError: it names something else.
     """
     optional = sorted(p.name for p in PASSES if p.optional)
     for name in options.disable_passes:
@@ -168,7 +170,7 @@ def rewrite(
             report.refuse(record.cause, f"{graph_pass.name}: {record.reason}")
             return gm
     # only now: what one pass inserts, a later one may be the first to use
-    work.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    work.graph.eliminate_dead_code(is_impure_node=has_effect)
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:
@@ -182,13 +184,6 @@ def rewrite(
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
-
-
-SWITCHED_OFF = "switched off (disable_passes)"
-
-
-def _has_effect(node: Node) -> bool:
-    return node.is_impure() or mutated_operand(node) is not None or changes_modes(node)
 
 
 def calls_our_operators(graph: Graph) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cggr_compile.ops.metrics import GRADIENT, GRADIENT_NAMES, STAT_NAMES
@@ -31,7 +30,8 @@ class SlotGrowth:
         self._restart()
 
     def _restart(self) -> None:
-        self._counts: Tensor | None = None  # float64 [5]: labels and context, of each those without a slot, and steps
+        self._sum: Tensor | None = None  # float64 [8], the figures of all steps
+        self._steps = self._sent = 0  # counted in it, and in what is on its way
         self._readback = Readback()
 
     def add(self, stats: Tensor, most: int) -> str:
@@ -42,14 +42,16 @@ class SlotGrowth:
         """
         if self.level >= most:
             return ""
-        selected, total, rows, dropped = (stats[i].double() for i in (_SELECTED, _TOTAL, _ROWS, _CONTEXT))
-        counts = torch.stack([total, total - selected, rows - selected + dropped, dropped, torch.ones_like(total)])
-        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
-        arrived = self._readback.receive()
-        self._readback.send(self._counts)
-        if arrived is None or arrived[-1] < STEPS:
+        figures = stats.double()
+        self._sum = figures if self._sum is None else self._sum.to(figures.device) + figures
+        self._steps += 1
+        arrived, steps = self._readback.receive(), self._sent
+        if self._readback.send(self._sum):
+            self._sent = self._steps
+        if arrived is None or steps < STEPS:
             return ""
-        labels, missed, context, lost, _ = arrived
+        labels, lost = arrived[_TOTAL], arrived[_CONTEXT]
+        missed, context = labels - arrived[_SELECTED], arrived[_ROWS] - arrived[_SELECTED] + lost
         if missed <= LABELS * labels and lost <= CONTEXT * context:
             return ""
         self.level += 1

@@ -21,30 +21,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def descendants(roots: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
-    """Nodes computed from ``roots`` (inclusive), not looking past ``stop``."""
+def descendants(
+    roots: Iterable[Node], stop: Iterable[Node] = (), only: Callable[[Node], bool] = lambda node: True
+) -> set[Node]:
+    """Nodes computed from ``roots`` (inclusive) by way of ``only`` such nodes, not looking past ``stop``."""
+    return _reached(roots, lambda node: node.users, stop, only)
+
+
+def ancestors(
+    roots: Iterable[Node], stop: Iterable[Node] = (), only: Callable[[Node], bool] = lambda node: True
+) -> set[Node]:
+    """Nodes that ``roots`` are computed from (inclusive) by way of ``only`` such nodes, not looking past ``stop``."""
+    return _reached(roots, lambda node: node.all_input_nodes, stop, only)
+
+
+def _reached(
+    roots: Iterable[Node],
+    neighbours: Callable[[Node], Iterable[Node]],
+    stop: Iterable[Node],
+    only: Callable[[Node], bool],
+) -> set[Node]:
     found: set[Node] = set()
     halt = set(stop)
     todo = list(roots)
     while todo:
         node = todo.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node not in halt:
-            todo.extend(node.users)
-    return found
-
-
-def ancestors(roots: Iterable[Node]) -> set[Node]:
-    """Nodes that ``roots`` are computed from (inclusive)."""
-    found: set[Node] = set()
-    todo = list(roots)
-    while todo:
-        node = todo.pop()
-        if node not in found:
+        if node not in found and only(node):
             found.add(node)
-            todo.extend(node.all_input_nodes)
+            if node not in halt:
+                todo.extend(neighbours(node))
     return found
 
 

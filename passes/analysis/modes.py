@@ -92,6 +92,11 @@ def changes_modes(node: Node) -> bool:
     return node.op == "call_function" and (node.target in _SWITCHES or compat.enters_or_leaves_vmap(node))
 
 
+def has_effect(node: Node) -> bool:
+    """Whether a node matters though nobody reads it: it writes, raises or changes the modes of what follows."""
+    return node.is_impure() or mutated_operand(node) is not None or changes_modes(node)
+
+
 def switches_recording(node: Node) -> bool:
     """Whether a call changes whether, or how, operations are recorded for the backward pass."""
     hooks = getattr(node.target, "__name__", "").startswith("_saved_tensors_hooks")

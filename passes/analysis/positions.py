@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -185,14 +185,21 @@ class FirstBatch:
         """The regions as one mask, bool [B, S] on the CPU; or why that cannot be computed."""
         if not isinstance(self.batch, int) or not isinstance(self.length, int):
             return "sizes are symbolic"
+        batch, length = self.batch, self.length
+        place = self.gm.graph.output_node()
+        return self.computed(lambda emit: union(emit, regions, batch, length, self.device), place)
+
+    def computed(self, make: Callable[[Emitter], Node], place: Node) -> Tensor | str:
+        """:meth:`value` of what ``make`` emits in front of ``place``; the graph stays as it is."""
         before = set(self.gm.graph.nodes)
         emit = Emitter(self.gm.graph, self.ctx.fake_mode)
-        with emit.before(self.gm.graph.output_node(), "trained_inputs"):
-            mask = union(emit, regions, self.batch, self.length, self.device)
-        value = self.value(mask)
-        for node in reversed([n for n in self.gm.graph.nodes if n not in before]):
-            self.gm.graph.erase_node(node)
-        return value
+        try:
+            with emit.before(place, "first_batch"):
+                node = make(emit)
+            return self.value(node)
+        finally:
+            for node in reversed([n for n in self.gm.graph.nodes if n not in before]):
+                self.gm.graph.erase_node(node)
 
     def value(self, node: Node) -> Tensor | str:
         """A small tensor that only ids, masks and sizes go into, on the CPU; or why that cannot be computed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,13 +9,14 @@ from cggr_compile.passes.analysis.documents import documents
 from cggr_compile.passes.analysis.positions import FirstBatch
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Padding, Slots
-from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import shape_of
-from cggr_compile.passes.semantic.context_rows import context_distance
+from cggr_compile.passes.semantic.context_rows import context_distance, number_of
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
+
+    from cggr_compile.options import Options
 
 # Labelled positions, as a share of all, below which the loss concerns few of them: answers behind prompts.
 FEW = 0.5
@@ -51,21 +51,25 @@ class ChooseSelection(SemanticPass):
             ctx.options = replace(options, selection="importance")
             ctx.notices.append(f"selection='auto' is 'importance' here: {why}")
             return PassResult(True, f"importance: {why}")
-        ctx.options = replace(options, selection="labels", scoring="random")
+        ctx.options = labelled = _labelled(options)
         ctx.add(chosen)
         length = shape_of(ctx[LayerStack].source)[1]
-        context = ctx.options.context_rows
         slots = f"{chosen.loss} of {length} slots carry loss, {chosen.gradient} gradient"
-        ctx.notices.append(f"selection='auto' is 'labels' here, with context {context}: {why}; {slots}")
+        ctx.notices.append(f"selection='auto' is 'labels' here, with context {labelled.context_rows}: {why}; {slots}")
         return PassResult(True, f"labels: {why}; {slots}", {"slots": [chosen.loss, chosen.gradient]})
+
+
+def _labelled(options: Options) -> Options:
+    """The options with ``labels`` for ``auto``; no scores are needed then."""
+    return replace(options, selection="labels", scoring="random")
 
 
 def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[Slots | None, str]:
     """The slots of ``labels``, or None for ``importance``; and why."""
-    options, length = ctx.options, shape_of(ctx[LayerStack].source)[1]
     for name, needs in NEEDS_SCORES.items():
-        if getattr(options, name) == needs:
+        if getattr(ctx.options, name) == needs:
             return None, f"{name}={needs!r} needs scores"
+    options, length = _labelled(ctx.options), shape_of(ctx[LayerStack].source)[1]
     if not isinstance(length, int):
         return None, "the length of the sequences is symbolic"
     batch = FirstBatch(gm, ctx)
@@ -78,35 +82,24 @@ def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[Slots | None, str]:
         return None, why
     if not labels.any():
         return None, "no position of the first batch has a label"
-    rows = _with_context(gm, ctx, batch)
+    reach = options.context_rows
+    rows = _with_context(gm, ctx, batch, reach) if reach else labels
     if isinstance(rows, str):
         return None, f"how much context the first batch has is not known: {rows}"
-    most = length if options.max_selected is None else _number(options.max_selected, length)
+    most = length
+    if options.max_selected is not None:
+        most = number_of(length, options.most_gradient_slots)
     gradient = min(rounded_up(int(rows.sum(1).max()), length) << ctx.growth, most)
     loss = min(rounded_up(int(labels.sum(1).max()), length) << ctx.growth, gradient)
     return Slots(loss, gradient, DOUBLINGS if gradient < most else 0), why
 
 
-def _number(most: int | float, length: int) -> int:
-    return min(length, most if isinstance(most, int) else math.ceil(most * length))
-
-
-def _with_context(gm: GraphModule, ctx: GraphContext, batch: FirstBatch) -> Tensor | str:
+def _with_context(gm: GraphModule, ctx: GraphContext, batch: FirstBatch, reach: int) -> Tensor | str:
     """bool [B, S]: which positions of the first batch would carry gradient; or why that is not known."""
-    reach = replace(ctx.options, selection="labels", scoring="random").context_rows
-    if not reach:
-        return batch.value(ctx[Candidates].valid)
-    valid: Node = ctx[Candidates].valid
-    emit = Emitter(gm.graph, ctx.fake_mode)
-    known = set(gm.graph.nodes)
-    with emit.before(ctx[Candidates].anchor, ChooseSelection.name):
-        distance = context_distance(emit, ctx, documents(gm.graph, ctx), valid, reach)
-    try:
-        value = batch.value(distance)
-    finally:
-        for node in reversed([node for node in gm.graph.nodes if node not in known]):
-            gm.graph.erase_node(node)
-    return value if isinstance(value, str) else value <= reach
+    valid, anchor = ctx[Candidates].valid, ctx[Candidates].anchor
+    told = documents(gm.graph, ctx)
+    distance = batch.computed(lambda emit: context_distance(emit, ctx, told, valid, reach), anchor)
+    return distance if isinstance(distance, str) else distance <= reach
 
 
 def rounded_up(most: int, length: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
@@ -53,7 +53,7 @@ class ClassifyOutputs(SemanticPass):
         kept = list(dict.fromkeys(found[i] for i, kind in kinds.items() if kind == "kept"))
         dense = _between(kept, stack.blocks)
         inside = [node for i, node in found.items() if kinds[i] in ("loss", "part", "kept")]
-        read = _ancestors(inside, [ctx[LossSite].loss])
+        read = ancestors(inside, [ctx[LossSite].loss])
         every_position = any(block.attention.node in read for block in stack.blocks)
         objective = [i for i, kind in kinds.items() if kind == "loss" or (kind == "kept" and _is_one_number(found[i]))]
         ctx.add(Outputs(kinds, tuple(objective), frozenset(dense), every_position))
@@ -75,7 +75,7 @@ class ClassifyOutputs(SemanticPass):
 
 def _kinds(graph: Graph, found: dict[int, Node], loss: LossSite, stack: LayerStack) -> dict[int, OutputKind]:
     returned = list(dict.fromkeys(found.values()))
-    with_loss = _descendants([loss.loss])
+    with_loss = descendants([loss.loss], only=differentiable)
     losses = with_loss.intersection(returned)
     logits = returned_logits(loss)
     cache = _cache(graph, stack, returned)
@@ -90,7 +90,7 @@ def _kinds(graph: Graph, found: dict[int, Node], loss: LossSite, stack: LayerSta
             stops = [loss.loss, *ends]
         else:
             return False
-        return not losses.isdisjoint(_descendants([node], stops) - set(stops))
+        return not losses.isdisjoint(descendants([node], stops, differentiable) - set(stops))
 
     def kind(node: Node) -> OutputKind:
         if node in with_loss:
@@ -131,40 +131,12 @@ def _cache(graph: Graph, stack: LayerStack, returned: Sequence[Node]) -> set[Nod
 
 def _between(kept: Sequence[Node], blocks: Sequence[Block]) -> list[int]:
     """The blocks inside of which a way leads from a kept output back to a parameter."""
-    before = _ancestors(kept, only=differentiable)
+    before = ancestors(kept, only=differentiable)
     found = []
     for i, block in enumerate(blocks):
         inside = descendants([block.input], stop=[block.output]) & ancestors([block.output])
         if before & (inside - {block.input}):
             found.append(i)
-    return found
-
-
-def _descendants(roots: Collection[Node], stop: Collection[Node] = ()) -> set[Node]:
-    """What a gradient flows back from to ``roots`` (inclusive), not looking past ``stop``."""
-    found: set[Node] = set()
-    todo = list(roots)
-    while todo:
-        node = todo.pop()
-        if node not in found and differentiable(node):
-            found.add(node)
-            if node not in stop:
-                todo.extend(node.users)
-    return found
-
-
-def _ancestors(
-    roots: Collection[Node], stop: Collection[Node] = (), only: Callable[[Node], bool] = lambda node: True
-) -> set[Node]:
-    """Nodes that ``roots`` are computed from (inclusive) by way of ``only`` such nodes, not looking past ``stop``."""
-    found: set[Node] = set()
-    todo = list(roots)
-    while todo:
-        node = todo.pop()
-        if node not in found and only(node):
-            found.add(node)
-            if node not in stop:
-                todo.extend(node.all_input_nodes)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -90,8 +91,15 @@ def context_distance(emit: Emitter, ctx: GraphContext, told: Documents, mask: No
     return emit.call(ops.context_distance.default, mask, told.starts(emit), real, reach)
 
 
-def share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:
+def number_of(length: int, share: Fraction | int) -> int:
     """A number of positions, at most ``length``: rounded up where it is a share of it."""
+    return min(share, length) if isinstance(share, int) else math.ceil(share * length)
+
+
+def share_of(emit: Emitter, length: int | Node, share: Fraction | int) -> int | Node:
+    """:func:`number_of`, for a length that may be symbolic."""
+    if isinstance(length, int):
+        return number_of(length, share)
     if isinstance(share, int):
         return emit.integer(torch.sym_min, share, length)
     scaled = emit.integer(operator.mul, length, share.numerator)

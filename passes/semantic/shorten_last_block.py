@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.analysis.effects import mutated_operand
-from cggr_compile.passes.analysis.modes import modes_of
+from cggr_compile.passes.analysis.modes import has_effect, modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Outputs, RowTail
 from cggr_compile.passes.fx import ancestors, descendants, in_order
@@ -98,8 +98,7 @@ def _other_reader(gm: GraphModule, ctx: GraphContext, nodes: set[Node]) -> str:
     }
     closed = {*nodes, *stack.tail, *loss.chain, *returned_logits(loss), loss.loss}
     # what an earlier pass has replaced is still there
-    roots = [n for n in gm.graph.nodes if n.op == "output" or n.is_impure() or mutated_operand(n) is not None]
-    alive = ancestors(roots)
+    alive = ancestors(n for n in gm.graph.nodes if has_effect(n))
     for node in closed - {loss.loss}:
         for user in node.users:
             if user in alive and user not in closed and not (user.op == "output" and node in dropped):

@@ -8,7 +8,7 @@ from capture import Captured
 from torch import Tensor
 
 from cggr_compile import compat
-from cggr_compile.passes.analysis.modes import changes_modes, modes_of
+from cggr_compile.passes.analysis.modes import changes_modes, has_effect, modes_of
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.semantic.make_sizes_static import _evaluate
@@ -154,10 +154,8 @@ def test_inference_mode_survives_the_removal_of_dead_code():
             y = x * 2
         return y.clone() + x
 
-    from cggr_compile.pipeline import _has_effect
-
     captured = Captured(program, torch.ones(2, requires_grad=True))
-    captured.gm.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    captured.gm.graph.eliminate_dead_code(is_impure_node=has_effect)
     targets = [n.target for n in captured.gm.graph.nodes]
     assert compat.ENTER_INFERENCE in targets and compat.EXIT_INFERENCE in targets
 
