@@ -17,6 +17,7 @@ from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.analysis.modes import has_effect
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, SemanticPass, refused
 from cggr_compile.passes.facts import NoRouter, Routing
+from cggr_compile.passes.joint.add_table_rows import AddTableRows
 from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
 from cggr_compile.passes.joint.merge_products import MergeProducts
 from cggr_compile.passes.joint.merge_sums import MergeSums
@@ -74,6 +75,7 @@ PASSES: tuple[GraphPass, ...] = (
     RowSparseBackward(),
     MergeProducts(),
     MergeSums(),
+    AddTableRows(),
     MaterializeRotaryTables(),
     ResolveMarkers(),
 )

@@ -234,6 +234,11 @@ def is_static(*nodes: Node) -> bool:
     return all(isinstance(size, int) for node in nodes for size in shape_of(node))
 
 
+def is_zeros(value: Any) -> bool:
+    """Whether it is a tensor of zeros (ATen graphs)."""
+    return bool(isinstance(value, Node) and value.target is torch.ops.aten.full.default and value.args[1] == 0)
+
+
 def layout_only(node: Node) -> bool:
     """Views that merge or split leading axes and leave the last one alone, and copies."""
     name = op_name(node)

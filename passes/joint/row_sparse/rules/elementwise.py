@@ -8,10 +8,10 @@ import torch
 from torch.fx import Node
 
 from cggr_compile import compat
+from cggr_compile.passes.fx import is_zeros
 from cggr_compile.passes.joint.row_sparse.layout import Layout, token_axes
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule, rule_for_class
-from cggr_compile.passes.joint.row_sparse.rules.writes import is_zeros
 from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:

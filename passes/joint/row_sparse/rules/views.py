@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from cggr_compile.passes.fx import is_zeros
 from cggr_compile.passes.joint.row_sparse.layout import Layout, positions_first, regroup
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
-from cggr_compile.passes.joint.row_sparse.rules.writes import is_zeros
 from cggr_compile.passes.nodes import argument, shape_of
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from cggr_compile.passes.fx import is_zeros
 from cggr_compile.passes.joint.row_sparse.layout import token_axes
 from cggr_compile.passes.joint.row_sparse.plan import At, Call, ZerosAt
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations
 
 aten = torch.ops.aten
-
-
-def is_zeros(value: Any) -> bool:
-    return bool(isinstance(value, Node) and value.target is aten.full.default and value.args[1] == 0)
 
 
 @rule(aten.slice_scatter.default)
