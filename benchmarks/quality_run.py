@@ -80,7 +80,7 @@ def build_model(size: Size, length: int, *, device: str, seed: int) -> LlamaForC
 class Masters:
     """AdamW over float32 copies of the parameters, or over the parameters where they are float32."""
 
-    def __init__(self, model: torch.nn.Module, start: dict[str, Tensor]) -> None:
+    def __init__(self, model: torch.nn.Module, start: dict[str, Tensor], weight_decay: float = 0.1) -> None:
         named: list[tuple[str, Tensor]] = list(model.named_parameters())
         self.parameters = [p for _, p in named]
         self.masters = self.parameters
@@ -92,7 +92,7 @@ class Masters:
                 master.grad = torch.empty_like(master)
         device = self.parameters[0].device.type
         groups = [
-            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": 0.1},
+            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device == "cuda")
