@@ -12,7 +12,8 @@ depend on what else runs; the time of a step is taken while all others wait.
 
 Arms are ``dense`` (the fair baseline of step.py), ``context-N`` (this backend with its defaults, and a context of N),
 ``context-N-stop``, ``exact``, ``random`` (control: half of the labels), each with ``:B`` for a batch of its own:
-``dense:4`` is the half-batch control. Results are in --out, as they come: finetune_quality.json and a table.
+``dense:4`` is the half-batch control. Results are in --out, as they come: finetune_quality.json and a table. The same
+command again goes on from there.
 
     python benchmarks/finetune_quality.py --device cuda --cuda-graphs
     python benchmarks/finetune_quality.py --device cuda --cuda-graphs --arms dense:1,context-128:4 --steps 8000
@@ -145,19 +146,23 @@ class Process:
 
 
 class Study:
-    """The runs of all arms."""
+    """The runs of all arms; what is in its file already is not run again."""
 
     def __init__(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.args, self.say, self.begin = args, say, time.perf_counter()
         self.document: dict[str, Any] = {"machine": describe(args.device), "settings": {}, "arms": {}, "runs": []}
+        self.path = args.out / "finetune_quality.json"
+        if self.path.exists():
+            self.document = json.loads(self.path.read_text())
         self.processes: list[Process] = []
 
     def run(self) -> None:
         try:
             self._start()
             self._equal_steps()
-            self._time()
-            self._rest()
+            if not self._out_of_time():
+                self._time()
+                self._rest()
         finally:
             for process in self.processes:
                 process.end()
@@ -172,7 +177,7 @@ class Study:
         for arm in args.arms:
             self.processes.append(Process(arm, settings, args.out / f"{arm.replace(':', '-of-')}.log"))
         for process, answer in self._each(self.processes, Process.answer):
-            self.document["arms"][process.arm] = answer
+            self.document["arms"].setdefault(process.arm, answer)
             self.say(f"{process.arm}: compiled in {answer['compile_s']:.0f} s")
 
     def _equal_steps(self) -> None:
@@ -187,8 +192,10 @@ class Study:
 
     def _time(self) -> None:
         for process in self.processes:  # one after the other: the device to itself
-            process.seconds = process.ask("time", steps=20)["seconds"]
-            self.document["arms"][process.arm] |= {"step_s": process.seconds, "lr": process.best}
+            facts = self.document["arms"][process.arm]
+            if "step_s" not in facts:
+                facts |= {"step_s": process.ask("time", steps=20)["seconds"], "lr": process.best}
+            process.seconds, process.best = facts["step_s"], facts["lr"]
             self.say(f"{process.arm}: {1e3 * process.seconds:.1f} ms a step, best at {process.best:g}")
         self._save()
 
@@ -208,11 +215,15 @@ class Study:
         list(self._each(self.processes, train))
 
     def _train(self, process: Process, lr: float, seed: int, steps: int, equal: str, *, answers: bool) -> float:
-        if time.perf_counter() - self.begin > self.args.time_limit:
+        run = {"arm": process.arm, "batch": process.batch, "lr": lr, "seed": seed, "steps": steps, "equal": equal}
+        answers = answers and self.args.accuracy > 0
+        for known in self.document["runs"]:
+            if run.items() <= known.items() and (not answers or "accuracy" in known):
+                return float(known["loss"])
+        if self._out_of_time():
             return float("inf")
         found = process.ask("train", lr=lr, seed=seed, steps=steps)
-        run = {"arm": process.arm, "batch": process.batch, "lr": lr, "seed": seed, "steps": steps, "equal": equal}
-        if answers and self.args.accuracy:
+        if answers:
             found |= process.ask("accuracy", count=self.args.accuracy)
         self.document["runs"].append(run | found)
         self.say(f"{process.arm}, equal {equal}, lr {lr:g}, seed {seed}: {steps} steps, {found['loss']:.4f}")
@@ -238,8 +249,11 @@ class Study:
             raise RuntimeError(f"{self.args.arms[0]}, the control, has failed")
         return alive
 
+    def _out_of_time(self) -> bool:
+        return time.perf_counter() - self.begin > self.args.time_limit
+
     def _save(self) -> None:
-        save(self.document, self.args.out / "finetune_quality.json")
+        save(self.document, self.path)
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
