@@ -182,10 +182,7 @@ class Study:
 
     def _equal_steps(self) -> None:
         def sweep(process: Process) -> None:
-            losses = {}
-            for lr in self.args.lrs:
-                last = lr == self.args.lrs[-1] and len(self.args.lrs) == 1
-                losses[lr] = self._train(process, lr, 0, self.args.steps, "steps", answers=last)
+            losses = {lr: self._train(process, lr, 0, self.args.steps, "steps") for lr in self.args.lrs}
             process.best = min(losses, key=lambda lr: losses[lr])
 
         list(self._each(self.processes, sweep))
@@ -205,25 +202,22 @@ class Study:
         def train(process: Process) -> None:
             equal = round(args.steps * control.seconds / process.seconds)
             for seed in range(args.seeds):
-                if seed or (
-                    args.accuracy and len(args.lrs) > 1
-                ):  # again, where the answers of the best rate are wanted
-                    self._train(process, process.best, seed, args.steps, "steps", answers=not seed)
+                self._train(process, process.best, seed, args.steps, "steps", answers=not seed)
                 if process.arm in args.equal_time:
                     self._train(process, process.best, seed, equal, "time", answers=not seed)
 
         list(self._each(self.processes, train))
 
-    def _train(self, process: Process, lr: float, seed: int, steps: int, equal: str, *, answers: bool) -> float:
+    def _train(self, process: Process, lr: float, seed: int, steps: int, equal: str, answers: bool = False) -> float:
         run = {"arm": process.arm, "batch": process.batch, "lr": lr, "seed": seed, "steps": steps, "equal": equal}
-        answers = answers and self.args.accuracy > 0
+        wanted = answers and self.args.accuracy > 0
         for known in self.document["runs"]:
-            if run.items() <= known.items() and (not answers or "accuracy" in known):
+            if run.items() <= known.items() and (not wanted or "accuracy" in known):
                 return float(known["loss"])
         if self._out_of_time():
             return float("inf")
         found = process.ask("train", lr=lr, seed=seed, steps=steps)
-        if answers:
+        if wanted:
             found |= process.ask("accuracy", count=self.args.accuracy)
         self.document["runs"].append(run | found)
         self.say(f"{process.arm}, equal {equal}, lr {lr:g}, seed {seed}: {steps} steps, {found['loss']:.4f}")
@@ -250,7 +244,7 @@ class Study:
         return alive
 
     def _out_of_time(self) -> bool:
-        return time.perf_counter() - self.begin > self.args.time_limit
+        return bool(time.perf_counter() - self.begin > self.args.time_limit)
 
     def _save(self) -> None:
         save(self.document, self.path)

@@ -30,7 +30,7 @@ class SlotGrowth:
         self._restart()
 
     def _restart(self) -> None:
-        self._sum: Tensor | None = None  # float64 [8], the figures of all steps
+        self._sum: Tensor | None = None  # float64 [5] or [8], the figures of all steps
         self._steps = self._sent = 0  # counted in it, and in what is on its way
         self._readback = Readback()
 
@@ -38,7 +38,7 @@ class SlotGrowth:
         """Count the figures (``cggr::stats``) of a step; what to tell the user where ``level`` rises.
 
         Args:
-            stats: float32 [8]. most: the largest level.
+            stats: float32 [5] or [8]. most: the largest level.
         """
         if self.level >= most:
             return ""
@@ -50,8 +50,10 @@ class SlotGrowth:
             self._sent = self._steps
         if arrived is None or steps < STEPS:
             return ""
-        labels, lost = arrived[_TOTAL], arrived[_CONTEXT]
-        missed, context = labels - arrived[_SELECTED], arrived[_ROWS] - arrived[_SELECTED] + lost
+        labels, selected = arrived[_TOTAL], arrived[_SELECTED]
+        # all rows that carry gradient carry loss where there are no other figures
+        lost, rows = (arrived[_CONTEXT], arrived[_ROWS]) if len(arrived) > GRADIENT else (0.0, selected)
+        missed, context = labels - selected, rows - selected + lost
         if missed <= LABELS * labels and lost <= CONTEXT * context:
             return ""
         self.level += 1

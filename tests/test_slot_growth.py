@@ -44,6 +44,23 @@ def test_much_is_lost(stats, said):
     assert not steps(growth, stats, number=30) and growth.level == 2
 
 
+def test_without_rows_that_carry_no_loss():
+    """No context, or the exact gradient: the graph returns five figures."""
+    growth = SlotGrowth()
+    assert not steps(growth, figures()[:5], number=50)
+    (text,) = steps(SlotGrowth(), figures(selected=8)[:5])
+    assert text.startswith("20.0% of the labels found no slot")
+
+
+@pytest.mark.parametrize("options", [{"context": 0}, {"gradient": "exact"}], ids=str)
+def test_a_model_without_context_grows(monkeypatch, options):
+    monkeypatch.setattr("cggr_compile.slot_growth.STEPS", 2)
+    model = models.compiled(small(), **options)
+    for seed in range(6):
+        model(**batch(3 if seed < 2 else 12, seed)).loss.backward()
+    assert picks(model).rows.shape[1] > 3
+
+
 def test_one_batch_decides_nothing():
     growth = SlotGrowth()
     assert not steps(growth, figures(selected=1), number=STEPS)

@@ -16,15 +16,24 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
 aten = torch.ops.aten
-ADD_ROWS = aten._unsafe_masked_index_put_accumulate.default
+# the gradient of a lookup, as releases of PyTorch write it
+MASKED, UNMASKED = aten._unsafe_masked_index_put_accumulate.default, aten.index_put.default
 CAST = torch.ops.prims.convert_element_type.default
 
 
 @dataclass(frozen=True)
 class TableGradient:
-    """``result = table + cast(zeros[V, H] with rows added)``; ``table`` is None where there is nothing to add to."""
+    """``result = table + cast(zeros[V, H] with values added to rows)``.
 
-    write: Node
+    Attributes:
+        mask: bool [..., 1], which of the rows count; None: all of them.
+        index: int64 [...], the rows. values: [..., H], what is added to each.
+        table: [V, H]; None where there is nothing to add to.
+    """
+
+    mask: Node | None
+    index: Node
+    values: Node
     table: Node | None
     result: Node
 
@@ -52,9 +61,8 @@ class AddTableRows(JointPass):
     optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
-        found = [
-            gradient for node in graph.find_nodes(op="call_function", target=ADD_ROWS) if (gradient := _read(node))
-        ]
+        writes = [node for node in graph.nodes if node.target in (MASKED, UNMASKED)]
+        found = [gradient for write in writes if (gradient := _read(write)) is not None]
         for gradient in found:
             _replace(graph, gradient)
         if not found:
@@ -66,12 +74,21 @@ class AddTableRows(JointPass):
 
 def _read(write: Node) -> TableGradient | None:
     arguments: Any = write.args
-    zeros, mask, (index, *more), values = arguments
-    if not is_zeros(zeros) or more or not is_static(write, values, index) or len(shape_of(write)) != 2:
+    if write.target is MASKED:
+        zeros, mask, indices, values = arguments
+    else:
+        zeros, indices, values, *accumulate = arguments
+        mask = None
+        if accumulate != [True]:
+            return None
+    if not is_zeros(zeros) or len(indices) != 1 or len(shape_of(write)) != 2 or not is_static(write, values):
         return None
-    if fake_value(index).numel() >= shape_of(write)[0]:
+    (index,) = indices
+    if index is None or fake_value(index).numel() >= shape_of(write)[0]:
         return None  # as many rows as the table has
-    if shape_of(values) != (*shape_of(index), shape_of(write)[1]) or len(shape_of(mask)) != len(shape_of(values)):
+    if shape_of(values) != (*shape_of(index), shape_of(write)[1]):
+        return None
+    if mask is not None and shape_of(mask) != (*shape_of(index), 1):
         return None
     cast = _only_user(write)
     result = cast if cast is not None and cast.target is CAST else write
@@ -79,8 +96,8 @@ def _read(write: Node) -> TableGradient | None:
     if total is not None and total.target is aten.add.Tensor and not total.kwargs:
         others: Any = [node for node in total.args if node is not result]
         if len(others) == 1 and _alike(others[0], result) and _alike(total, result):
-            return TableGradient(write, others[0], total)
-    return TableGradient(write, None, result) if result is not write else None
+            return TableGradient(mask, index, values, others[0], total)
+    return TableGradient(mask, index, values, None, result) if result is not write else None
 
 
 def _alike(node: Node, other: Node) -> bool:
@@ -92,25 +109,29 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _replace(graph: Graph, gradient: TableGradient) -> None:
-    arguments: Any = gradient.write.args
-    _, mask, (index,), values = arguments
     wanted = fake_value(gradient.result)
     emit = Emitter(graph, wanted.fake_mode, key="val")
     with emit.before(gradient.result, AddTableRows.name):
-        table = gradient.table
+        table, operands = gradient.table, [gradient.index, gradient.values]
         if table is None:
             shape = list(wanted.shape)
             table = emit.call(aten.full.default, shape, 0, dtype=wanted.dtype, device=wanted.device)
-        total = emit.trace(add_table_rows, table, mask, index, values)
+        if gradient.mask is not None:
+            operands = list(emit.trace(without_masked, gradient.mask, *operands))
+        total = emit.trace(add_table_rows, table, *operands)
     gradient.result.replace_all_uses_with(total)
 
 
-def add_table_rows(table: Tensor, mask: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """``table`` [V, H] with ``values`` [..., H] added to its rows ``index`` [...], where ``mask`` [..., 1] is True."""
-    if table.dtype == values.dtype:
-        return ADD_ROWS(table, mask, [index], values)  # type: ignore[no-any-return]
-    ids = torch.where(mask[..., 0], index, 0).flatten()
-    rows = torch.where(mask, values, 0.0).flatten(0, -2)
+def without_masked(mask: Tensor, index: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """``index`` [...] and ``values`` [..., H] that add nothing, to any row, where ``mask`` [..., 1] is False."""
+    return torch.where(mask[..., 0], index, 0), torch.where(mask, values, 0.0)
+
+
+def add_table_rows(table: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """``table`` [V, H] with ``values`` [..., H] added to its rows ``index`` [...]."""
+    ids, rows = index.flatten(), values.flatten(0, -2)
+    if table.dtype == rows.dtype:
+        return aten.index_put(table, [ids], rows, True)  # type: ignore[no-any-return]
     places = torch.arange(ids.shape[0], device=ids.device)
     slots = aten.index_put(ids.new_zeros(table.shape[0]), [ids], places)[ids]
     once = aten.index_put(torch.zeros_like(rows), [slots], rows, True)
