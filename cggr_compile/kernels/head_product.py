@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cggr_compile.kernels.common import for_interpreter, has_descriptors, on_tensor_cores, precision
+from cggr_compile.kernels.common import LOG2E, for_interpreter, has_descriptors, on_tensor_cores, precision
 
 
 @triton.jit
@@ -75,6 +75,19 @@ def add_product(
             x = tl.load(x_at, mask=(along < H)[None, :], other=0.0)
             w = tl.load(w_at, mask=(along < H)[None, :], other=0.0)
     return tl.dot(x, w.T, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def squash(products, scale, softcap, SOFTCAP: tl.constexpr):
+    """The logits of the head's products, and the derivative of the one by the other over ``scale``."""
+    z = products * scale
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if SOFTCAP:
+        # tanh(y) = 1 - 2 / (exp(2 y) + 1)
+        bent = 1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2E / softcap)) + 1.0)
+        z = bent * softcap
+        slope = 1.0 - bent * bent
+    return z, slope
 
 
 def loads_by_tma(hidden: Tensor, weight: Tensor) -> bool:

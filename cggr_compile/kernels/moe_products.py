@@ -26,7 +26,7 @@ from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu
 
 GATHERED = ("inner", "swiglu", "swiglu_backward", "d_activation")  # kernels that are given a row for every token
 
-PLAIN, SWIGLU, SWIGLU_BACKWARD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+PLAIN, SWIGLU, SWIGLU_BACKWARD, ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -146,6 +146,8 @@ def _rows_kernel(
                 bias = tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
                 acc += bias.to(tl.float32)[None, :]
             tl.store(out_ptr + at, acc, mask=inside)
+        elif EPILOGUE == ADD:
+            tl.store(out_ptr + at, acc + tl.load(out_ptr + at, mask=inside, other=0.0), mask=inside)
         elif EPILOGUE == SWIGLU:
             value = through_swiglu(acc, up, row, column, inside, inner_ptr, N, out_ptr.dtype.element_ty, SAVE)
             tl.store(out_ptr + at, value, mask=inside)
@@ -209,6 +211,7 @@ def multiply_rows(
                                                    gradient but for that weight, ``d_inner`` gets that of ``inner``
     d_activation      [tokens, K]    [E, K, N]     the product
     d_hidden          [rows, K]      [E, K, N]     the product
+    add               [rows, K]      [E, K, N]     what it was, plus the product
     ================  =============  ============  ==========================================================
 
     Args:
@@ -253,7 +256,7 @@ def multiply_rows(
         TOP_K=top_k,
         GATHER=gather,
         TRANSPOSED=transposed,
-        EPILOGUE={"swiglu": SWIGLU, "swiglu_backward": SWIGLU_BACKWARD}.get(kernel, PLAIN),
+        EPILOGUE={"swiglu": SWIGLU, "swiglu_backward": SWIGLU_BACKWARD, "add": ADD}.get(kernel, PLAIN),
         SAVE=inner is not None,
         A_DESCRIPTOR=descriptors and not gather,
         B_DESCRIPTOR=descriptors,

@@ -9,8 +9,8 @@ import torch
 
 def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str, Any]:
     """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
-    ``d_down``, those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``); of ``inner`` and
-    ``d_activation``, guessed from these.
+    ``d_down``, those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``); of ``inner``,
+    ``d_activation`` and ``add``, guessed from these.
 
     ``columns`` of the result where TMA loads tiles: with many, every row is read so often that ``swiglu`` gathers the
     rows beforehand.
@@ -22,7 +22,7 @@ def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str
     if kernel == "swiglu":
         often = columns >= 2048
         return tile | dict(FLATTEN=False, GATHER=not often, num_stages=4 if often else 3)
-    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden") else tile
+    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden", "add") else tile
 
 
 def configurations(kernel: str) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from cggr_compile.ops import (
     detach_unselected,
     difficulty,
     hardest,
+    head_gradients,
     inclusion,
     linear_cross_entropy,
     metrics,
@@ -25,6 +26,7 @@ from cggr_compile.ops import (
     score,
     score_logits,
     slots,
+    token_log_probs,
     uniform,
 )
 from cggr_compile.ops.detach_unselected import UnresolvedMarkerError
@@ -39,6 +41,7 @@ __all__ = [
     "detach_unselected",
     "difficulty",
     "hardest",
+    "head_gradients",
     "inclusion",
     "linear_cross_entropy",
     "metrics",
@@ -51,5 +54,6 @@ __all__ = [
     "score",
     "score_logits",
     "slots",
+    "token_log_probs",
     "uniform",
 ]
