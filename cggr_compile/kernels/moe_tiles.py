@@ -22,7 +22,7 @@ def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str
     if kernel == "swiglu":
         often = columns >= 2048
         return tile | dict(FLATTEN=False, GATHER=not often, num_stages=4 if often else 3)
-    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden", "add") else tile
+    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden") else tile
 
 
 def configurations(kernel: str) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def _partials_kernel(
     block, part = grouped_tile(tl.program_id(0), tl.cdiv(N, BLOCK_M), parts, GROUP)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     safe_row = tl.minimum(row, N - 1).to(tl.int64)
-    label = tl.load(labels_ptr + safe_row).to(tl.int64)
+    label = tl.load(labels_ptr + safe_row).to(tl.int32)
     x_rows = row_starts(x_ptr, x_stride, safe_row[:, None], DESCRIPTORS)  # rows past the end read the last one
     steps = tl.cdiv(H, BLOCK_K)
     start = part * SPAN
@@ -99,13 +99,15 @@ def _partials_kernel(
             z = acc
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + tl.minimum(column, V - 1)).to(tl.float32)[None, :]
-            z, _ = squash(z, scale * LOG2E, softcap * LOG2E, SOFTCAP)  # in powers of two
+            z, _slope = squash(z, scale * LOG2E, softcap * LOG2E, SOFTCAP)  # in powers of two
             inside = (column < V)[None, :]
             if MEAN:
                 linear += tl.sum(z if EVEN_V else tl.where(inside, z, 0.0), 1)
             if not EVEN_V:
                 z = tl.where(inside, z, NOWHERE)
-            picked += tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
+            # few tiles have a label; looked for in every one of them, it would spill registers
+            if tl.max(tl.where((label >= low) & (label < low + BLOCK_N), 1, 0), 0) > 0:
+                picked += tl.sum(tl.where(label[:, None] == column[None, :], z, 0.0), 1)
             new_high = tl.maximum(high, tl.max(z, 1))
             p = tl.exp2(z - new_high[:, None])
             factor = tl.exp2(high - new_high)
