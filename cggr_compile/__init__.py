@@ -7,6 +7,7 @@ from cggr_compile.modules.model import CGGRModel
 from cggr_compile.modules.moe import PersistentTRMLP, create_persistent_tr_mlp
 from cggr_compile.modules.router import TruncatedRouter, create_truncated_router
 from cggr_compile.modules.scorer import CGGRScorer
+from cggr_compile.modules.token_log_probs import TokenLogProbs, token_log_probs
 from cggr_compile.options import Options
 from cggr_compile.reference_loss import with_reference_loss
 from cggr_compile.registry import runtime
@@ -24,6 +25,7 @@ __all__ = [
     "Options",
     "PersistentTRMLP",
     "Runtime",
+    "TokenLogProbs",
     "TruncatedRouter",
     "VerificationError",
     "create_persistent_tr_mlp",
@@ -32,6 +34,7 @@ __all__ = [
     "explain",
     "load_model_with_flash_attention",
     "runtime",
+    "token_log_probs",
     "train_step",
     "with_reference_loss",
 ]
