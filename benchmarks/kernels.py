@@ -3,9 +3,11 @@
 First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, and all of
 `cggr::score` in bfloat16 and in 8-bit floats with the rank correlation of the difficulties with float32's, then the
 backward of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows
-beside other ways to compute them (selected_ce.py). Medians; the second-level cache is cleared between runs.
-`of product rate`: arithmetic of the operator (of the loss: three products, whatever an arm recomputes), over its time,
-over the rate of the card's own large product. Peak memory is what a call allocates over what it is given.
+beside other ways to compute them (selected_ce.py), then log-probabilities and entropies of the positions with a label
+(`cggr_compile.token_log_probs`), with gradients, beside log_softmax and gather over all logits. Medians; the
+second-level cache is cleared between runs. `of product rate`: arithmetic of the operator (of a loss: three products of
+the rows that have one, whatever an arm computes), over its time, over the rate of the card's own large product. Peak
+memory is what a call allocates over what it is given.
 
     python benchmarks/kernels.py                 # CUDA, bfloat16
     python benchmarks/kernels.py --cuda-graphs   # the kernels alone, without the host's time to launch them
@@ -35,7 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
-from cggr_compile import lowerings
+from cggr_compile import lowerings, token_log_probs
 from cggr_compile.ops.attention_rows import attention_rows_backward
 from cggr_compile.ops.difficulty import difficulty
 from cggr_compile.ops.score import SPAN, score, score_partials
@@ -56,6 +58,8 @@ class Heads(NamedTuple):
 SCORES = {"cuda": [(32768, 576, 49152), (8192, 2048, 128256)], "cpu": [(64, 16, 1000)]}  # rows, hidden, vocabulary
 ATTENTIONS = {"cuda": [Heads(16, 2048, 9, 3, 64), Heads(4, 4096, 32, 8, 128)], "cpu": [Heads(2, 64, 4, 2, 16)]}
 LOSSES = {"cuda": [(8192, 576, 49152), (4096, 2048, 128256)], "cpu": [(16, 16, 1000)]}  # selected rows, hidden, V
+TOKENS = {"cuda": [(16384, 576, 49152), (8192, 2048, 128256)], "cpu": [(64, 16, 1000)]}  # positions, hidden, V
+LABELLED = (1.0, 0.25, 0.05)  # shares of the positions
 
 
 def milliseconds(function: Callable[[], Any], device: str, graph: bool = False) -> float:
@@ -221,6 +225,47 @@ def losses(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: b
     return found
 
 
+def tokens(size: tuple[int, int, int], device: str, dtype: torch.dtype, graph: bool) -> list[dict[str, Any]]:
+    """Log-probabilities and entropies of the labelled positions, and the gradients of a loss over them."""
+    positions, hidden, vocabulary = size
+    states = torch.randn(positions, hidden, device=device, dtype=dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden, device=device, dtype=dtype) / hidden**0.5).requires_grad_()
+    upstream = torch.rand(2, positions, device=device)
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    arms = {"all logits": torch.compile(_of_all_logits, dynamic=False, backend=backend), "cggr": _ours}
+    found: list[dict[str, Any]] = []
+    for share in LABELLED:
+        labels = torch.randint(0, vocabulary, (positions,), device=device)
+        labels[torch.rand(positions, device=device) >= share] = -100
+        baseline = None
+        for name, arm in arms.items():
+
+            def step(arm: Any = arm, labels: Tensor = labels) -> Any:
+                return torch.autograd.grad(arm(states, weight, labels), (states, weight), tuple(upstream))
+
+            step()  # compiles
+            peak = peak_mb(step, device)
+            time = milliseconds(step, device, graph)
+            shape = f"{'×'.join(map(str, size))}, {share:.0%} labelled"
+            flops = 6.0 * share * positions * hidden * vocabulary
+            found.append(record(f"token-log-probs, {name}", shape, time, flops, baseline, peak))
+            baseline = baseline or time
+    return found
+
+
+def _of_all_logits(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logp = F.linear(states, weight).float().log_softmax(-1)
+    known = labels >= 0
+    picked = logp.gather(-1, torch.where(known, labels, 0)[:, None])[:, 0]
+    return torch.where(known, picked, 0.0), torch.where(known, -(logp.exp() * logp).sum(-1), 0.0)
+
+
+def _ours(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    log_prob, entropy, *_ = token_log_probs(states, weight, labels)
+    assert log_prob is not None and entropy is not None
+    return log_prob, entropy
+
+
 def _dense(device: str) -> dict[str, SDPBackend]:
     if device == "cpu":
         return {"flash": SDPBackend.FLASH_ATTENTION}
@@ -259,6 +304,7 @@ KERNELS: dict[str, tuple[dict[str, Any], Callable[..., list[dict[str, Any]]]]] =
     "score": (SCORES, scores),
     "attention": (ATTENTIONS, attentions),
     "selected-ce": (LOSSES, losses),
+    "token-log-probs": (TOKENS, tokens),
 }
 
 

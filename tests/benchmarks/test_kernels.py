@@ -26,6 +26,7 @@ def test_rehearsal(tmp_path, capsys):
         "selected-ce, chunked",
         "selected-ce, cggr",
         *(["selected-ce, torch"] if hasattr(F, "linear_cross_entropy") else []),
+        *["token-log-probs, all logits", "token-log-probs, cggr"] * 3,
     ]
     assert all(entry["ms"] > 0 and entry["tflops"] > 0 for entry in document["results"])
     assert [entry["rank_correlation"] > 0.9 for entry in document["results"][2:4]] == [True, True]
@@ -42,6 +43,17 @@ def test_ways_to_compute_the_loss_agree():
         found.append((loss.detach(), *torch.autograd.grad(loss, (rows, weight))))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+def test_ways_to_compute_log_probabilities_agree():
+    states, weight = torch.randn(16, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(0, 50, (16,))
+    labels[::2] = -100
+    found = []
+    for arm in (benchmark._of_all_logits, benchmark._ours):
+        values = arm(states, weight, labels)
+        found.append((*values, *torch.autograd.grad(values[0].sum() + values[1].sum(), (states, weight))))
+    torch.testing.assert_close(*found)
 
 
 def test_rank_correlation():
