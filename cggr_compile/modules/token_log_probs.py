@@ -72,10 +72,11 @@ def token_log_probs(
     unknown = [name for name in outputs if name not in VALUES]
     if isinstance(outputs, str) or unknown or not outputs:
         raise OptionError(f"outputs must be names out of {VALUES}, got {outputs!r}")
+    for name, number in (("temperature", temperature), ("softcap", softcap), ("scale", scale)):
+        if not isinstance(number, (int, float)):
+            raise OptionError(f"{name} must be a number, got {type(number).__name__}")
     if not temperature > 0.0:
         raise OptionError(f"temperature must be > 0, got {temperature}")
-    if not softcap >= 0.0:
-        raise OptionError(f"softcap must be >= 0 (0 for none), got {softcap}")
     if hidden.dim() not in (2, 3):
         raise OptionError(f"hidden must be [B, S, H] or [N, H], got {tuple(hidden.shape)}")
     device = hidden.device.type

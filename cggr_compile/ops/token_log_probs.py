@@ -190,9 +190,11 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[4 if with_rows else 0], *ctx.needs_input_grad[1:3]]
 
     def at_rows(values: Any) -> Any:
-        taken = values.gather(-1, rows) if with_rows and values is not None and values.numel() else values
-        return None if taken is None else taken.reshape(-1)
+        if values is None:
+            return None
+        return (values.gather(-1, rows) if with_rows else values).reshape(-1)
 
+    log_squares = log_squares if ctx.wanted[3] else None
     labels, logsumexp, entropy, log_squares = (at_rows(t) for t in (labels, logsumexp, entropy, log_squares))
     used = known_labels(labels, weight.shape[0])[0]
     weights = None if weights is None else weights.reshape(-1)
@@ -215,7 +217,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _factors(
-    grads: Sequence[Tensor | None], entropy: Tensor, log_squares: Tensor, vocab: int
+    grads: Sequence[Tensor | None], entropy: Tensor, log_squares: Tensor | None, vocab: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
     """What ``cggr::head_gradients`` takes, from the gradients of the first five values.
 
@@ -233,7 +235,9 @@ def _factors(
     if d_log_squares is not None:
         on_p = on_p - 2.0 * d_log_squares
     on_log_p = None if d_entropy is None else -d_entropy
-    on_p2 = None if d_log_squares is None else 2.0 * d_log_squares * torch.exp(-log_squares)
+    on_p2 = None
+    if d_log_squares is not None and log_squares is not None:
+        on_p2 = 2.0 * d_log_squares * torch.exp(-log_squares)
     on_label = torch.zeros_like(entropy) if d_log_prob is None else d_log_prob
     return on_p, on_log_p, on_p2, on_label, None if d_mean is None else d_mean / vocab
 

@@ -126,6 +126,7 @@ BAD = {
     "outputs must be names": dict(outputs=("log_prob", "loss")),
     "outputs must be names out": dict(outputs="entropy"),
     "temperature must be > 0, got 0.0": dict(temperature=0.0),
+    "temperature must be a number, got Tensor": dict(temperature=torch.ones(())),
     "softcap must be >= 0": dict(softcap=-1.0),
     "keep and weights need rows": dict(weights=torch.ones(B, 2)),
     "rows must be int64": dict(rows=torch.zeros(B, 2)),
