@@ -77,6 +77,8 @@ def token_log_probs(
             raise OptionError(f"{name} must be a number, got {type(number).__name__}")
     if not temperature > 0.0:
         raise OptionError(f"temperature must be > 0, got {temperature}")
+    if not softcap >= 0.0:
+        raise OptionError(f"softcap must be >= 0 (0 for none), got {softcap}")
     if hidden.dim() not in (2, 3):
         raise OptionError(f"hidden must be [B, S, H] or [N, H], got {tuple(hidden.shape)}")
     device = hidden.device.type
