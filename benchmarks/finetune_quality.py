@@ -27,6 +27,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,6 +152,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, say: Callable[[str], None]) -> None:
         self.args, self.say, self.begin = args, say, time.perf_counter()
         self.document: dict[str, Any] = {"machine": describe(args.device), "settings": {}, "arms": {}, "runs": []}
+        self._lock = threading.Lock()  # a thread waits for each worker
         self.path = args.out / "finetune_quality.json"
         if self.path.exists():
             self.document = json.loads(self.path.read_text())
@@ -219,9 +221,10 @@ class Study:
         found = process.ask("train", lr=lr, seed=seed, steps=steps)
         if wanted:
             found |= process.ask("accuracy", count=self.args.accuracy)
-        self.document["runs"].append(run | found)
+        with self._lock:
+            self.document["runs"].append(run | found)
+            self._save()
         self.say(f"{process.arm}, equal {equal}, lr {lr:g}, seed {seed}: {steps} steps, {found['loss']:.4f}")
-        self._save()
         return float(found["loss"])
 
     def _each(self, processes: Sequence[Process], do: Callable[[Process], Any]) -> list[tuple[Process, Any]]:
