@@ -87,7 +87,8 @@ def _tell(gm: GraphModule, inputs: Sequence[Any], variant: GraphVariant, runtime
         trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         recompile_limit.watch(partial(_given_up, weakref.ref(runtime), trained, options))
     if variant.training and not variant.selective:
-        find_cause(gm, report)
+        if (found := find_cause(gm.graph, report.cause)) is not None:
+            report.refuse(*found)
         if not variant.ctx.dense:
             runtime.fall_back(report)
         if options.verify:

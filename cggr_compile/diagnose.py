@@ -18,9 +18,7 @@ from cggr_compile.causes import Cause
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule, Node
-
-    from cggr_compile.report import GraphReport
+    from torch.fx import Node
 
 Found = tuple[Cause, str] | None
 # Refusals that say what a graph lacks, not why.
@@ -33,18 +31,19 @@ _LOSSES = (
 _ATTENTIONS = ("scaled_dot_product_attention", "flex_attention", "softmax", "multi_head_attention_forward")
 
 
-def find_cause(gm: GraphModule, report: GraphReport) -> None:
-    """Replace what a report says a training graph lacks by the cause of that, where there is evidence of one.
+def find_cause(graph: Graph, lacking: Cause | None) -> Found:
+    """The cause of what a training graph lacks, and its text; None without evidence of one.
 
     To be called while Dynamo captures the graph: most of the evidence is on the stack of Python's frames.
+
+    Args:
+        lacking: why the graph is refused; one that is not ``LACKING`` something has no further cause.
     """
-    if report.cause not in LACKING:
-        return
-    scene = _Scene.here(gm.graph)
-    finders = _OF_PIECES if report.cause is not Cause.NO_LOSS else (*_OF_PIECES, *_OF_LOSSES)
-    found = next((found for finder in finders if (found := finder(scene)) is not None), None)
-    if found is not None:
-        report.refuse(*found)
+    if lacking not in LACKING:
+        return None
+    scene = _Scene.here(graph)
+    finders = _OF_PIECES if lacking is not Cause.NO_LOSS else (*_OF_PIECES, *_OF_LOSSES)
+    return next((found for finder in finders if (found := finder(scene)) is not None), None)
 
 
 def at_compiled_call() -> bool:
