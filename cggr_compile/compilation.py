@@ -123,7 +123,7 @@ def _dispatcher(
         variant.pin_sizes()
     first = next(iter(every))
     if len(every) > 1:
-        first = round_up(resolver.runtime.ratio(options), [ratio for ratio, _ in every]), 0
+        first = round_up(resolver.runtime.preview(options), [ratio for ratio, _ in every]), 0
     compiled = {first: _at_capture(every[first], inputs, resolver, measured)}
     waiting = {}
     compilation = compat.compilation_id()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from cggr_compile.call import Call
 from cggr_compile.options import Options
-from cggr_compile.recompute import Call
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.variance import Gradient, VarianceMeter
@@ -52,4 +53,4 @@ class CompiledStep:
         meter = self._meters.get(call.runtime)
         if meter is None:
             meter = self._meters[call.runtime] = VarianceMeter(self._options.measure_every)
-        call.measure(meter, args, at, gradients)
+        call.measure(partial(meter.measure, args=args, gradients=gradients), at)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cggr_compile import compat, lowerings, pass_records
+from cggr_compile.call import Call
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.gradient_probe import GradientProbe, written_inputs
 from cggr_compile.graph_variant import GraphVariant
@@ -19,7 +20,6 @@ from cggr_compile.passes.facts import LayerStack, Outputs
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.step_interface import STATE, split
 from cggr_compile.pipeline import copy_module
-from cggr_compile.recompute import Call
 from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, Verification
 from cggr_compile.runtime import Runtime
@@ -139,7 +139,7 @@ class CompiledVariant:
     def _verify(self, verifier: Verifier, call: Call, args: Sequence[Any]) -> None:
         if verifier.remaining <= 1:
             self._verifier = None  # and with it, after this step, the dense backward
-        verifier.step(args, call.runtime, self.report)
+        verifier.step(args, call, self.report)
 
 
 def nothing_to_verify(runtime: Runtime, report: Any, why: str) -> None:

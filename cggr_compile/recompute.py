@@ -3,141 +3,76 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from cggr_compile import compat
+from cggr_compile.call import Call, Drawn, ObservedCall, Unrecorded
 from cggr_compile.options import Options
-from cggr_compile.passes.step_interface import StepOutputs
-from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Runtime
-from cggr_compile.variance import Gradient, VarianceMeter
 
-
-@dataclass
-class _Drawn:
-    """What a call was given: the ratio that the schedule wanted, how often slots were doubled, and (seed, step), int64
-    [2] on the device."""
-
-    ratio: float | None = None
-    growth: int | None = None
-    state: Tensor | None = None
-
-
+_T = TypeVar("_T")
 # for every checkpoint whose backward is to come, what each model was given inside of it, call by call
-_forwards: WeakKeyDictionary[Any, dict[Runtime, list[_Drawn]]] = WeakKeyDictionary()
+_forwards: WeakKeyDictionary[Any, dict[Runtime, list[Drawn]]] = WeakKeyDictionary()
 # for every recomputation under way, known by its pack function, how many calls of each model it has repeated
 _repeated: WeakKeyDictionary[Any, Counter[Runtime]] = WeakKeyDictionary()
 
 
-class Call:
-    """One call of a compiled graph: a new forward, or a recomputation of an earlier one.
+class RepeatedCall(Unrecorded):
+    """A recomputation: it takes the ratio, the slots and the selection of the forward that it repeats.
 
-    A recomputation takes the selection and the ratio of the forward that it repeats. It does not count as a step, it
-    is not measured, and the runtime does not note it.
-
-    Which forward that is follows from the saved-tensors hooks in force. Those of a checkpoint, in its forward and in
-    its recomputation, hold the same object; the calls inside of it are repeated in their order.
-
-    Attributes:
-        repeats: whether this is a recomputation.
+    Each method raises a RuntimeError where that forward is unknown: another graph, or none of this backend, ran it.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
-        self.repeats = False
-        self._drawn = _Drawn()
-        if compat.under_saved_tensors_hooks():
-            self._follow_checkpoints()
+    repeats = True
 
-    def _follow_checkpoints(self) -> None:
-        around = []  # checkpoints inside the recomputation, which are in their own forward
-        for pack in compat.saved_tensors_packers():
-            if (found := compat.checkpoint_of(pack)) is None:
-                continue
-            checkpoint, recomputes = found
-            if recomputes:
-                counts = _repeated.setdefault(pack, Counter())
-                forwards = _forwards.get(checkpoint, {}).get(self.runtime, [])[counts[self.runtime] :]
-                counts[self.runtime] += 1
-                self.repeats = True
-                self._drawn = forwards[0] if forwards else self._drawn
-                break
-            around.append(checkpoint)
-        for checkpoint in around:
-            _forwards.setdefault(checkpoint, {}).setdefault(self.runtime, []).append(self._drawn)
+    def __init__(self, runtime: Runtime, drawn: Drawn) -> None:
+        super().__init__(runtime)
+        self.drawn = drawn
 
     def ratio(self, options: Options) -> float:
-        """What the schedule wants for this call.
-
-        Raises:
-            RuntimeError: in a recomputation of what another graph, or none of this backend, computed.
-        """
-        if not self.repeats:
-            self._drawn.ratio = self.runtime.ratio(options)
-        if self._drawn.ratio is None:
-            raise _unknown()
-        return self._drawn.ratio
+        return _known(self.drawn.ratio)
 
     def growth(self) -> int:
-        """How often slots are doubled in this call.
-
-        Raises:
-            RuntimeError: as :meth:`ratio` does.
-        """
-        if not self.repeats:
-            self._drawn.growth = self.runtime.growth
-        if self._drawn.growth is None:
-            raise _unknown()
-        return self._drawn.growth
+        return _known(self.drawn.growth)
 
     def state(self, device: torch.device) -> Tensor:
-        """(seed, step) of this call, int64 [2] on ``device``; a new forward advances the step, if that is automatic.
-
-        Raises:
-            RuntimeError: as :meth:`ratio` does.
-        """
-        if not self.repeats:
-            self._drawn.state = self.runtime.state(device)
-            self.runtime.advance()
-        if self._drawn.state is None:
-            raise _unknown()
-        return self._drawn.state
-
-    def advance(self) -> None:
-        """A training forward without a selection happens."""
-        if not self.repeats:
-            self.runtime.advance()
-
-    def measure(
-        self,
-        meter: VarianceMeter,
-        args: Sequence[Any],
-        ratio: float,
-        gradients: Callable[[], tuple[Gradient, Gradient]],
-    ) -> None:
-        """See :meth:`Runtime.measure`."""
-        if not self.repeats:
-            self.runtime.measure(meter, args, ratio, gradients)
-
-    def grow(self, stats: Tensor, most: int) -> None:
-        """See :meth:`Runtime.grow`."""
-        if not self.repeats:
-            self.runtime.grow(stats, most)
-
-    def record(self, report: GraphReport, returned: StepOutputs) -> None:
-        """See :meth:`Runtime.record`."""
-        if not self.repeats:
-            self.runtime.record(report, returned)
+        return _known(self.drawn.state)
 
 
-def _unknown() -> RuntimeError:
-    return RuntimeError(
-        "torch.utils.checkpoint recomputes a forward that another graph computed, or none of the backend cggr: "
-        "its selection is not known. Was the model compiled, or compiled anew, between forward and backward?"
-    )
+def call_of(runtime: Runtime) -> Call:
+    """The call that begins now: a new forward, one that is observed, or the recomputation of an earlier one.
+
+    Which forward is recomputed follows from the saved-tensors hooks in force. Those of a checkpoint, in its forward and
+    in its recomputation, hold the same object; the calls inside of it are repeated in their order.
+    """
+    call = ObservedCall(runtime) if runtime.is_observed else Call(runtime)
+    if not compat.under_saved_tensors_hooks():
+        return call
+    around = []  # checkpoints inside the recomputation, which are in their own forward
+    for pack in compat.saved_tensors_packers():
+        if (found := compat.checkpoint_of(pack)) is None:
+            continue
+        checkpoint, recomputes = found
+        if recomputes:
+            counts = _repeated.setdefault(pack, Counter())
+            forwards = _forwards.get(checkpoint, {}).get(runtime, [])[counts[runtime] :]
+            counts[runtime] += 1
+            call = RepeatedCall(runtime, forwards[0] if forwards else Drawn())
+            break
+        around.append(checkpoint)
+    for checkpoint in around:
+        _forwards.setdefault(checkpoint, {}).setdefault(runtime, []).append(call.drawn)
+    return call
+
+
+def _known(drawn: _T | None) -> _T:
+    if drawn is None:
+        raise RuntimeError(
+            "torch.utils.checkpoint recomputes a forward that another graph computed, or none of the backend cggr: "
+            "its selection is not known. Was the model compiled, or compiled anew, between forward and backward?"
+        )
+    return drawn

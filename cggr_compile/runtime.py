@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,10 @@ from cggr_compile.schedule import Schedule
 from cggr_compile.selections import SELECTIONS
 from cggr_compile.slot_growth import SlotGrowth
 from cggr_compile.stale_steps import StaleSteps
-from cggr_compile.variance import Gradient, VarianceMeter
 
 log = logging.getLogger(__name__)
+# what ``Runtime.measure`` takes
+Measurement = Callable[[int], Tensor | None]
 NOTHING = "nothing compiled yet"
 _STATE_VERSION = 2
 _STATE_KEYS = {1: {"version", "step", "seed"}, 2: {"version", "step", "seed", "schedule"}}
@@ -171,7 +172,9 @@ class Runtime:
             self._device_state = None
         self.options = options
         self.reports.append(report)
-        self._note(report)
+        self.observe(report)
+        if report.training:
+            self._last = report
         if self._given_up and not recompile_limit.given_up():  # Dynamo compiles again
             self._given_up = ""
             self._stale.end()
@@ -191,39 +194,39 @@ class Runtime:
 
     def advance(self) -> None:
         """A training forward happens now; it is a step if that is automatic."""
-        if self.options.advance == "auto" and self._observed is None:
+        if self.options.advance == "auto":
             self.step()
 
     def ratio(self, options: Options) -> float:
         """What the schedule wants for the step that is about to run."""
-        decide = self._schedule.ratio if self._observed is None else self._schedule.preview
-        return decide(options, self._step)
+        return self._schedule.ratio(options, self._step)
 
-    def measure(
-        self,
-        meter: VarianceMeter,
-        args: Sequence[Any],
-        ratio: float,
-        gradients: Callable[[], tuple[Gradient, Gradient]],
-    ) -> None:
-        """Before a training forward: measure what is added at ``ratio``, if this step is one to do so."""
-        if self._observed is None and self._step >= self.options.warmup_steps:
-            figures = meter.measure(self._step, args, gradients)
+    def preview(self, options: Options) -> float:
+        """What :meth:`ratio` would say, deciding nothing. Waits for figures that are under way."""
+        return self._schedule.preview(options, self._step)
+
+    def measure(self, measurement: Measurement, ratio: float) -> None:
+        """Before a training forward: measure what is added at ``ratio``, if this step is one to do so.
+
+        Args:
+            measurement: given the step, the figures of :class:`VarianceMeter`; None at a step without a measurement.
+        """
+        if self._step >= self.options.warmup_steps:
+            figures = measurement(self._step)
             if figures is not None:
                 self._schedule.measured(figures, ratio)
 
     def record(self, report: GraphReport, returned: StepOutputs) -> None:
         """A training forward has run, and the graph has returned this besides the user's results."""
-        self._note(report)
-        if self._observed is None:
-            self._stale.seen()
-            selected, stats = returned.selected, returned.stats
-            self.selected, self.weights, self._stats = selected, returned.weights, stats
-            if selected is not None and stats is not None:
-                for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
-                    (self.warn if notice.alarm else self.notify)(notice.text)
-            if stats is not None and self.options.dynamic_threshold:
-                self._schedule.observe(stats)
+        self._last = report
+        self._stale.seen()
+        selected, stats = returned.selected, returned.stats
+        self.selected, self.weights, self._stats = selected, returned.weights, stats
+        if selected is not None and stats is not None:
+            for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
+                (self.warn if notice.alarm else self.notify)(notice.text)
+        if stats is not None and self.options.dynamic_threshold:
+            self._schedule.observe(stats)
 
     @property
     def growth(self) -> int:
@@ -232,31 +235,31 @@ class Runtime:
 
     def grow(self, stats: Tensor, most: int) -> None:
         """Count what found no slot in a step, and double the slots (up to ``most`` times) where it is much."""
-        if self._observed is None and (message := self._growth.add(stats, most)):
+        if message := self._growth.add(stats, most):
             self.notify(f"{message}, which compiles the step anew (doubling {self.growth} of {most})")
 
-    def verified(self, report: GraphReport, error: float, worst: str) -> None:
-        """A step of this graph has been compared."""
-        assert report.verification is not None
-        report.verification.add(error, worst)
-        if self._observed is None:
-            self._verification.add(error, worst)
+    def verified(self, error: float, worst: str) -> None:
+        """A training step has been compared."""
+        self._verification.add(error, worst)
 
-    def _note(self, report: GraphReport) -> None:
-        if self._observed is not None:
-            if report not in self._observed:
-                self._observed.append(report)
-        elif report.training:
-            self._last = report
+    def observe(self, report: GraphReport) -> None:
+        """Tell :meth:`observed`, if it is under way, of a graph that is compiled or runs."""
+        if self._observed is not None and report not in self._observed:
+            self._observed.append(report)
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether :meth:`observed` is under way: a call is a :class:`cggr_compile.call.ObservedCall` meanwhile."""
+        return self._observed is not None
 
     @contextmanager
     def observed(self) -> Iterator[list[GraphReport]]:
         """Collects the reports of the graphs that run meanwhile; step, selection and metrics stand still."""
-        options, self._observed = self.options, []
+        options, last, self._observed = self.options, self._last, []
         try:
             yield self._observed
         finally:
-            self.options, self._observed = options, None
+            self.options, self._last, self._observed = options, last, None
 
     def fall_back(self, report: GraphReport) -> None:
         """Say once, as the options ask, that a training graph is compiled as it is."""

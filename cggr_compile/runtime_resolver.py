@@ -13,8 +13,9 @@ from torch.fx import GraphModule
 from torch.nn import Module, Parameter
 
 from cggr_compile import compat
+from cggr_compile.call import Call
 from cggr_compile.options import Options
-from cggr_compile.recompute import Call
+from cggr_compile.recompute import call_of
 from cggr_compile.registry import registry
 from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Runtime
@@ -69,7 +70,7 @@ class RuntimeResolver:
 
     def begin_call(self, args: Sequence[Any]) -> Call:
         """Look at whose call this is; ``end_call`` has to follow."""
-        call = self._here.call = Call(self._runtime_of(args))
+        call = self._here.call = call_of(self._runtime_of(args))
         return call
 
     def end_call(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from cggr_compile import compat
+from cggr_compile.call import Call
 from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
 from cggr_compile.options import Options
@@ -78,13 +79,14 @@ class Verifier:
         self.tolerance = max([1e-5, *(2 * epsilon for epsilon in epsilons)])
         self.captured_tolerance = max([_CAPTURED, *(_CAPTURED_EPSILONS * epsilon for epsilon in epsilons)])
 
-    def step(self, args: Sequence[Any], runtime: Runtime, report: GraphReport) -> None:
+    def step(self, args: Sequence[Any], call: Call, report: GraphReport) -> None:
         """Compare the training step that is about to run; record the outcome.
 
         Raises:
             VerificationError: if the gradients differ by more than rounding explains.
         """
         self.remaining -= 1
+        runtime = call.runtime
         state = runtime.state(self.device)
         ours = self.probe.run(self.ours, args, state)
         report.verification = report.verification or Verification(tolerance=self.tolerance)
@@ -96,7 +98,8 @@ class Verifier:
             runtime.notify(f"verify: a step cannot be compared: {outcome}")
             return
         error, worst = outcome
-        runtime.verified(report, error, worst)
+        report.verification.add(error, worst)
+        call.verified(error, worst)
         if error > self.tolerance:
             raise VerificationError(
                 f"the row-sparse backward and the dense one differ in {worst}: error {error:.1e}, tolerance "
