@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import zlib
@@ -24,6 +25,9 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+    torch._dynamo.config.run_gc_after_compile = False
+    # pytest listens to every logger that keeps its records to itself, and to a listener PyTorch prints every graph
+    logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
