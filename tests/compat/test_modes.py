@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from cggr_compile import compat
 
@@ -19,19 +20,15 @@ def test_calls_that_change_modes():
     ]
     assert list(inspect.signature(compat.ENTER_INFERENCE).parameters) == ["mode"]
     assert list(inspect.signature(compat.EXIT_INFERENCE).parameters) == ["mode"]
-    graphs = []
-
-    def keep(gm, inputs):
-        graphs.append([node.target for node in gm.graph.nodes if node.op == "call_function"])
-        return gm.forward
+    captured = EagerAndRecordGraphs()
 
     def program(x):
         with torch.no_grad(), torch.autocast("cpu"), torch.inference_mode():
             return x + 1
 
-    torch.compile(program, backend=keep)(torch.zeros(2))
+    torch.compile(program, backend=captured)(torch.zeros(2))
     known = {*(compat.SET_GRAD, compat.ENTER_AUTOCAST, compat.EXIT_AUTOCAST), compat.ENTER_INFERENCE}
-    assert known | {compat.EXIT_INFERENCE} <= set(graphs[0])
+    assert known | {compat.EXIT_INFERENCE} <= {node.target for node in captured.graphs[0].graph.nodes}
 
 
 def test_modes_are_kept():
@@ -43,14 +40,9 @@ def test_modes_are_kept():
 
 
 def test_levels_of_vmap_are_left_after_an_exception():
-    graphs = []
-
-    def keep(gm, inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(torch.vmap(lambda x: x + 1), backend=keep)(torch.zeros(2))
-    calls = [node for node in graphs[0].graph.nodes if compat.enters_or_leaves_vmap(node)]
+    captured = EagerAndRecordGraphs()
+    torch.compile(torch.vmap(lambda x: x + 1), backend=captured)(torch.zeros(2))
+    calls = [node for node in captured.graphs[0].graph.nodes if compat.enters_or_leaves_vmap(node)]
     entering = next(node for node in calls if "increment" in node.name)
     with pytest.raises(ValueError), compat.modes_kept():
         assert entering.target(*entering.args) == 1

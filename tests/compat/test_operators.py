@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from cggr_compile import compat
 
@@ -23,18 +24,13 @@ def test_kinds_of_operators():
 
 def test_cross_entropies():
     """Whatever calls of them are in a graph, their arguments can be read by name."""
-    graphs = []
-
-    def keep(gm, inputs):
-        graphs.append(gm)
-        return gm.forward
-
+    captured = EagerAndRecordGraphs()
     for function in (F.cross_entropy, *compat.CROSS_ENTROPIES[2:]):
-        torch.compile(lambda x, y, f=function: f(x, y, ignore_index=3), backend=keep)(
+        torch.compile(lambda x, y, f=function: f(x, y, ignore_index=3), backend=captured)(
             torch.randn(2, 4), torch.tensor([0, 3])
         )
-    assert len(graphs) == 3
-    for gm in graphs:
+    assert len(captured.graphs) == 3
+    for gm in captured.graphs:
         (call,) = (node for node in gm.graph.nodes if node.op == "call_function")
         assert call.target in compat.CROSS_ENTROPIES
         given = call.normalized_arguments(gm, normalize_to_only_use_kwargs=True).kwargs

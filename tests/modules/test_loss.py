@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from cggr_compile import CGGRLoss
 from cggr_compile.ops.difficulty import difficulty
@@ -200,20 +201,15 @@ def test_biased_selections_warn():
 def test_one_graph_for_the_whole_schedule(scoring, selection):
     arguments = {"scoring": scoring, "selection": selection, "min_tokens_ratio": 0.25, "warmup_steps": 3}
     loss, twin = CGGRLoss(**arguments), CGGRLoss(**arguments)
-    graphs = []
-
-    def backend(gm, inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    captured = EagerAndRecordGraphs()
+    compiled = torch.compile(loss, fullgraph=True, backend=captured)
     for seed in range(4):
         logits, targets = batch(seed=seed)
         torch.testing.assert_close(compiled(logits, targets), twin(logits, targets))
         assert loss.get_metrics() == twin.get_metrics()
         loss.step()
         twin.step()
-    assert len(graphs) == 1
+    assert len(captured.graphs) == 1
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from modules import zoo
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from cggr_compile import CGGRScorer, TruncatedRouter
 
@@ -135,19 +136,14 @@ def test_null_routing_trains_the_selected_tokens_only():
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_one_graph_with_its_router(name):
     scorer = CGGRScorer(TruncatedRouter(zoo.style(name), 2), warmup_steps=3)
-    graphs = []
-
-    def backend(gm, inputs):
-        graphs.append(gm)
-        return gm.forward
-
-    compiled = torch.compile(scorer, fullgraph=True, backend=backend)
+    captured = EagerAndRecordGraphs()
+    compiled = torch.compile(scorer, fullgraph=True, backend=captured)
     for seed in range(3):
         ids = zoo.ids(seed=seed)
         got, want = compiled(ids, targets=ids), scorer(ids, targets=ids)
         torch.testing.assert_close(got, want)
         scorer.step()
-    assert len(graphs) == 1
+    assert len(captured.graphs) == 1
 
 
 def test_a_forward_reads_nothing_back(monkeypatch):
