@@ -13,8 +13,6 @@ from training import padded
 import cggr_compile
 from cggr_compile import captured_reference, verify
 
-SIZES = {"num_hidden_layers": 1}
-
 
 def verified(model, *batches, **options):
     """The reports after a verified step with each batch."""
@@ -64,12 +62,12 @@ def test_every_kind_of_loss(kind):
     options = {"cross_entropy": "fused"} if kind == "fused" else {}
     tolerance = 5e-2 if kind == "bfloat16" else 1e-5
     if kind == "padding":  # which has labels
-        reports = verified(models.family("llama", **SIZES), padded("right", ignored_labels=False))
+        reports = verified(models.family("llama", num_hidden_layers=1), padded("right", ignored_labels=False))
     elif kind == "count":
         batch = {**models.make_batch(), "num_items_in_batch": torch.tensor(77)}
-        reports = verified(models.family("llama", **SIZES), batch)
+        reports = verified(models.PlainLM(), batch)
     elif kind in ("sliced", "smoothing"):
-        decoder, batch = models.Decoder(), models.make_batch()
+        decoder, batch = models.Decoder(layers=1), models.make_batch()
 
         def step(ids, labels):
             logits = decoder(ids)[:, 2:-3] if kind == "sliced" else decoder(ids)
@@ -80,7 +78,7 @@ def test_every_kind_of_loss(kind):
         models.compiled(step, verify=1, gradient="exact")(*batch.values()).backward()
         reports = cggr_compile.runtime(decoder).reports
     else:
-        model = models.family("llama", **SIZES)
+        model = models.PlainLM()
         reports = verified(model.to(torch.bfloat16) if kind == "bfloat16" else model, **options)
     (report,) = reports
     assert report.matched and report.verification.note == "" and report.verification.captured_error < tolerance
@@ -88,7 +86,7 @@ def test_every_kind_of_loss(kind):
 
 @pytest.mark.slow
 def test_sizes_that_have_become_numbers():
-    model = models.family("llama", **SIZES)
+    model = models.PlainLM()
     reports = verified(model, *[models.make_batch(2, seq) for seq in (16, 20, 24)])
     assert len(reports) > 1 and all(report.matched for report in reports)
     assert all(report.verification.captured_error < 1e-5 for report in reports)
@@ -104,12 +102,12 @@ def test_random_numbers_are_not_compared(caplog):
 def test_a_batch_without_labels_is_not_compared():
     batch = models.make_batch()
     batch["labels"][:] = -100
-    (report,) = verified(models.family("llama", **SIZES), batch)
+    (report,) = verified(models.PlainLM(), batch)
     assert report.verification.note.endswith("no position has a label")
 
 
 def test_a_loss_inside_of_a_checkpoint_is_not_compared():
-    decoder, batch = models.SlicedLoss(), models.make_batch()
+    decoder, batch = models.SlicedLoss(layers=1), models.make_batch()
 
     def step(ids, labels):
         return torch.utils.checkpoint.checkpoint(decoder, ids, labels, use_reentrant=False)
@@ -133,7 +131,7 @@ def test_control_a_small_difference_is_seen(what, monkeypatch):
         return found
 
     monkeypatch.setattr(verify.GradientProbe, "run", off)
-    model = models.family("llama", **SIZES)
+    model = models.PlainLM()
     worst = r"output \d" if what == "loss" else "lm_head.weight"
     with pytest.raises(cggr_compile.VerificationError, match=f"the captured one differ in {worst}"):
         verified(model)
@@ -152,7 +150,7 @@ def test_neither_graph_nor_batch_stays(raises, monkeypatch):
     monkeypatch.setattr(captured_reference.CapturedReference, "__init__", watched)
     if raises:
         monkeypatch.setattr(captured_reference, "_ratio", lambda *args: 1.0)
-    model, batch = models.family("llama", **SIZES), models.make_batch()
+    model, batch = models.PlainLM(), models.make_batch()
     rng = torch.get_rng_state()
     try:
         verified(model, batch)

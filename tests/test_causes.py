@@ -366,7 +366,7 @@ def test_label_smoothing_of_the_trainer(tmp_path):
 
 
 def test_loss_outside():
-    model = compiled(models.Decoder(), fallback="warn")
+    model = compiled(models.Decoder(layers=1), fallback="warn")
     call = lambda: F.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten()).backward()  # noqa: E731
     assert f"returns linear_16 [2, {models.SEQ}, {VOCAB}]" in re.sub(
         r"linear \[", "linear_16 [", told_once(Cause.LOSS_OUTSIDE, call)
@@ -375,7 +375,7 @@ def test_loss_outside():
     step = cggr_compile.train_step(compiler="eager", fallback="warn")(
         lambda m, x: F.cross_entropy(m(x).flatten(0, 1), x.flatten())
     )
-    matches(lambda: step(models.Decoder(), IDS).backward())
+    matches(lambda: step(models.Decoder(layers=1), IDS).backward())
 
 
 def log_probabilities(logits):
@@ -399,7 +399,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_unsupported_losses_are_named(name):
     loss, words = LOSSES[name]
-    model = models.Decoder()
+    model = models.Decoder(layers=1)
     assert words in told_once(
         Cause.UNSUPPORTED_LOSS, lambda: compiled(lambda x: loss(model(x)), fallback="warn")(IDS).backward()
     )
@@ -439,7 +439,7 @@ def test_attention_of_pytorch(layer, path):
 
 
 def test_where_it_can_be_read(tmp_path):
-    model = compiled(models.Decoder(), fallback="silent")
+    model = compiled(models.Decoder(layers=1), fallback="silent")
     model(IDS).sum().backward()
     (report,) = cggr_compile.runtime(model).reports
     assert report.cause is Cause.LOSS_OUTSIDE and report.as_dict()["cause"] == "LOSS_OUTSIDE"
@@ -449,10 +449,10 @@ def test_where_it_can_be_read(tmp_path):
         str(explanation).split()
     )
     assert '"cause": "LOSS_OUTSIDE"' in explanation.save(tmp_path).read_text()
-    inference = cggr_compile.explain(models.SlicedLoss().eval(), IDS, IDS)
+    inference = cggr_compile.explain(models.SlicedLoss(layers=1).eval(), IDS, IDS)
     assert inference.cause is Cause.NOT_TRAINING and "NOT_TRAINING" in str(inference)
     torch._dynamo.reset()
-    matched = cggr_compile.explain(models.SlicedLoss(), IDS, IDS)
+    matched = cggr_compile.explain(models.SlicedLoss(layers=1), IDS, IDS)
     assert matched.cause is None and matched.matched
-    dense = cggr_compile.explain(models.SlicedLoss(), IDS, IDS, options={"min_tokens_ratio": 1.0})
+    dense = cggr_compile.explain(models.SlicedLoss(layers=1), IDS, IDS, options={"min_tokens_ratio": 1.0})
     assert dense.cause is Cause.EVERY_TOKEN and PassResult(True, "").cause is None

@@ -14,7 +14,7 @@ from cggr_compile.passes.semantic import insert_router
 @pytest.mark.parametrize("arguments", [{"options": {"cuda_graphs": True}}, {"mode": "reduce-overhead"}])
 def test_on_a_cpu_one_line_in_the_log(arguments, caplog, monkeypatch):
     monkeypatch.setattr(compat, "cpp_compiler", lambda: None)
-    model = models.family("llama", num_hidden_layers=1)
+    model = models.PlainLM()
     model.compile(backend=models.backend(), dynamic=False, **arguments)
     for seq in (8, 12):
         model(**models.make_batch(2, seq)).loss.backward()
@@ -43,6 +43,6 @@ def test_the_passes_create_no_tensor_on_another_device(options, monkeypatch):
         return original(joint, inputs, **kwargs)
 
     monkeypatch.setattr(compat, "default_partition", partition)
-    model = models.compiled(models.family("llama", use_cache=False, num_hidden_layers=1).to("meta"), **options)
+    model = models.compiled(models.PlainLM().to("meta"), **options)
     model(**{name: tensor.to("meta") for name, tensor in models.make_batch().items()})
     assert devices == [{"meta"}]

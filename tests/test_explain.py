@@ -9,8 +9,6 @@ import torch
 import cggr_compile
 from cggr_compile.__main__ import main
 
-SHALLOW = {"num_hidden_layers": 1}
-
 
 @pytest.mark.parametrize("compile_first", [True, False])
 def test_explains_and_leaves_everything_as_it_was(compile_first):
@@ -31,22 +29,20 @@ def test_explains_and_leaves_everything_as_it_was(compile_first):
 
 
 def test_second_explanation_of_a_compiled_model():
-    model = models.compiled(models.family("llama", **SHALLOW))
+    model = models.compiled(models.PlainLM())
     batch = models.make_batch()
     model(**batch)
     assert cggr_compile.explain(model, **batch).matched
 
 
 def test_prints_a_table(capsys):
-    explanation = cggr_compile.explain(
-        models.family("llama", **SHALLOW), **models.make_batch(), options={"gradient": "exact"}
-    )
+    explanation = cggr_compile.explain(models.PlainLM(), **models.make_batch(), options={"gradient": "exact"})
     text = str(explanation)
     assert "rewrite_loss" in text and "gradient='exact' stops nothing" in text and "matched: True" in text
 
 
 def test_explains_why_not():
-    model = models.family("llama", **SHALLOW)
+    model = models.PlainLM()
     batch = models.make_batch()
     assert "no cross-entropy" in cggr_compile.explain(model, input_ids=batch["input_ids"]).reason
     assert "evaluation" in cggr_compile.explain(model.eval(), **batch).reason
@@ -54,17 +50,17 @@ def test_explains_why_not():
 
 def test_options_are_checked():
     with pytest.raises(ValueError, match="min_tokens_ratio"):
-        cggr_compile.explain(models.family("llama", **SHALLOW), **models.make_batch(), options={"min_tokens_ratio": 2})
+        cggr_compile.explain(models.PlainLM(), **models.make_batch(), options={"min_tokens_ratio": 2})
 
 
 def test_save(tmp_path):
-    path = cggr_compile.explain(models.family("llama", **SHALLOW), **models.make_batch()).save(tmp_path / "new")
+    path = cggr_compile.explain(models.PlainLM(), **models.make_batch()).save(tmp_path / "new")
     assert json.loads(path.read_text())[0]["matched"] is True
     assert "find_stack" in (path.parent / "report.txt").read_text()
 
 
 def test_command_line(tmp_path, capsys):
-    models.family("llama", **SHALLOW).config.save_pretrained(tmp_path)
+    models.family("llama", num_hidden_layers=1).config.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--seq", "16", "--save", str(tmp_path / "out")]) == 0
     assert "matched: True" in capsys.readouterr().out
     assert (tmp_path / "out" / "00_captured.py").exists()

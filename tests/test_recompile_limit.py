@@ -30,7 +30,7 @@ def low_limit():
 class Training:
     def __init__(self, fused=False, **options):
         torch.manual_seed(0)
-        self.model = compiled(models.SlicedLoss(fused=False), **{"fallback": "warn", **options})
+        self.model = compiled(models.SlicedLoss(fused=False, layers=1), **{"fallback": "warn", **options})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=fused)
 
     def step(self, length=12, size=2):
@@ -106,7 +106,7 @@ def test_many_models_of_one_class():
     """Shapes differ from model to model, so each takes a graph; the model that finds none left is told, by name."""
 
     def model(i):
-        one = models.SlicedLoss(fused=False)
+        one = models.SlicedLoss(fused=False, layers=1)
         one.blocks[0].up, one.blocks[0].down = (
             torch.nn.Linear(models.HIDDEN, 8 + i),
             torch.nn.Linear(8 + i, models.HIDDEN),
@@ -163,7 +163,7 @@ import models
 from cggr_compile import runtime
 torch._dynamo.config.accumulated_recompile_limit = 2
 warnings.simplefilter("always")
-model = models.compiled(models.SlicedLoss(fused=False), fallback="warn")
+model = models.compiled(models.SlicedLoss(fused=False, layers=1), fallback="warn")
 ids = models.make_batch()["input_ids"]
 with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
     for length in (8, 9, 10, 11):

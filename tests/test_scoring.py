@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import compiled, make_batch
+from models import PlainLM, compiled, make_batch
 from reference import assert_same, backward, candidates, difficulty, eager_call, hardest, hf_reference, shift
 from torch import Tensor
 from training import RATIO, SLOTS, check_against_reference, metrics, picks, small
@@ -16,7 +16,7 @@ TOPK = {"selection": "topk", "router_layers": "full", "router_precision": "model
 
 @pytest.mark.parametrize("how", ["argument", "key"])
 def test_excess_selects_by_the_loss_beyond_the_reference(how: str) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
 
     def step(batch: dict[str, Tensor], reference_loss: Tensor | None = None) -> Tensor:
         reference_loss = batch["reference_loss"] if reference_loss is None else reference_loss
@@ -51,7 +51,7 @@ def surprise(lse: Tensor, entropy: Tensor, top1: Tensor, top2: Tensor, label_log
 
 
 def test_a_function_as_scoring() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, scoring=surprise, **TOPK)
     check_against_reference(model, batch)
     target = shift(batch["labels"])
@@ -64,6 +64,6 @@ def test_a_function_as_scoring() -> None:
 
 
 def test_a_function_that_does_not_work_is_named() -> None:
-    model = compiled(small(num_hidden_layers=1), scoring=lambda *s: 0.5, fallback="silent")
+    model = compiled(PlainLM(), scoring=lambda *s: 0.5, fallback="silent")
     with pytest.raises(ValueError, match=r"scoring: .*lambda"):
         model(**make_batch())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import SEQ
 from reference import assert_same, backward, context_rows, hf_reference
-from training import metrics, picks, small
+from training import metrics, picks
 
 import cggr_compile
 from cggr_compile.slot_growth import STEPS, SlotGrowth
@@ -74,7 +74,7 @@ def batch(labels, seed):
 def test_a_model_grows_with_its_batches(monkeypatch):
     """Three labels, then twelve: drawn at random while the slots are three, all of them when they have grown."""
     monkeypatch.setattr("cggr_compile.slot_growth.STEPS", 2)
-    model = models.compiled(small(), context=1)
+    model = models.compiled(models.PlainLM(), context=1)
     slots = []
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(10):
@@ -93,7 +93,7 @@ def test_a_model_grows_with_its_batches(monkeypatch):
 
 def test_a_recomputed_forward_keeps_its_slots():
     """The slots double between a forward and its repetition in the backward pass."""
-    model = models.compiled(small(), context=1)
+    model = models.compiled(models.PlainLM(), context=1)
     model(**batch(3, 0)).loss.backward()
     data = batch(8, 1)
     loss = torch.utils.checkpoint.checkpoint(lambda **kwargs: model(**kwargs).loss, **data, use_reentrant=False)

@@ -11,7 +11,7 @@ EAGER = {"compiler": "eager", "fallback": "error"}
 
 
 def test_step_that_returns_the_loss():
-    model, batch = models.family("llama", num_hidden_layers=1), models.make_batch()
+    model, batch = models.PlainLM(), models.make_batch()
 
     @cggr_compile.train_step(min_tokens_ratio=0.5, **EAGER)
     def step(model, batch):
@@ -24,7 +24,7 @@ def test_step_that_returns_the_loss():
 
 
 def test_step_that_trains():
-    model, batch = models.family("llama", num_hidden_layers=1), models.make_batch()
+    model, batch = models.PlainLM(), models.make_batch()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = model.lm_head.weight.detach().clone()
 
@@ -43,7 +43,7 @@ def test_step_that_trains():
 
 
 def test_loss_outside_the_model():
-    decoder, batch = models.Decoder(), models.make_batch()
+    decoder, batch = models.Decoder(layers=1), models.make_batch()
 
     @cggr_compile.train_step(**EAGER)
     def step(ids, labels):

@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 from reference import backward, dense
-from training import metrics, small
+from training import metrics
 
 import cggr_compile
 from cggr_compile.variance import VarianceMeter, added, move
@@ -123,9 +123,9 @@ def gradient_of(model, batch):
 def test_measures_what_brute_force_finds(gradient):
     """The error at ratio 0.5 and V_batch of a model against the means of many gradients."""
     options = {"gradient": gradient, "scoring": "random"}
-    plain = small(num_hidden_layers=1)
+    plain = models.PlainLM()
     exact = torch.stack([gradient_of(plain, batch) for batch in batches(16)])
-    model = models.compiled(small(num_hidden_layers=1), min_tokens_ratio=0.5, **options)
+    model = models.compiled(models.PlainLM(), min_tokens_ratio=0.5, **options)
     draws = torch.stack([torch.stack([gradient_of(model, batch) for _ in range(4)]) for batch in batches(16)])
     error = (draws - exact[:, None]).square().sum(-1).mean()
     batch = exact.var(dim=0).sum()
@@ -134,7 +134,7 @@ def test_measures_what_brute_force_finds(gradient):
 
     torch._dynamo.reset()
     auto = {"min_tokens_ratio": "auto", "ladder": (0.5,), "measure_every": 1, "variance_bound": 1e-9, **options}
-    model = models.compiled(small(num_hidden_layers=1), **auto)
+    model = models.compiled(models.PlainLM(), **auto)
     rt, figures = cggr_compile.runtime(model), []
     for data in batches(24):
         model(**data)
@@ -147,7 +147,7 @@ def test_measures_what_brute_force_finds(gradient):
 
 def test_measuring_leaves_training_alone():
     """Nothing may be dropped, so training is dense: loss, gradients, buffers and random numbers."""
-    model = small(num_hidden_layers=1)
+    model = models.PlainLM()
     plain = copy.deepcopy(model)
     options = {"min_tokens_ratio": "auto", "ladder": (0.5,), "measure_every": 2, "variance_bound": 1e-9}
     models.compiled(model, **options)
@@ -166,7 +166,7 @@ def test_measuring_leaves_training_alone():
 
 def test_goes_down_the_ladder_and_back():
     model = models.compiled(
-        small(num_hidden_layers=1), min_tokens_ratio="auto", ladder=(0.5, 0.25), measure_every=1, variance_bound=100.0
+        models.PlainLM(), min_tokens_ratio="auto", ladder=(0.5, 0.25), measure_every=1, variance_bound=100.0
     )
     rt, data = cggr_compile.runtime(model), batches(8)
     ratios = []

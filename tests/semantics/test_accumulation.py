@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, compiled, make_batch
+from models import SEQ, VOCAB, PlainLM, compiled, make_batch
 from reference import Run, assert_same, backward, collect, dense, hf_reference, shift
 from torch import Tensor
-from training import RATIO, Batch, metrics, picks, small
+from training import RATIO, Batch, metrics, picks
 
 
 def micro_batches() -> list[Batch]:
@@ -27,7 +27,7 @@ def micro_batches() -> list[Batch]:
     ],
 )
 def test_gradient_accumulation(order: str, kind: str) -> None:
-    model, batches = small(num_hidden_layers=1), micro_batches()
+    model, batches = PlainLM(), micro_batches()
     total = sum(int((shift(b["labels"]) != -100).sum()) for b in batches)
     for batch in batches:
         batch["num_items_in_batch"] = total if kind == "int" else torch.tensor(total)
@@ -52,14 +52,14 @@ def test_gradient_accumulation(order: str, kind: str) -> None:
 
 
 def test_num_items_at_ratio_one() -> None:
-    model, batch = small(num_hidden_layers=1), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
+    model, batch = PlainLM(), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
     compiled(model, min_tokens_ratio=1.0)
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
 
 
 def test_own_normaliser() -> None:
     """cross_entropy(reduction="sum") divided by the user's own number, in the user's own function."""
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     count = 50
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:

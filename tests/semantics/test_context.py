@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, SEQ, compiled, make_batch
+from models import FAMILIES, SEQ, PlainLM, compiled, make_batch
 from reference import (
     Run,
     assert_same,
@@ -146,8 +146,7 @@ def test_windows_end_with_the_document(told_by: str) -> None:
 @pytest.mark.parametrize("attend", [models.attend_sdpa, models.attend_softmax], ids=["sdpa", "by hand"])
 def test_a_mask_of_data(attend: Any) -> None:
     """Token 1 begins a document: only the mask tells."""
-    model, (ids, labels) = models.Decoder(attend, documents=True, fused=False), packed().values()
-    model.blocks = model.blocks[:2]
+    model, (ids, labels) = models.Decoder(attend, documents=True, fused=False, layers=1), packed().values()
     ids[:, 8] = 1
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], int]] = {
 def test_context_of_any_selection(name: str) -> None:
     """As many slots as selected ones, or ``max_selected``; context is not drawn, so its factor at K and V is 1."""
     options, slots = SELECTIONS[name]
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     if name.startswith("labels"):
         batch["labels"][0] = -100  # without an overflow there the weights are 1
         batch["labels"][0, 9] = 3
@@ -200,8 +199,9 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", models.slow_but(["verify", "fused head"], OTHERS))
 def test_other_options(name: str) -> None:
-    model, batch = small(num_hidden_layers=1, use_cache=False), spans()
+    model, batch = PlainLM(), spans()
     if name == "checkpoints":
+        model = small(num_hidden_layers=1, use_cache=False)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled(model, **LABELS, **OTHERS[name])
     check(model, batch)
@@ -211,7 +211,7 @@ def test_other_options(name: str) -> None:
 
 def test_autocast() -> None:
     """The rows are those of float32, and the gradients near enough."""
-    model, batch = small(num_hidden_layers=1), spans()
+    model, batch = PlainLM(), spans()
     compiled(model, **LABELS)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch).loss
@@ -241,7 +241,7 @@ def test_nothing_to_add() -> None:
     """The exact gradient has no use for context, and ratio 1.0 is the model."""
     for options in ({"selection": "labels", "max_selected": 1.0, "gradient": "exact"}, {"min_tokens_ratio": 1.0}):
         torch._dynamo.reset()
-        model, batch = small(num_hidden_layers=1), spans()
+        model, batch = PlainLM(), spans()
         compiled(model, **options)
         assert_same(backward(model, model(**batch).loss), dense(model, batch))
         assert metrics(model)["gradient_tokens"] is None and metrics(model)["context_overflow"] is None
@@ -259,7 +259,7 @@ def test_gradient_auto_that_becomes_exact() -> None:
 
 
 def test_the_default_is_context_of_labels() -> None:
-    model, batch = small(num_hidden_layers=1), spans()
+    model, batch = PlainLM(), spans()
     compiled(model, selection="labels", max_selected=1.0)
     check(model, batch, slots=SEQ, reach=128)
     reason = cggr_compile.runtime(model).reports[-1].record("select_rows").reason
@@ -268,7 +268,7 @@ def test_the_default_is_context_of_labels() -> None:
 
 def test_overflow_is_told_once() -> None:
     """With the option that helps, in the log; context alone only where no label was dropped."""
-    model, batch = small(num_hidden_layers=1), spans()
+    model, batch = PlainLM(), spans()
     compiled(model, **{**LABELS, "max_selected": 6})
     with complaints() as said:
         for _ in range(4):
@@ -283,8 +283,7 @@ def test_overflow_is_told_once() -> None:
 
 
 def test_sizes_that_stay_symbolic() -> None:
-    model = models.Decoder()
-    model.blocks = model.blocks[:1]
+    model = models.Decoder(layers=1)
     options = {"selection": "labels", "min_tokens_ratio": 0.5, "scoring": "random", "context": CONTEXT}
     run = compiled(lambda ids, labels: torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten()),
                    **options)  # fmt: skip

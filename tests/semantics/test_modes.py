@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, compiled, make_batch
+from models import SEQ, VOCAB, PlainLM, compiled, make_batch
 from reference import assert_same, backward, dense, eager_call, hf_reference
 from training import RATIO, check_against_reference, complaints, metrics, picks, selected, small
 
@@ -25,7 +25,7 @@ import cggr_compile
     ids=["eval", "train without gradient", "eval with gradient"],
 )
 def test_evaluation_is_untouched_inductor(training: bool, grad: bool) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     plain = copy.deepcopy(model)
     plain.compile()
     compiled(model, min_tokens_ratio=RATIO, compiler="inductor")
@@ -41,7 +41,7 @@ def test_evaluation_is_untouched_inductor(training: bool, grad: bool) -> None:
 
 
 def test_train_eval_train() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, batch)
     step = metrics(model)["step"]
@@ -77,7 +77,7 @@ def test_a_model_that_does_not_read_its_mode(first: bool) -> None:
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.decoder = models.Decoder()
+        self.decoder = models.Decoder(layers=1)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.decoder(ids)[:, :-1].reshape(-1, VOCAB), ids[:, 1:].reshape(-1))
@@ -85,7 +85,7 @@ class Model(torch.nn.Module):
 
 def test_training_without_labels() -> None:
     """Logits for a loss outside of the compiled region: the dense model, and its gradient."""
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     logits = model(batch["input_ids"]).logits
     assert logits.shape == (2, SEQ, VOCAB)
@@ -107,26 +107,26 @@ def test_generate() -> None:
 
 
 def test_state_dict_is_the_models_own() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     keys = list(model.state_dict())
     compiled(model, min_tokens_ratio=RATIO)
     assert list(model.state_dict()) == keys
     model(**batch).loss.backward()
     assert list(model.state_dict()) == keys
-    assert {n for n, _ in model.named_buffers()} == {n for n, _ in small(num_hidden_layers=1).named_buffers()}
-    small(num_hidden_layers=1).load_state_dict(model.state_dict())
+    assert {n for n, _ in model.named_buffers()} == {n for n, _ in PlainLM().named_buffers()}
+    PlainLM().load_state_dict(model.state_dict())
 
 
 def test_torch_compile_wrapper() -> None:
     """torch.compile(model) instead of model.compile(): the runtime is found from either object."""
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     wrapped = compiled(model, in_place=False, min_tokens_ratio=RATIO)
     got = backward(model, wrapped(**batch).loss)
     assert_same(got, hf_reference(model, batch, picks(wrapped)))
 
 
 def test_two_models_have_two_runtimes() -> None:
-    first, second, batch = small(num_hidden_layers=1), small("gpt2", n_layer=1), make_batch()
+    first, second, batch = PlainLM(), small(num_hidden_layers=1), make_batch()
     compiled(first, min_tokens_ratio=RATIO)
     compiled(second, min_tokens_ratio=0.5)
     first(**batch).loss.backward()

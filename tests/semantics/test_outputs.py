@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HIDDEN, SEQ, VOCAB, compiled, make_batch, slow_but
+from models import HIDDEN, SEQ, VOCAB, PlainLM, compiled, make_batch, slow_but
 from reference import (
     Run,
     assert_same,
@@ -37,7 +37,7 @@ def test_logits_drop(return_dict: bool) -> None:
 
 
 def test_logits_detach() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO, logits="detach")
     output = model(**batch)
     assert not output.logits.requires_grad
@@ -80,7 +80,7 @@ def test_graph_break_of_transformers_own_is_never_wrong() -> None:
 
 def test_figures_beside_the_loss() -> None:
     """Accuracy and perplexity computed from the same logits, without gradient, are the dense model's or say so."""
-    model, batch = models.Decoder(), make_batch()
+    model, batch = models.Decoder(layers=1), make_batch()
     args = batch["input_ids"], batch["labels"]
 
     def step(ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +100,7 @@ def test_figures_beside_the_loss() -> None:
 
 def test_second_differentiable_output_keeps_its_gradient() -> None:
     """The step returns a loss and a penalty; the caller adds them after the compiled region."""
-    model, batch = models.Decoder(), make_batch()
+    model, batch = models.Decoder(layers=1), make_batch()
     args = batch["input_ids"], batch["labels"]
 
     def penalty() -> Tensor:

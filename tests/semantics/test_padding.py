@@ -25,7 +25,7 @@ from training import RATIO, check_against_reference, metrics, padded, selected, 
     ],
 )
 def test_padding(side: str, padding: str, kv_gradient: str) -> None:
-    model, batch = small(), padded(side)
+    model, batch = small(num_hidden_layers=1), padded(side)
     compiled(model, min_tokens_ratio=RATIO, padding=padding, kv_gradient=kv_gradient)
     for _ in range(2):
         check_against_reference(model, batch, kv_gradient=kv_gradient)
@@ -38,7 +38,7 @@ def test_padding(side: str, padding: str, kv_gradient: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "llama-eager"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_padding_in_other_families(side: str, name: str) -> None:
-    model, batch = family(name), padded(side)
+    model, batch = family(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1}), padded(side)
     compiled(model, min_tokens_ratio=RATIO)
     check_against_reference(model, batch)
 

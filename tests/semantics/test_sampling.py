@@ -9,11 +9,11 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, compiled, make_batch, slow_but
+from models import SEQ, PlainLM, compiled, make_batch, slow_but
 from ops.test_inclusion import expected
 from reference import assert_same, backward, candidates, dense, difficulty, eager_call, hf_reference, reference, shift
 from torch import Tensor
-from training import RATIO, SLOTS, check_against_reference, complaints, metrics, padded, picks, small
+from training import RATIO, SLOTS, check_against_reference, complaints, metrics, picks
 
 import cggr_compile
 
@@ -29,9 +29,9 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def uneven() -> dict[str, Tensor]:
-    """Three sequences with few, many and no labels; the first is padded on the right."""
-    batch = padded("right", size=3)
-    batch["labels"][0, :6] = -100
+    """Three sequences with few, many and no labels."""
+    batch = make_batch(3)
+    batch["labels"][0, :6], batch["labels"][0, -6:] = -100, -100
     batch["labels"][2] = -100
     return batch
 
@@ -47,7 +47,7 @@ ONE_OF_EACH = ["importance", "importance-batch", "stratified", "labels", "sequen
 
 @pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, CHOICES))
 def test_equals_the_weighted_reference(name: str) -> None:
-    model, batch = small(num_hidden_layers=1), uneven()
+    model, batch = PlainLM(), uneven()
     compiled(model, min_tokens_ratio=RATIO, router_layers="full", router_precision="model", **CHOICES[name])
     check_against_reference(model, batch)
     chosen, target = picks(model), shift(batch["labels"])
@@ -55,7 +55,7 @@ def test_equals_the_weighted_reference(name: str) -> None:
     mask = by_position(chosen) > 0
     assert mask.sum() == (chosen.rows >= 0).sum() and not (mask & ~valid).any()
     with torch.no_grad():
-        logits = eager_call(model, batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = eager_call(model, batch["input_ids"]).logits
     scores = difficulty(logits, target, "combined").float()
     weights = by_position(chosen)
     if name == "importance":
@@ -80,7 +80,7 @@ def test_equals_the_weighted_reference(name: str) -> None:
 @pytest.mark.parametrize("name", ["importance", "importance-batch", "labels", "stratified"])
 def test_the_loss_is_unbiased(name: str) -> None:
     """The mean over many selections is the loss over all labels; that of the hardest tokens is not."""
-    model, batch = small(num_hidden_layers=1), uneven()
+    model, batch = PlainLM(), uneven()
     want = float(eager_call(model, **batch).loss.detach())
     rounds = 300
 
@@ -99,7 +99,7 @@ def test_the_loss_is_unbiased(name: str) -> None:
 
 def test_all_labels_are_the_dense_loss() -> None:
     """As many slots as positions: prompt-masked fine-tuning, exactly."""
-    model, batch = small(num_hidden_layers=1), uneven()
+    model, batch = PlainLM(), uneven()
     compiled(model, selection="labels", max_selected=1.0, gradient="exact")
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
     assert torch.equal(by_position(picks(model)) == 1, candidates(shift(batch["labels"])))
@@ -107,7 +107,7 @@ def test_all_labels_are_the_dense_loss() -> None:
 
 
 def test_overflow_is_counted_over_all_steps() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, selection="labels", max_selected=12, scoring="random")
     overflow = int(((shift(batch["labels"]) != -100).sum(1) - 12).clamp(0).sum())
     assert overflow > 0
@@ -118,14 +118,14 @@ def test_overflow_is_counted_over_all_steps() -> None:
 
 def test_num_items_in_batch() -> None:
     """Divided by the user's count, not by the number of labels."""
-    model, batch = small(num_hidden_layers=1), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
+    model, batch = PlainLM(), {**make_batch(), "num_items_in_batch": torch.tensor(77)}
     compiled(model, min_tokens_ratio=RATIO, scope="batch")
     check_against_reference(model, batch)
 
 
 @pytest.mark.parametrize("name", slow_but(["importance", "labels"], CHOICES))
 def test_ratio_one_is_the_unmodified_model(name: str) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=1.0, **CHOICES[name])
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
 
@@ -135,7 +135,7 @@ ONE_TOKEN = ["importance", "importance-batch", "stratified", "sequence_aware"]
 
 @pytest.mark.parametrize("name", slow_but(["importance-batch", "stratified"], ONE_TOKEN))
 def test_one_token(name: str) -> None:
-    model, batch = small(num_hidden_layers=1), make_batch(1, 2, ignored=False)
+    model, batch = PlainLM(), make_batch(1, 2, ignored=False)
     compiled(model, min_tokens_ratio=RATIO, **CHOICES[name])
     got = backward(model, model(**batch).loss)
     assert_same(got, hf_reference(model, batch, picks(model)), tolerance=1e-4)
@@ -143,7 +143,7 @@ def test_one_token(name: str) -> None:
 
 
 def test_same_tokens_at_the_same_step() -> None:
-    model, batch = small(num_hidden_layers=1), make_batch()
+    model, batch = PlainLM(), make_batch()
     compiled(model, min_tokens_ratio=RATIO)
     runtime = cggr_compile.runtime(model)
     model(**batch)
@@ -162,8 +162,7 @@ SYMBOLIC = ["importance-batch", "labels", "sequence_aware"]
 
 @pytest.mark.parametrize("name", slow_but(["importance-batch", "labels"], SYMBOLIC))
 def test_sizes_that_stay_symbolic(name: str) -> None:
-    model = models.Decoder()
-    model.blocks = model.blocks[:1]
+    model = models.Decoder(layers=1)
     run = compiled(lambda ids, labels: F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()), **CHOICES[name])
     for length in (16, 24, 8):
         ids, labels = make_batch(2, length).values()
@@ -177,7 +176,7 @@ def test_sizes_that_stay_symbolic(name: str) -> None:
 
 def test_a_biased_selection_is_told_once() -> None:
     with complaints() as said:
-        model = small(num_hidden_layers=1)
+        model = PlainLM()
         compiled(model, selection="topk")
         for length in (16, 24):
             model(**make_batch(2, length))
