@@ -19,8 +19,9 @@ def dense_layers(report: GraphReport, options: Options, blocks: Sequence[Block],
     and is left to ``explain``. A place that is not known counts as a layer.
 
     Args:
-        dense: indices of blocks that are dense because of an output (``classify_outputs``), which another warning
-            says. Sums of gradients have no place: where there are such blocks they are taken for that output's.
+        dense: indices of blocks that are dense because of an output (``classify_outputs``), of which another
+            warning tells. Sums of gradients have no place: where there are such blocks, they are taken for that
+            output's.
     """
     told = [block for i, block in enumerate(blocks) if i in dense]
     blocks = [block for i, block in enumerate(blocks) if i not in dense]

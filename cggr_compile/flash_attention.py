@@ -39,7 +39,7 @@ def load_model_with_flash_attention(name_or_path: str, backend: str = "auto", **
 def enable_flash_attention(model: nn.Module, backend: str = "auto") -> nn.Module:
     """Sets how a transformers model computes attention; a line in the log says what was taken and why not another.
 
-    Nothing outside the model is touched, its parameters neither. FlashAttention-2 is arXiv 2307.08691; PyTorch's
+    Nothing outside the model is touched, nor are its parameters. FlashAttention-2 is arXiv 2307.08691; PyTorch's
     own kernels (``sdpa``) include it on CUDA.
 
     Args:

@@ -65,7 +65,7 @@ class GradientProbe:
         Random numbers are drawn from the generators as they are now, so two runs draw the same.
 
         Args:
-            args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
+            args: the compiled graph's arguments without the last one. state: int64 [2], that last one.
         """
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)

@@ -50,7 +50,7 @@ class Overflow:
         self._readback = Readback()
 
     def add(self, stats: Tensor, labels: bool) -> list[Notice]:
-        """Count the figures (``cggr::stats``) of a step; what is known to have overflown.
+        """Count the figures (``cggr::stats``) of a step; returns what is known to have overflowed.
 
         ``labels``: whether its selection takes every label. Stays on the device. What is told was counted some steps
         ago.

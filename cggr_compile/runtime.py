@@ -91,9 +91,8 @@ class Runtime:
         slot in any step so far (None without such); matched; fallback_reason (None if matched); verify_steps,
         verify_max_error, verify_worst: steps that the option ``verify`` has compared, the largest error (None before
         the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
-        None; stale_steps:
-        training steps since these figures were taken, which ran without the backend because Dynamo has given up on the
-        model's code (0 as long as it has not). Counted are steps of a torch.optim.Optimizer.
+        None; stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
+        has given up on the model's code (0 as long as it has not). Steps of a torch.optim.Optimizer are counted.
         """
         report = self._last
         values: dict[str, Any] = dict.fromkeys(STAT_NAMES)

@@ -14,8 +14,9 @@ from typing import Any
 class ScopedPatch:
     """``with patch():`` the calls of ``module.name`` from this context become ``replacement(original, ...)``.
 
-    The attribute is exchanged while anybody is inside, since nothing else can intercept such a call; but it asks who
-    calls. Other threads get the original. Blocks may overlap in time and nest: the last one to end restores it.
+    While anybody is inside, the attribute is exchanged, since nothing else can intercept such a call. What stands there
+    looks who calls: other threads get the original. Blocks may overlap in time and nest: the last one to end restores
+    the attribute.
     """
 
     def __init__(self, module: ModuleType, name: str, replacement: Callable[..., Any]) -> None:

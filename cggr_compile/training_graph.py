@@ -24,7 +24,7 @@ def is_training(gm: GraphModule, inputs: Sequence[Any]) -> tuple[bool, tuple[Cau
     """
     trained = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
     if not torch.is_grad_enabled() or not any(t.dim() or isinstance(t, Parameter) for t in trained):
-        return False, None  # numbers that are no parameters: what is done with a loss
+        return False, None  # what requires grad is a number and no parameter: a loss that another graph has computed
     results = (fake_value(node) for node in gm.graph.output_node().all_input_nodes)
     if not any(isinstance(t, Tensor) and t.requires_grad for t in results):
         return False, None  # an optimizer's update, say

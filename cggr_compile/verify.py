@@ -41,7 +41,7 @@ class Verifier:
     relative error, unless rounding alone moves it further than the tolerance. ``rounding`` is measured on the same
     step. A backward pass is linear, so the dense one, started from 1.3 times the loss gradient and divided by 1.3,
     gives the same gradient with every rounding different. Like the error itself this grows with the depth of the
-    model and the coarseness of its arithmetic, and a gradient that is zero but for rounding raises no alarm.
+    model and the coarseness of its arithmetic, and a gradient that is zero apart from rounding raises no alarm.
 
     ``tolerance`` is 1e-5, or twice the machine epsilon of the coarsest floating-point type that gradients pass
     through (the router may compute in a coarser one), or that float32 products are computed in (TF32). What the graph
@@ -127,7 +127,7 @@ class Verifier:
         """The largest error and the name of its tensor; or, as one string, why this step cannot be compared.
 
         Args:
-            args: the compiled graph's arguments but for the last one. state: int64 [2], that last one.
+            args: the compiled graph's arguments without the last one. state: int64 [2], that last one.
             ours: what the row-sparse form gave.
         """
         dense = self.probe.run(self.dense, args, state)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One way on which a trained input takes part.
+    """One way in which a trained input takes part.
 
     Attributes:
         region: the positions that it acts at, or more than these.
@@ -50,7 +50,7 @@ class Reach:
 
     Attributes:
         parts: of every input that requires grad, in the graph's order.
-        tokens: where rows of a table stand that ids of each sequence name: the text.
+        tokens: where rows of a table stand that the ids of each sequence choose: the text.
     """
 
     parts: dict[Node, list[Part]] = field(default_factory=lambda: defaultdict(list))

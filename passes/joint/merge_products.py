@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten._unsafe_view.default)
-# Columns of a product that fill a device by themselves: nothing is won by merging wider ones, and the elementwise
+# Columns of a product that fill a device by themselves: merging wider ones gains nothing, and the elementwise
 # kernels in front of them (a gated activation has two outputs) would have to be written into one buffer.
 MAX_MERGED_COLUMNS = 1024
 # Multiplications of a weight gradient up to which it takes hardly longer than a launch: 2 us on an H100.

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 CAST = torch.ops.prims.convert_element_type.default
 # Bytes of what is kept to be summed together. It would be summed at once otherwise, so the peak rises by as much.
 MAX_BUFFERED_BYTES = 2**24
-# So many must fit: by fewer the launches saved do not count beside the time of sums that large.
+# At least this many must fit: with fewer, the launches saved do not count beside the time of sums that large.
 MIN_GROUP = 4
 
 
@@ -53,7 +53,7 @@ class MergeSums(JointPass):
         y = cggr.concat_in_place([cggr.materialize(y1), ...], 0)
         dw1, dw2, dw3 = sum(y, rows)
 
-    The sums are the same but for the order of their additions. Few rows leave most of a device idle, and each sum is
+    The sums are the same apart from the order of their additions. Few rows leave most of a device idle, and each sum is
     two launches: one for parts of the rows, one for the parts' sums.
     """
 

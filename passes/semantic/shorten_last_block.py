@@ -28,8 +28,8 @@ class ShortenLastBlock(SemanticPass):
         y = b + o_proj(a); h = y + mlp(norm(y))
 
     Without the logits nothing else reads the last block's output: its output projection and MLP, which work on every
-    position by itself, run on those rows only. Keys, values and the attention itself stay whole. The same numbers, but
-    for the rounding of products of another size.
+    position by itself, run on those rows only. Keys, values and the attention itself stay whole. The numbers are
+    the same, apart from the rounding of products of another size.
     """
 
     name = "shorten_last_block"

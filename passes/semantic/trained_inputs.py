@@ -35,17 +35,17 @@ class Concern:
 
 
 class TrainedInputs(SemanticPass):
-    """Resolves ``gradient="auto"``: no trained input may get no gradient because its positions are not selected.
+    """Resolves ``gradient="auto"``: a trained input must not lose its gradient because its positions are not selected.
 
-    A soft prompt in front of the tokens, for one::
+    A soft prompt in front of the tokens is an example::
 
         x = cat([prompt.expand(B, -1, -1), embedding(ids)], 1)         # positions 0 to P - 1 have no label
 
-    gets exactly zero under ``routed``, which gives the residual stream of unselected positions no gradient; densely it
-    does not. So does a projector whose features are put where an image token stands, a marker added at some positions,
-    or ``inputs_embeds`` that a caller differentiates. The positions of such inputs become gradient rows beside those
-    that the loss selects (``ExtraRows``), if they are known and no more than half of the sequence. Else ``auto``
-    becomes ``exact``, with a warning, and ``routed`` stays, with a warning.
+    Its gradient is exactly zero under ``routed``, which gives the residual stream of unselected positions no gradient;
+    in dense training it is not. The same holds for a projector whose features are put where an image token stands, a
+    marker added at some positions, or ``inputs_embeds`` that a caller differentiates. The positions of such inputs
+    become gradient rows beside those that the loss selects (``ExtraRows``), if they are known and no more than half of
+    the sequence. Else ``auto`` becomes ``exact``, with a warning, and ``routed`` stays, with a warning.
 
     What every position shares is left alone, whichever are selected: the table of the tokens, learned positions, a
     norm, an adapter. So is what acts at positions with as many labels as others, in the first batch.
