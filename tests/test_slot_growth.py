@@ -55,7 +55,7 @@ def test_without_rows_that_carry_no_loss():
 @pytest.mark.parametrize("options", [{"context": 0}, {"gradient": "exact"}], ids=str)
 def test_a_model_without_context_grows(monkeypatch, options):
     monkeypatch.setattr("cggr_compile.slot_growth.STEPS", 2)
-    model = models.compiled(small(), **options)
+    model = models.compiled(models.PlainLM(), **options)
     for seed in range(6):
         model(**batch(3 if seed < 2 else 12, seed)).loss.backward()
     assert picks(model).rows.shape[1] > 3
