@@ -18,10 +18,6 @@ class Cause(enum.Enum):
     )
 
     # The graph is a piece of the training step.
-    DDP_PIECE = (
-        "DistributedDataParallel makes Dynamo cut the graph at its gradient buckets, and a part of a model is not "
-        "rewritten: set torch._dynamo.config.optimize_ddp = False before the first step"
-    )
     FSDP_BLOCKS = (
         "FSDP wraps {count} modules inside of the model, and its hooks cut the graph at each: wrap the root only "
         "(fully_shard(model) without fully_shard of its blocks), and compile the root"
@@ -126,7 +122,6 @@ class Cause(enum.Enum):
 # What is said of one piece holds for all of them: it is said once a process.
 PIECES = frozenset(
     {
-        Cause.DDP_PIECE,
         Cause.FSDP_BLOCKS,
         Cause.ONE_BLOCK,
         Cause.GRAPH_BREAK,

@@ -17,6 +17,7 @@ from cggr_compile.causes import Cause
 from cggr_compile.compiled_step import CompiledStep
 from cggr_compile.compiled_variant import CompiledVariant, nothing_to_verify
 from cggr_compile.configuration import Configuration
+from cggr_compile.data_parallel import hand_back
 from cggr_compile.diagnose import at_compiled_call, find_cause
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.options import Options
@@ -45,6 +46,7 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
         runtime.notify(configuration.notice)
     training, refusal = is_training(gm, inputs)
     ratios = rungs(options) if training else (1.0,)
+    every: dict[Key, GraphVariant] = {}
 
     def variant_at(ratio: float, growth: int = 0) -> GraphVariant:
         report = GraphReport(
@@ -60,12 +62,16 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
         variant = GraphVariant.of(
             gm, inputs, configuration, ratio, report, rewritable=rewritable, scheduled=scheduled, growth=growth
         )
+        if training and not every and not variant.selective:  # where the first cannot be rewritten, none can
+            if refusal is None and (found := find_cause(gm.graph, report.cause)) is not None:
+                report.refuse(*found)
+            hand_back(report.cause, report.reason)
         resolver.begin(report, options)
         return variant
 
     smallest = variant_at(ratios[-1])  # where that cannot be done, nothing below 1.0 can
-    _tell(gm, inputs, smallest, runtime)
-    every = {(ratios[-1], 0): smallest}
+    _tell(inputs, smallest, runtime)
+    every[ratios[-1], 0] = smallest
     if smallest.selective:
         every |= {(ratio, 0): variant_at(ratio) for ratio in ratios[:-1]}
         grown = range(1, smallest.doublings + 1)
@@ -75,7 +81,7 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     return CompiledStep(options, resolver, variants)
 
 
-def _tell(gm: GraphModule, inputs: Sequence[Any], variant: GraphVariant, runtime: Runtime) -> None:
+def _tell(inputs: Sequence[Any], variant: GraphVariant, runtime: Runtime) -> None:
     """Say what came of the rewriting, and watch for Dynamo giving up."""
     report, options = variant.report, variant.configuration.options
     if variant.selective:
@@ -87,8 +93,6 @@ def _tell(gm: GraphModule, inputs: Sequence[Any], variant: GraphVariant, runtime
         trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         recompile_limit.watch(partial(_given_up, weakref.ref(runtime), trained, options))
     if variant.training and not variant.selective:
-        if (found := find_cause(gm.graph, report.cause)) is not None:
-            report.refuse(*found)
         if not variant.ctx.dense:
             runtime.fall_back(report)
         if options.verify:

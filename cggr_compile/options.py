@@ -89,6 +89,8 @@ class Options:
             attention (checked on the device at every step); ``any`` makes no promise; ``auto`` decides from the first
             batch.
         seed: seed of the random selection.
+        seed_per_rank: whether every process of ``torch.distributed`` draws positions of its own, so that together they
+            draw more of them; False: position for position the same on all.
         advance: ``auto`` counts a step at every training forward, ``manual`` only at ``runtime.step()``.
         warmup_steps: steps over which the ratio falls linearly from 1.0 to ``min_tokens_ratio`` (curriculum).
         ladder: the ratios that a schedule moves on, each in (0, 1]; the wanted one is rounded up to the next of them.
@@ -136,6 +138,7 @@ class Options:
     cross_entropy: Literal["logits", "fused"] = "logits"
     padding: Literal["auto", "right", "any"] = "auto"
     seed: int = 0
+    seed_per_rank: bool = True
     advance: Literal["auto", "manual"] = "auto"
     warmup_steps: int = 0
     ladder: Sequence[float] | None = None
@@ -319,7 +322,7 @@ class Options:
 
     def digest(self) -> str:
         """Hash of everything that can change the compiled graph."""
-        same_graph = {"dump_dir", "fallback", "advance", "seed", "verify", *_SCHEDULE}
+        same_graph = {"dump_dir", "fallback", "advance", "seed", "seed_per_rank", "verify", *_SCHEDULE}
         fields = {k: v for k, v in self.as_dict().items() if k not in same_graph}
         # a graph calls a formula by its name
         formula = self.scoring if callable(self.scoring) else SCORINGS[self.scoring].formula

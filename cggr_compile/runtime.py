@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cggr_compile import recompile_limit
 from cggr_compile.causes import PIECES, Cause
+from cggr_compile.data_parallel import seed_of_rank
 from cggr_compile.ops.metrics import GRADIENT, STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.overflow import Overflow
@@ -167,7 +168,8 @@ class Runtime:
 
     def begin(self, report: GraphReport, options: Options) -> None:
         """A graph of this model has been compiled."""
-        if options.seed != self.options.seed and self._seed is None:
+        other_seed = options.seed != self.options.seed and self._seed is None
+        if other_seed or options.seed_per_rank != self.options.seed_per_rank:
             self._device_state = None
         self.options = options
         self.reports.append(report)
@@ -181,7 +183,8 @@ class Runtime:
     def state(self, device: torch.device) -> Tensor:
         """(seed, step) of the next training forward, as a fresh int64 [2] on ``device``."""
         if self._device_state is None or self._device_state.device != device:
-            self._device_state = torch.tensor([self.seed, self._step], dtype=torch.int64, device=device)
+            seed = seed_of_rank(self.seed) if self.options.seed_per_rank else self.seed
+            self._device_state = torch.tensor([seed, self._step], dtype=torch.int64, device=device)
         # a copy: the compiled graph may keep its input for the backward pass
         return self._device_state.clone()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import Parameter
 
 from cggr_compile import compat
 from cggr_compile.causes import Cause
+from cggr_compile.data_parallel import ask_for_the_whole_graph
 from cggr_compile.passes.nodes import fake_value
 
 
@@ -37,8 +37,7 @@ def is_training(gm: GraphModule, inputs: Sequence[Any]) -> tuple[bool, tuple[Cau
     training = not modules or any(m.training for m in modules)
     for path in _deciding(paths, scopes):
         compat.guard_mode(path)
-    piece = compat.in_ddp_piece(sys._getframe())  # it may look whole
-    return training, (Cause.DDP_PIECE, Cause.DDP_PIECE.says()) if training and piece else None
+    return training, ask_for_the_whole_graph() if training else None
 
 
 def _deciding(paths: set[str], scopes: dict[str, dict[str, Any]]) -> set[str]:

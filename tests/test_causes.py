@@ -16,7 +16,7 @@ from training import complaints, metrics, padded
 
 import cggr_compile
 from cggr_compile.causes import PIECES, Cause
-from cggr_compile.passes.base import PassResult, SemanticPass
+from cggr_compile.passes.base import PassResult, SemanticPass, refused
 from cggr_compile.pipeline import PASSES
 
 IDS = make_batch()["input_ids"]
@@ -177,7 +177,7 @@ def process_group(tmp_path_factory):
     [("everywhere", True), ("behind the embedding", False), pytest.param("everywhere", False, marks=pytest.mark.slow)],
 )
 def test_data_parallel(process_group, monkeypatch, cut, in_place):
-    """No piece is rewritten, not even one of all blocks and the loss, whether the model is compiled before or after."""
+    """The whole graph is asked for; where that is not rewritten its pieces say why, one that looks whole as well."""
     from torch.nn.parallel import DistributedDataParallel
 
     model = models.SlicedLoss(tied=False, fused=False)
@@ -187,11 +187,13 @@ def test_data_parallel(process_group, monkeypatch, cut, in_place):
     inner = compiled(model, fallback="warn") if in_place else model
     wrapped = DistributedDataParallel(inner, bucket_cap_mb=size / 2**20)
     step = wrapped if in_place else compiled(wrapped, in_place=False, fallback="warn")
-    assert "optimize_ddp" in told_once(Cause.DDP_PIECE, lambda: step(IDS, LABELS).backward())
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(optimize_ddp=False):
-        matches(lambda: step(IDS, LABELS).backward())
+    matches(lambda: step(IDS, LABELS).backward())
     assert metrics(model)["matched"]
+    torch._dynamo.reset()
+    with monkeypatch.context() as patched:
+        refusal = refused(Cause.UNSUPPORTED_STACK, what="it")
+        patched.setattr("cggr_compile.pipeline.FindStack.__call__", lambda *_: refusal)
+        assert "unsupported model: it" in told_once(Cause.UNSUPPORTED_STACK, lambda: step(IDS, LABELS).backward())
 
 
 def test_data_parallel_in_one_bucket(process_group):

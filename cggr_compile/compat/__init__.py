@@ -21,6 +21,7 @@
 | ``templates.py`` | what Inductor's autotuner chooses between |
 | ``launches.py`` | launches of Triton kernels from a lowering |
 | ``cuda_graphs.py`` | CUDA graphs, Inductor's and our own |
+| ``ddp.py`` | how DistributedDataParallel cuts what Dynamo captures |
 | ``devices.py`` | what the processor, the compiler and the accelerator can do |
 | ``trace_log.py`` | PyTorch's structured trace log |
 
@@ -41,6 +42,7 @@ from cggr_compile.compat.cuda_graphs import (
     reset_cuda_graphs,
     same_addresses,
 )
+from cggr_compile.compat.ddp import ddp_cut
 from cggr_compile.compat.devices import (
     TORCH_VERSION,
     cpp_compiler,
@@ -56,7 +58,6 @@ from cggr_compile.compat.frames import (
     captured_code,
     compilation,
     frame_scopes,
-    in_ddp_piece,
     is_compiled_call,
     recompilations_left,
 )

@@ -90,15 +90,6 @@ def below_dynamo(frame: FrameType | None) -> FrameType | None:
     return None if found is None else found.f_back
 
 
-def in_ddp_piece(frame: FrameType | None) -> bool:
-    """Whether a backend, called from ``frame``, gets a part of a graph that Dynamo cut for DistributedDataParallel."""
-    while frame is not None:
-        if frame.f_code.co_name == "compile_submod" and frame.f_code.co_filename.endswith("distributed.py"):
-            return True
-        frame = frame.f_back
-    return False
-
-
 def translator() -> Any:
     """Dynamo's translator of the frame that it is compiling; None outside a capture."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
