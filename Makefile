@@ -3,7 +3,7 @@ VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The release the tests ran with. Any other: make demo TORCH='torch>=2.11'
 TORCH  ?= torch==2.13.0
-# Options of the demo: make demo ARGS='--steps 50 --model-size small'
+# Options of the demo: make demo ARGS='--steps 80 --model-size small', or ARGS='--from-scratch --steps 50'
 ARGS   ?=
 # ... of the fine-tuning: make finetune ARGS='--dense'
 # ... and of the benchmark: make bench ARGS='--arms fair,selective --repeats 30'
@@ -49,8 +49,8 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 
 venv: $(VENV)/.dev  ## create .venv with the package (editable) and every development tool
 
-demo: $(VENV)/.demo  ## train a small Llama on GSM8K: dense, selective and random-token control
-	$(BIN)/python examples/train_gsm8k.py $(ARGS)
+demo: $(VENV)/.demo  ## fine-tune a small Llama on answers: dense, selective, half batch, random tokens
+	$(BIN)/python examples/demo.py $(ARGS)
 
 finetune: $(VENV)/.finetune  ## fine-tune SmolLM2-135M-Instruct on GSM8K; on a CPU a few steps
 	$(BIN)/python examples/finetune_gsm8k.py $(ARGS)

@@ -15,28 +15,28 @@ _CALCULATOR = re.compile(r"<<.*?>>")
 _RESULT = re.compile(r"####\s*(-?[\d,.]*\d)")
 
 
-def write_prompts(source: Path, folder: Path, shots: int) -> tuple[Path, Path]:
+def write_prompts(source: Path, folder: Path, shots: int, solved: bool = True) -> tuple[Path, Path]:
     """Write ``train.jsonl`` and ``test.jsonl`` of {"prompt", "answer"} into ``folder``; the same ones at every call.
 
-    ``shots``: how many solved problems a prompt shows before its own.
+    ``shots``: how many problems a prompt shows before its own, ``solved`` or without their answers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = (_problems(source / name) for name in ("train.jsonl", "test.jsonl"))
+    train, test = (problems(source / name) for name in ("train.jsonl", "test.jsonl"))
     generator = torch.Generator().manual_seed(1234)
 
-    def prompts(problems: Sequence[tuple[str, str]]) -> Iterator[str]:
-        for question, answer in problems:
+    def prompts(chosen: Sequence[tuple[str, str]]) -> Iterator[str]:
+        for question, answer in chosen:
             shown = [train[i] for i in torch.randint(BANK, (shots,), generator=generator).tolist()]
-            solved = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in shown)
-            yield json.dumps({"prompt": f"{solved}Question: {question}", "answer": answer}) + "\n"
+            before = "".join(f"Question: {q}\nAnswer: {a}\n\n" if solved else f"Question: {q}\n\n" for q, a in shown)
+            yield json.dumps({"prompt": f"{before}Question: {question}", "answer": answer}) + "\n"
 
     paths = folder / "train.jsonl", folder / "test.jsonl"
-    for path, problems in zip(paths, (train[BANK:], test), strict=True):
-        path.write_text("".join(prompts(problems)), encoding="utf-8")
+    for path, chosen in zip(paths, (train[BANK:], test), strict=True):
+        path.write_text("".join(prompts(chosen)), encoding="utf-8")
     return paths
 
 
-def _problems(path: Path) -> list[tuple[str, str]]:
+def problems(path: Path) -> list[tuple[str, str]]:
     """Questions and worked answers, without the marks that are meant for a calculator."""
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line in file]

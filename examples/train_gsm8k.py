@@ -1,4 +1,4 @@
-"""Train a small Llama on GSM8K three times and compare: dense, selective (backend "cggr"), random-token control.
+"""From random weights: train a small Llama on GSM8K three times: dense, selective (backend "cggr"), random tokens.
 
 The three runs start from the same weights and see the same batches. Whatever comes out is printed, also when
 plain dense training is better or faster. Ctrl-C stops the run and reports what has been measured until then.
@@ -7,47 +7,27 @@ plain dense training is better or faster. Ctrl-C stops the run and reports what 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from batch_order import batch_order
-from comparison import RunRecord, StepTimes, report, save
+from compared_run import Run, compile_model, dense_backend, precision
+from comparison import RunRecord, report, save
 from gsm8k_data import pack, read_texts, train_tokenizer
 from interrupt import Interrupt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM
+from scratch_report import table, verdict
+from small_llama import SIZES, build_model
 
 import cggr_compile
-from cggr_compile.compat import cpp_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Size:
-    vocab: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-
-
-SIZES = {
-    "nano": Size(512, 64, 2, 2, 1),
-    "tiny": Size(2048, 128, 4, 4, 2),
-    "small": Size(4096, 256, 6, 4, 2),
-    "base": Size(8192, 512, 8, 8, 4),
-    "135m": Size(8192, 576, 30, 9, 3),
-}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -108,40 +88,6 @@ def runs(args: argparse.Namespace) -> list[tuple[str, dict[str, Any] | None]]:
     ]
 
 
-def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """A Llama with random weights: the same ones at every call with the same seed."""
-    size = SIZES[args.model_size]
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.hidden,
-        intermediate_size=size.hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        max_position_embeddings=args.seq_len,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
-
-
-def dense_backend(args: argparse.Namespace) -> str:
-    """What plain torch.compile runs on: Inductor; without a C++ compiler no code generation, as for backend "cggr"."""
-    if args.compiler == "eager" or (args.compiler == "auto" and args.device == "cpu" and cpp_compiler() is None):
-        return "aot_eager"
-    return "inductor"
-
-
-def precision(device: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
-
-
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor, args: argparse.Namespace) -> float:
     """Mean loss over all predicted tokens of ``blocks``, in evaluation mode, through the compiled model."""
@@ -154,65 +100,50 @@ def held_out_loss(model: torch.nn.Module, blocks: torch.Tensor, args: argparse.N
     return float(torch.stack(losses).mean())
 
 
-class Run:
-    """One model with its optimizer, and the record of what it did."""
+def start_memory(device: str) -> int:
+    """Bytes that the runs before have on the device; the peak is counted from here."""
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
-    def __init__(self, record: RunRecord, args: argparse.Namespace) -> None:
-        self.record, self.args = record, args
-        self.memory_before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-        self.model = build_model(args).to(args.device)
-        if record.options is None:
-            self.model.compile(backend=dense_backend(args))
-        else:
-            self.model.compile(backend="cggr", options=record.options)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
-        warmup = max(1, args.steps // 10)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
 
-    def step(self, batch: torch.Tensor, times: StepTimes) -> float:
-        device = self.args.device
-        start = now(device)
-        with precision(device):
-            loss = self.model(input_ids=batch, labels=batch).loss
-        forward = now(device)
-        loss.backward()
-        backward = now(device)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.schedule.step()
-        times.add(forward - start, backward - forward, now(device) - start)
-        return float(loss.item())
+def peak_memory_mb(device: str, before: int) -> float | None:
+    return (torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else None
 
-    def train(
-        self,
-        batches: Sequence[torch.Tensor],
-        held_out: torch.Tensor,
-        progress: Progress,
-        checkpoint: Callable[[], None],
-        interrupt: Interrupt,
-    ) -> None:
-        """Train on ``batches``; call ``checkpoint`` after every evaluation. Selective runs: keep their metrics."""
-        record, args, steps = self.record, self.args, len(batches)
-        sample = held_out[: max(1, args.eval_blocks // args.batch_size) * args.batch_size]
-        evaluate_at = {round(steps * i / args.evals) for i in range(args.evals + 1)}
-        task = progress.add_task(record.name, total=steps, note="compiling")
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(steps + 1):
-            interrupt.check()
-            if step in evaluate_at:
-                record.held_out.append((step, held_out_loss(self.model, sample, args)))
-                if record.options is not None and step > 0:
-                    record.metrics = cggr_compile.runtime(self.model).metrics()
-                checkpoint()
-            if step < steps:
-                record.train_loss.append(self.step(batches[step], record.training))
-            progress.update(task, completed=len(record.train_loss), note=_note(record))
-        if args.device == "cuda":
-            record.peak_memory_mb = (torch.cuda.max_memory_allocated() - self.memory_before) / 2**20
-        record.final = held_out_loss(self.model, held_out, args)
-        checkpoint()
+
+def make_run(record: RunRecord, args: argparse.Namespace) -> Run:
+    model = build_model(SIZES[args.model_size], args.seq_len, args.seed).to(args.device)
+    compile_model(model, record.options, dense_backend(args.compiler, args.device))
+    return Run(record, model, args.lr, warmup=args.steps // 10, device=args.device)
+
+
+def train(
+    run: Run,
+    batches: Sequence[torch.Tensor],
+    held_out: torch.Tensor,
+    args: argparse.Namespace,
+    progress: Progress,
+    checkpoint: Callable[[], None],
+    interrupt: Interrupt,
+) -> None:
+    """Train on ``batches``; call ``checkpoint`` after every evaluation. Selective runs: keep their metrics."""
+    record, steps = run.record, len(batches)
+    sample = held_out[: max(1, args.eval_blocks // args.batch_size) * args.batch_size]
+    evaluate_at = {round(steps * i / args.evals) for i in range(args.evals + 1)}
+    task = progress.add_task(record.name, total=steps, note="compiling")
+    for step in range(steps + 1):
+        interrupt.check()
+        if step in evaluate_at:
+            record.held_out.append((step, held_out_loss(run.model, sample, args)))
+            if record.options is not None and step > 0:
+                record.metrics = cggr_compile.runtime(run.model).metrics()
+            checkpoint()
+        if step < steps:
+            record.train_loss.append(run.step((batches[step], batches[step]), record.training))
+        progress.update(task, completed=len(record.train_loss), note=_note(record))
+    record.final = held_out_loss(run.model, held_out, args)
+    checkpoint()
 
 
 def time_in_turns(
@@ -223,7 +154,7 @@ def time_in_turns(
     for batch in batches:
         for run in trained:
             interrupt.check()
-            run.step(batch, run.record.alternating)
+            run.step((batch, batch), run.record.alternating)
         progress.advance(task)
 
 
@@ -246,8 +177,12 @@ def main(argv: list[str] | None = None) -> int:
         "transformers": transformers.__version__,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "python": platform.python_version(),
-        "dense_backend": dense_backend(args),
+        "dense_backend": dense_backend(args.compiler, args.device),
     }
+
+    def checkpoint() -> None:
+        save(records, setup, verdict(records), args.out / "results.json")
+
     columns = (TextColumn("{task.description:>15}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         console.print(f"Reading {args.data} and training a tokenizer of {size.vocab} tokens", highlight=False)
@@ -260,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         held_out = held_out[: max(1, len(held_out) // args.batch_size) * args.batch_size].to(args.device)
         order = batch_order(len(blocks), args.batch_size, args.steps + args.timed_steps, args.seed)
         batches = [blocks[numbers] for numbers in order]
-        parameters = sum(p.numel() for p in build_model(args).parameters())
+        parameters = sum(p.numel() for p in build_model(size, args.seq_len, args.seed).parameters())
         console.print(
             f"{parameters / 1e6:.1f} M parameters, {len(blocks)} blocks of {args.seq_len} tokens, "
             f"{len(held_out)} held-out blocks, {args.batch_size} blocks a step, {setup['device']}, "
@@ -273,20 +208,16 @@ def main(argv: list[str] | None = None) -> int:
         ):
             for name, options in runs(args):
                 records.append(RunRecord(name, options))
-                trained.append(Run(records[-1], args))
-                trained[-1].train(
-                    batches[: args.steps],
-                    held_out,
-                    progress,
-                    lambda: save(records, setup, args.out / "results.json"),
-                    interrupt,
-                )
+                before = start_memory(args.device)
+                trained.append(make_run(records[-1], args))
+                train(trained[-1], batches[: args.steps], held_out, args, progress, checkpoint, interrupt)
+                records[-1].peak_memory_mb = peak_memory_mb(args.device, before)
             time_in_turns(trained, batches[args.steps :], progress, interrupt)
     except KeyboardInterrupt:
         setup["interrupted"] = True
         console.print("\nInterrupted: this is what has been measured so far.")
     if records:
-        report(records, setup, args.out, console)
+        report(records, setup, table(records), verdict(records), args.out, console)
     if len(records) > 1 and args.selection in ("random", "labels"):
         console.print(
             "- Both selective runs select at random here, with different seeds: their difference in loss is noise, "
