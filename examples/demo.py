@@ -1,9 +1,10 @@
 """``make demo``: what backend "cggr" gains where only answers have a loss, on two CPU cores within four minutes.
 
-A small Llama is first trained on the text of GSM8K, all of it and densely. From there four runs fine-tune it on answers
-behind solved problems: dense; with the one line and its defaults; dense with half of the batch; and a control with as
-many tokens at random. They take turns step by step, so that what else the machine does is not charged to one of them.
-Whatever comes out is printed, also where it does not pay. Ctrl-C reports what has been measured until then.
+A small Llama is first trained on the problems of GSM8K, on every token and densely. From there four runs teach it to
+write their solutions, behind prompts of several problems: dense; with the one line and its defaults; dense with half of
+the batch; and a control with as many tokens at random. They take turns step by step, so that what else the machine does
+is not charged to one of them. Whatever comes out is printed, also where it does not pay. Ctrl-C reports what has been
+measured until then.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         f"does; {FROM_SCRATCH} --help lists its arguments.",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=40, help="fine-tuning steps of the dense run")
-    add("--pretrain-steps", type=int, default=60, help="steps on the text, before")
+    add("--steps", type=int, default=36, help="fine-tuning steps of the dense run")
+    add("--pretrain-steps", type=int, default=80, help="steps before, of half batches")
     add("--model-size", choices=SIZES, default="mini")
     add("--data", type=Path, default=ROOT / "data" / "gsm8k", help="folder of train.jsonl and test.jsonl")
     add("--batch-size", type=int, default=4, help="sequences of a step, an even number")
     add("--seq-len", type=int, default=1024)
-    add("--shots", type=int, default=4, help="solved problems in front of each")
-    add("--most-labels", type=int, default=120, help="tokens of an answer; problems with longer ones are left out")
+    add("--others", type=int, default=8, help="other problems in front of the one to solve")
+    add("--most-labels", type=int, default=96, help="tokens of an answer; problems with longer ones are left out")
     add("--lr", type=float, default=1e-3, help="of the fine-tuning, constant after a warm-up of a tenth of the steps")
     add("--pretrain-lr", type=float, default=3e-3)
     add("--evals", type=int, default=3, help="evaluations of each run, up to the dense run's last step")
@@ -74,7 +75,7 @@ def make_task(args: argparse.Namespace) -> Task:
         args.out,
         vocab=SIZES[args.model_size].vocab,
         length=args.seq_len,
-        shots=args.shots,
+        others=args.others,
         most_labels=args.most_labels,
         train=MOST * args.steps * args.batch_size,
         held_out=args.eval_size,
@@ -82,10 +83,10 @@ def make_task(args: argparse.Namespace) -> Task:
 
 
 def pretrain(task: Task, args: argparse.Namespace, progress: Progress, interrupt: Interrupt) -> Run:
-    """The model that all start from: dense, all tokens of the text. Compiles what the dense run uses again."""
+    """The model that all start from, trained densely on every token. Half batches: that run uses the graph again."""
     model = build_model(SIZES[args.model_size], args.seq_len, args.seed)
     compile_model(model, None, dense_backend(args.compiler, "cpu"))
-    run = Run(RunRecord("text before"), model, args.pretrain_lr, warmup=args.pretrain_steps // 10)
+    run = Run(RunRecord("problems"), model, args.pretrain_lr, warmup=args.pretrain_steps // 10)
     bar = progress.add_task(run.record.name, total=args.pretrain_steps, note="compiling")
     for numbers in batch_order(len(task.blocks), args.batch_size // 2, args.pretrain_steps, args.seed):
         interrupt.check()
@@ -174,9 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = make_task(args)
         setup["held_out_labels"] = [example.predicted for example in task.held_out]
         parameters = sum(p.numel() for p in build_model(size, args.seq_len, args.seed).parameters())
+        say(f"{describe(task.train, args.seq_len)}. No answer has more than {args.most_labels} tokens.")
         say(
-            f"{describe(task.train, args.seq_len)}.\n{parameters / 1e6:.1f} M parameters, {args.batch_size} sequences "
-            f"a step, {setup['device']}, torch {torch.__version__} ({setup['dense_backend']}). First steps compile."
+            f"{parameters / 1e6:.1f} M parameters, {args.batch_size} sequences a step, {setup['device']}, "
+            f"torch {torch.__version__} ({setup['dense_backend']}). First steps compile."
         )
         with (
             Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress,
@@ -197,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup["seconds"] = time.perf_counter() - begin
     if records:
         report(records, setup, table(records, setup), verdict(records, setup), args.out, console)
+        say("One seed and a small model: longer runs and larger models may differ. `make finetune` trains a real one.")
         say(f"{setup['seconds']:.0f} s in all. Written to {args.out}: results.json, report.txt, loss.png.")
     return 130 if setup["interrupted"] else 0
 

@@ -1,4 +1,4 @@
-"""The demo's task: answers to GSM8K problems, each behind a few solved ones, and the text that a model knows before."""
+"""The demo's task: the solution of the last of several GSM8K problems; and the text of problems, to learn before."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Task:
     """What the demo trains on.
 
     Attributes:
-        blocks: all training problems and answers as plain text, int64 [blocks, length].
-        train: prompts with answers, of which only the answer has labels.
-        held_out: such ones of the test problems.
+        blocks: the text of all training problems, without solutions, int64 [blocks, length].
+        train: problems and the solution of the last one, which alone has labels.
+        held_out: the same of test problems.
         padding: token behind the end of a sequence.
     """
 
@@ -40,28 +40,28 @@ class Task:
 
 
 def read_task(
-    data: Path, out: Path, *, vocab: int, length: int, shots: int, most_labels: int, train: int, held_out: int
+    data: Path, out: Path, *, vocab: int, length: int, others: int, most_labels: int, train: int, held_out: int
 ) -> Task:
     """Train a tokenizer of ``vocab`` tokens on the text and write all as tokens; the same at every call.
 
     Args:
         data: folder of train.jsonl and test.jsonl. out: folder for the prompts and the tokenizer.
         length: tokens of a sequence; a longer prompt loses its beginning.
-        shots: solved problems in front of each.
+        others: problems in front of the one to solve, without solutions.
         most_labels: problems with more answer tokens than that are left out.
         train: how many prompts to train on. held_out: how many to evaluate on.
     """
-    texts = [f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in problems(data / "train.jsonl")]
-    fast = train_tokenizer(texts, vocab)
+    known = problems(data / "train.jsonl")
+    fast = train_tokenizer([f"{question}\n{answer}" for question, answer in known], vocab)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END)
     tokenizer.save_pretrained(out / "tokenizer")
-    files = write_prompts(data, out / "prompts", shots, solved=False)
+    files = write_prompts(data, out / "prompts", others, solved=False)
     prompts, test_prompts = (
         list(islice(_short(file, tokenizer, length, most_labels), count))
         for file, count in zip(files, (train, held_out), strict=True)
     )
-    known = [f"Question: {question}\n\n" for question, _ in problems(data / "train.jsonl")]
-    return Task(pack(known, fast, length), prompts, test_prompts, padding=tokenizer.eos_token_id)
+    blocks = pack([f"Question: {question}\n\n" for question, _ in known], fast, length)
+    return Task(blocks, prompts, test_prompts, padding=tokenizer.eos_token_id)
 
 
 def _short(file: Path, tokenizer: PreTrainedTokenizerFast, length: int, most_labels: int) -> Iterator[Example]:

@@ -22,7 +22,7 @@ from demo_report import difference, table, verdict
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["dense", "cggr", "dense, half batch", "random tokens"]
 TINY = [
-    *("--model-size=nano", "--compiler=eager", "--seq-len=256", "--shots=1", "--most-labels=60", "--batch-size=2"),
+    *("--model-size=nano", "--compiler=eager", "--seq-len=256", "--others=2", "--most-labels=60", "--batch-size=2"),
     *("--steps=6", "--pretrain-steps=4", "--evals=2", "--eval-size=3"),
 ]
 
@@ -71,6 +71,7 @@ def test_four_runs_from_one_state_and_a_report(data, tmp_path, capsys):
     assert found["verdict"][0] in (tmp_path / "report.txt").read_text()
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_a_partial_report(data, tmp_path, monkeypatch, capsys):
     step, count = demo_arms.FineTuning.next_step, []
 
@@ -208,3 +209,15 @@ def test_all_sizes_of_a_batch_see_the_same_sequences(data, tmp_path):
     same, everything = runs[2].batch(1)
     assert torch.equal(same, ids) and (everything != IGNORE).sum() > 2 * answers
     assert bool((everything[labels != IGNORE] == labels[labels != IGNORE]).all())
+
+
+def test_prompts_show_problems_without_solutions(data, tmp_path):
+    from gsm8k_prompts import problems, write_prompts
+
+    path, _ = write_prompts(data, tmp_path, 2, solved=False)
+    bank = {question for question, _ in problems(data / "train.jsonl")[:200]}
+    for line in path.read_text(encoding="utf-8").splitlines()[:5]:
+        record = json.loads(line)
+        *others, own = record["prompt"].split("\n\nQuestion: ")
+        assert len(others) == 2 and own not in bank and "Answer:" not in record["prompt"] and record["answer"]
+        assert all(other.removeprefix("Question: ") in bank for other in others)
