@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 WARMUP = 3  # steps that may compile: kept out of every time below
-RECOMPILED = 5.0  # times the median: a later step that takes longer has compiled anew (more slots, say)
 
 
 Rows = list[tuple[str, str, Sequence[float | None]]]  # of a table: title, format, a figure of each run
@@ -70,13 +69,9 @@ class RunRecord:
 
     @property
     def compile_s(self) -> float | None:
-        """What the first steps, and later ones that compiled anew, took beyond a median step's time."""
+        """What the first steps took beyond a median step's time."""
         times = (self.compiled_in or self.training).step
-        if len(times) <= WARMUP:
-            return None
-        typical = median(times[WARMUP:])
-        anew = [time for time in times[WARMUP:] if time > RECOMPILED * typical]
-        return sum(times[:WARMUP]) + sum(anew) - (WARMUP + len(anew)) * typical
+        return sum(times[:WARMUP]) - WARMUP * median(times[WARMUP:]) if len(times) > WARMUP else None
 
     def curve(self) -> tuple[list[float], list[float]]:
         """Held-out loss over training seconds."""
