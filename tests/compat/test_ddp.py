@@ -1,4 +1,4 @@
-"""Names of the optimizer that cuts graphs for DistributedDataParallel. What is asked of it: semantics/test_data_parallel.py."""
+"""Names of the optimizer that cuts graphs for DistributedDataParallel (see semantics/test_data_parallel.py)."""
 
 from __future__ import annotations
 
