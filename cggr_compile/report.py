@@ -108,6 +108,11 @@ class GraphReport:
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None
 
+    @property
+    def level(self) -> str:
+        """How much of the training step is computed on selected positions: "routed", or "dense" for nothing of it."""
+        return "routed" if self.matched else "dense"
+
     def record(self, name: str) -> PassRecord | None:
         """What the pass of this name did; None if it did not get its turn."""
         return next((record for record in self.passes if record.name == name), None)

@@ -89,7 +89,8 @@ class Runtime:
         None where every position does); scoring; selection; labels_overflow: tokens with a label that found no slot in
         any step so far (None unless the selection takes all of them, as ``labels`` does); context_overflow: positions
         that should carry gradient without being selected (context, those of a trained image projector) and found no
-        slot in any step so far (None without such); matched; fallback_reason (None if matched); verify_steps,
+        slot in any step so far (None without such); matched; level: "routed" if matched, else "dense" (None before the
+        first); fallback_reason (None if matched); verify_steps,
         verify_max_error, verify_worst: steps that the option ``verify`` has compared, the largest error (None before
         the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
         None; stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
@@ -121,6 +122,7 @@ class Runtime:
             "labels_overflow": self._overflow.labels(),
             "context_overflow": self._overflow.context(),
             "matched": matched,
+            "level": _level(report, matched),
             "fallback_reason": None if matched else reason,
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
@@ -293,6 +295,10 @@ class Runtime:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
+
+
+def _level(report: GraphReport | None, matched: bool) -> str | None:
+    return None if report is None else report.level if matched else "dense"
 
 
 def reset() -> None:

@@ -101,6 +101,14 @@ def test_importing_the_package_imports_no_kernel():
     assert {module for module in seen if room(module) == "kernels"} == {"cggr_compile.kernels.routing_gradient"}
 
 
+def test_nothing_imports_an_integration():
+    """They import the library that they are for."""
+    imports = graph(deferred=True)
+    inside = {module for module in imports if room(module) == "integrations"}
+    assert len(inside) > 3
+    assert not [module for module, others in imports.items() if module not in inside and others & inside]
+
+
 def test_these_checks_can_fail():
     modules = frozenset({"a", "a.b", "a.c"})
     text = "import a.b\ndef f():\n    from a import c\nif TYPE_CHECKING:\n    import a\n"

@@ -16,7 +16,9 @@ PRIVATE = re.compile(r"_(?!_)\w+")
 PRIVATE_MODULE = re.compile(r"(torch|functorch)(\.\w+)*\.(_(?!_)\w+|experimental)(\.\w+)*|functorch(\.\w+)*")
 # registered operators have such names, and so do functions that PyTorch and Python document
 PUBLIC = re.compile(r"(torch\.ops|aten|prims)\..+|torch\._foreach_\w+|sys\._getframe")
-TRANSFORMERS = {"_attn_implementation", "_supports_sdpa"}
+TRANSFORMERS = {
+    *("_attn_implementation", "_supports_sdpa", "_require_grads_hooks", "_gradient_checkpointing_func"),
+}
 
 
 def sources():

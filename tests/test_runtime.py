@@ -51,7 +51,7 @@ def test_metrics_keys_and_values():
     assert list(values) == [
         *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "avg_confidence", "avg_entropy"),
         *("avg_difficulty", "gradient_tokens", "scoring", "selection", "labels_overflow", "context_overflow"),
-        *("matched", "fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
+        *("matched", "level", "fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
         "stale_steps",
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
@@ -60,6 +60,7 @@ def test_metrics_keys_and_values():
     assert 0 < values["avg_confidence"] < 1 and 0 < values["avg_entropy"] < 5
     assert values["avg_difficulty"] == pytest.approx(values["avg_entropy"] - values["avg_confidence"], abs=1e-4)
     assert values["matched"] and values["fallback_reason"] is None and values["step"] == 1
+    assert values["level"] == "routed" and before["level"] is None
     assert values["ratio"] == 0.25 and before["ratio"] is None
     assert values["verify_steps"] == 0 and values["verify_max_error"] is None is values["verify_worst"]
 

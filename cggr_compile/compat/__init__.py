@@ -96,7 +96,15 @@ from cggr_compile.compat.modes import (
     enters_or_leaves_vmap,
     modes_kept,
 )
-from cggr_compile.compat.modules import is_compiled, original_module, with_child
+from cggr_compile.compat.modules import (
+    compiled_call,
+    ddp_in_one_graph,
+    is_compiled,
+    original_module,
+    plain_call,
+    set_compiled_call,
+    with_child,
+)
 from cggr_compile.compat.operators import CROSS_ENTROPIES, HigherOrderOperator, OpOverload, OpOverloadPacket, schema
 from cggr_compile.compat.partition import aot_eager, default_partition, keep_in_backward
 from cggr_compile.compat.saved_tensors import no_saved_tensors_hooks, saved_tensors_packers, under_saved_tensors_hooks

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -19,6 +22,28 @@ def original_module(module: torch.nn.Module) -> torch.nn.Module:
 def is_compiled(module: torch.nn.Module) -> bool:
     """Whether ``module`` is what ``torch.compile`` returned, or its method ``compile`` was called."""
     return original_module(module) is not module or module._compiled_call_impl is not None
+
+
+def compiled_call(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What runs in place of a module's call, since ``Module.compile`` or :func:`set_compiled_call`; None if nothing."""
+    return module._compiled_call_impl
+
+
+def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let ``call`` run in place of a module's call, as ``Module.compile`` does it; None takes it away."""
+    module._compiled_call_impl = call
+
+
+def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """A module's call, hooks included, as it is where nothing is compiled."""
+    return module._call_impl
+
+
+def ddp_in_one_graph() -> AbstractContextManager[None]:
+    """What is captured inside is not cut at the gradient buckets of DistributedDataParallel."""
+    from torch._dynamo import config
+
+    return config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
 
 
 def with_child(module: torch.nn.Module, name: str, child: torch.nn.Module) -> torch.nn.Module:

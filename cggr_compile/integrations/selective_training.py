@@ -1,0 +1,132 @@
+"""The backend on the model of a training loop: what the callbacks of all trainers share."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.nn import Module
+
+from cggr_compile import compat
+from cggr_compile.errors import OptionError
+from cggr_compile.integrations.training_call import TrainingCall, compiled_part
+from cggr_compile.options import Options
+from cggr_compile.registry import registry
+from cggr_compile.runtime import FallbackWarning, Runtime
+
+log = logging.getLogger(__name__)
+# what a trainer logs of Runtime.metrics(), where it is not None
+FIGURES = ("ratio", "token_ratio", "level", "labels_overflow", "context_overflow")
+
+
+class SelectiveTraining:
+    """Attaches the backend to a model, counts its steps, and carries its state from run to run.
+
+    Args:
+        options: see :class:`cggr_compile.Options`, without ``advance``.
+
+    Attributes:
+        runtime: of the model; None before :meth:`attach`, and where it refused.
+
+    Raises:
+        ValueError: for an unknown option, a value out of range, or ``advance``.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        if "advance" in options:
+            raise OptionError("advance must be left out: the callback counts the steps of the optimizer")
+        self.options = Options.parse({**options, "advance": "manual"})
+        self.given = dict(options)
+        self.runtime: Runtime | None = None
+        self._module: Module | None = None
+        self._rank = 0
+        self._saved: Mapping[str, Any] | None = None
+        self._refused = False
+
+    def attach(
+        self,
+        module: Module,
+        *,
+        rank: int = 0,
+        static_sizes: bool = False,
+        one_graph: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Compile ``module`` in place, whatever is wrapped around it. Done already, this changes nothing.
+
+        Args:
+            rank: of the process, which goes into the seed: every process selects positions of its own.
+            static_sizes: make a graph for every size of a batch.
+            one_graph: keep DistributedDataParallel from cutting the graph.
+            before: called before every training forward.
+
+        Returns:
+            whether it is compiled: not if it, or a part of it, is compiled already.
+
+        Raises:
+            OptionError: where it cannot be, if ``fallback`` is ``error``.
+        """
+        self._rank = rank
+        if (other := compiled_part(module)) is not None:
+            self.refuse(
+                f"the model is compiled already ({type(compat.original_module(other)).__name__}): give the trainer one "
+                "that is not, without torch_compile and the like; the callback compiles it"
+            )
+            return False
+        if self._module is not module:
+            options = {**self.given, "advance": "manual", "seed": fold_rank(self.options.seed, rank)}
+            dynamic = False if static_sizes else None
+            call = TrainingCall(module, options, dynamic=dynamic, before=before, one_graph=one_graph)
+            compat.set_compiled_call(module, call)
+            self._module, self.runtime = module, registry.of_module(module)
+        self._load()
+        return True
+
+    def refuse(self, reason: str) -> None:
+        """Say once why training goes on as it is.
+
+        Raises:
+            OptionError: if ``fallback`` is ``error``.
+        """
+        if self.options.fallback == "error":
+            raise OptionError(f"the backend cannot be used here and fallback='error': {reason}")
+        if self.options.fallback != "silent" and not self._refused:
+            warnings.warn(f"cggr: training goes on as it is: {reason}", FallbackWarning, stacklevel=2)
+        self._refused = True
+
+    def step(self) -> None:
+        """The optimizer has taken a step."""
+        if self.runtime is not None:
+            self.runtime.step()
+
+    def figures(self) -> dict[str, float | int | str]:
+        """``FIGURES`` of the last training forward on this process. Waits for the device."""
+        values: dict[str, Any] = {"level": "dense"} if self.runtime is None else self.runtime.metrics()
+        return {name: values[name] for name in FIGURES if values.get(name) is not None}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What resuming needs, as :meth:`Runtime.state_dict`; None if nothing was trained."""
+        if self.runtime is None:
+            return None if self._saved is None else dict(self._saved)
+        return {**self.runtime.state_dict(), "seed": fold_rank(self.runtime.seed, -self._rank)}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Resume from :meth:`state_dict` of any process, now or once the model is there.
+
+        Raises:
+            ValueError: as :meth:`Runtime.load_state_dict`.
+        """
+        self._saved = state
+        self._load()
+
+    def _load(self) -> None:
+        if self.runtime is not None and self._saved is not None:
+            self.runtime.load_state_dict({**self._saved, "seed": fold_rank(self._saved.get("seed", 0), self._rank)})
+            self._saved = None
+
+
+def fold_rank(seed: int, rank: int) -> int:
+    """Another seed for every process; that of the first is the seed itself, and ``-rank`` takes it back."""
+    return (seed + rank * 0x1E3779B1) % 2**31
