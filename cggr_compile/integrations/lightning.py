@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-
 from cggr_compile.errors import OptionError
 from cggr_compile.integrations.input_grads import InputGradsHooks
 from cggr_compile.integrations.selective_training import SelectiveTraining

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -283,3 +286,21 @@ def test_seeds_of_processes():
     seeds = [fold_rank(5, rank) for rank in range(64)]
     assert seeds[0] == 5 and len(set(seeds)) == 64 and all(0 <= seed < 2**31 for seed in seeds)
     assert all(fold_rank(seed, -rank) == 5 for rank, seed in enumerate(seeds))
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """One graph in spite of many buckets; every process selects positions of its own; the weights stay the same."""
+    tests = Path(models.__file__).parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(tests / "data_parallel_run.py"), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=280, env={**os.environ, "PYTHONPATH": paths})
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for found in (first, second):
+        assert found["wrapped"] == "DistributedDataParallel"
+        assert found["metrics"]["matched"] and found["metrics"]["step"] == 2, found["metrics"]
+    assert first["selected"] != second["selected"] and second["seed"] == fold_rank(first["seed"], 1)
+    assert first["weight"] == second["weight"]
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert state["CGGRCallback"]["attributes"]["runtime_state"]["seed"] == first["seed"]
