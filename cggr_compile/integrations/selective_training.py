@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,12 +10,12 @@ from torch.nn import Module
 
 from cggr_compile import compat
 from cggr_compile.errors import OptionError
+from cggr_compile.integrations.dora import trace_dora
 from cggr_compile.integrations.training_call import TrainingCall, compiled_part
 from cggr_compile.options import Options
 from cggr_compile.registry import registry
 from cggr_compile.runtime import FallbackWarning, Runtime
 
-log = logging.getLogger(__name__)
 # what a trainer logs of Runtime.metrics(), where it is not None
 FIGURES = ("ratio", "token_ratio", "level", "labels_overflow", "context_overflow")
 
@@ -76,6 +75,7 @@ class SelectiveTraining:
             )
             return False
         if self._module is not module:
+            trace_dora(module)
             options = {**self.given, "advance": "manual", "seed": fold_rank(self.options.seed, rank)}
             dynamic = False if static_sizes else None
             call = TrainingCall(module, options, dynamic=dynamic, before=before, one_graph=one_graph)

@@ -98,8 +98,9 @@ class CGGRCallback(TrainerCallback, ExportableState):
             if reason:
                 self._training.refuse(reason)
             return
+        base = _base(module)
         if trainer.label_smoother is not None:
-            self._smoothing = label_smoothing.ModelLabelSmoothing(trainer, _base(module))
+            self._smoothing = label_smoothing.ModelLabelSmoothing(trainer, base)
 
     def _end_smoothing(self) -> None:
         if self._smoothing is not None:

@@ -1,0 +1,62 @@
+"""Adapters of PEFT under the backend: what is routed, with gradients equal to the reference's."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+from training import check_against_reference, metrics
+
+import cggr_compile
+from cggr_compile import compat
+from cggr_compile.integrations.dora import trace_dora
+from cggr_compile.integrations.selective_training import SelectiveTraining
+
+peft = pytest.importorskip("peft")
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "LoRA": peft.LoraConfig(r=4, target_modules=LINEAR),
+    "LoRA of the embedding": peft.LoraConfig(r=4, target_modules=[*LINEAR, "embed_tokens"]),
+    "rsLoRA": peft.LoraConfig(r=4, target_modules=LINEAR, use_rslora=True),
+    "DoRA": peft.LoraConfig(r=4, target_modules=LINEAR, use_dora=True),
+    "DoRA of the embedding": peft.LoraConfig(r=4, target_modules=[*LINEAR, "embed_tokens"], use_dora=True),
+    "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "modules_to_save": peft.LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["lm_head", "embed_tokens"]),
+}
+
+
+def adapted(kind, checkpointing):
+    """A tiny model whose adapters do something, attached as the callbacks attach it."""
+    model = peft.get_peft_model(models.family("llama"), copy.deepcopy(KINDS[kind]))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+    models.randomise(model)
+    model.config.use_cache = False
+    options = {"compiler": "eager", "fallback": "error", "selection": "random"}
+    options |= {"scoring": "random", "launch_bound": "select"}
+    assert SelectiveTraining(options).attach(model)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", models.slow_but(["DoRA"], KINDS))
+def test_adapters(kind, checkpointing):
+    model = adapted(kind, checkpointing)
+    check_against_reference(model, models.make_batch())
+    assert metrics(model)["level"] == "routed"
+
+
+def test_dora_caches_and_is_copied_as_before(monkeypatch):
+    """What takes its cache's place looks first, clears what there is, and belongs to the layer that was copied."""
+    model = peft.get_peft_model(models.family("llama", num_hidden_layers=1), KINDS["DoRA"])
+    trace_dora(model)
+    twin = copy.deepcopy(model)
+    layers = [[m for m in one.modules() if hasattr(m, "_dora_cache")] for one in (model, twin)]
+    for layer in (layers[0][0], layers[1][0]):
+        layer._dora_cache["weight-norm-default"] = 1
+    layers[1][0].train()
+    assert layers[0][0]._dora_cache and not layers[1][0]._dora_cache
+    assert not compat.is_compiled(twin) and cggr_compile.runtime(twin) is not cggr_compile.runtime(model)
