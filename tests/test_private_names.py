@@ -16,8 +16,9 @@ PRIVATE = re.compile(r"_(?!_)\w+")
 PRIVATE_MODULE = re.compile(r"(torch|functorch)(\.\w+)*\.(_(?!_)\w+|experimental)(\.\w+)*|functorch(\.\w+)*")
 # registered operators have such names, and so do functions that PyTorch and Python document
 PUBLIC = re.compile(r"(torch\.ops|aten|prims)\..+|torch\._foreach_\w+|sys\._getframe")
-TRANSFORMERS = {
-    *("_attn_implementation", "_supports_sdpa", "_require_grads_hooks", "_gradient_checkpointing_func"),
+OTHER_LIBRARIES = {
+    *("_attn_implementation", "_supports_sdpa", "_require_grads_hooks", "_gradient_checkpointing_func"),  # transformers
+    *("_cache_clear", "_dora_cache"),  # PEFT
 }
 
 
@@ -31,7 +32,7 @@ def private_names(text):
     tree = ast.parse(text)
     nodes = list(ast.walk(tree))
     own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    own |= TRANSFORMERS | {
+    own |= OTHER_LIBRARIES | {
         node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
     }
     found = []

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from cggr_compile.errors import OptionError
 from cggr_compile.integrations import label_smoothing
+from cggr_compile.integrations.fused_head import find_fused_head, replace_fused_head
 from cggr_compile.integrations.input_grads import InputGradsHooks
 from cggr_compile.integrations.selective_training import SelectiveTraining
 
@@ -101,6 +102,8 @@ class CGGRCallback(TrainerCallback, ExportableState):
         base = _base(module)
         if trainer.label_smoother is not None:
             self._smoothing = label_smoothing.ModelLabelSmoothing(trainer, base)
+        if (head := find_fused_head(base)) is not None and not trainer.is_deepspeed_enabled:
+            replace_fused_head(base, head, trainer.accelerator)
 
     def _end_smoothing(self) -> None:
         if self._smoothing is not None:

@@ -1,0 +1,170 @@
+"""TRL's trainers with ``CGGRCallback``: while training its fused head is ours, in one graph; nothing else changes."""
+
+from __future__ import annotations
+
+import models
+import pytest
+import torch
+
+import cggr_compile
+
+pytest.importorskip("trl")
+
+from accelerate import Accelerator
+from datasets import Dataset
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from trl.trainer.utils import add_fused_lm_head
+from trl_setup import chats, completions, model, preferences, texts, tokenizer, words
+
+from cggr_compile.integrations.fused_head import find_fused_head, replace_fused_head
+from cggr_compile.integrations.transformers import CGGRCallback
+
+# every label carries its exact gradient: nothing differs from stock TRL
+EVERYTHING = {
+    "compiler": "eager",
+    "fallback": "silent",
+    "launch_bound": "select",
+    "selection": "labels",
+    "max_selected": 1.0,
+    "gradient": "exact",
+}
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def results(forward, batch, parameters, **arguments):
+    """All fields of an output, and the gradient of a formula of those that have one."""
+    out = forward(**batch, fused_lm_head=True, **arguments)
+    loss = (out.log_probs * out.log_probs.detach().exp()).sum() + 0.3 * out.entropy.square().sum() + out.loss
+    return dict(out), torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "granite"])
+@pytest.mark.parametrize("labels", ["some", "none", "shifted", "counted"])
+def test_the_forward_is_trls(family, labels):
+    """Soft-cap, scales, temperature; ignored labels, all of them ignored, labels that are shifted, a count."""
+    made = models.family(family, num_hidden_layers=1)
+    add_fused_lm_head(made, temperature=0.7, outputs=OUTPUTS)
+    stock = made.forward
+    replace_fused_head(made, find_fused_head(made), Accelerator(cpu=True))
+    batch = models.make_batch()
+    if labels == "none":
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    extra = {"num_items_in_batch": torch.tensor(50)} if labels == "counted" else {}
+    if labels == "shifted":
+        batch["shift_labels"] = batch.pop("labels").roll(-1)
+    parameters = list(made.parameters())
+    want, want_gradients = results(stock, batch, parameters, **extra)
+    got, got_gradients = results(made.forward, batch, parameters, **extra)
+    assert got.keys() == want.keys() and len(got) == 7
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype and got[name].requires_grad == value.requires_grad, name
+        torch.testing.assert_close(got[name], value, atol=2e-5, rtol=1e-5)
+    for got_gradient, want_gradient in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(got_gradient, want_gradient, atol=1e-4, rtol=1e-4)
+
+
+def test_other_calls_are_left_to_trl():
+    made = models.family("llama", num_hidden_layers=1)
+    batch = models.make_batch()
+    want = made(**batch)
+    add_fused_lm_head(made, outputs=("entropy",), cast_lm_head_to_fp32=True)
+    head = find_fused_head(made)
+    replace_fused_head(made, head, Accelerator(cpu=True))
+    assert head.outputs == ("entropy",) and head.cast_lm_head_to_fp32
+    torch.testing.assert_close(made(**batch).loss, want.loss)
+    called = []
+    object.__setattr__(head, "forward", lambda **arguments: called.append(arguments))
+    made(**batch, fused_lm_head=True)
+    assert not called
+    with torch.no_grad():
+        made(**batch, fused_lm_head=True)
+    made.eval()(**batch, fused_lm_head=True)
+    made.train()(**batch, fused_lm_head=True, output_router_logits=True)
+    assert len(called) == 3 and all(arguments["fused_lm_head"] for arguments in called)
+
+
+def test_another_trl(monkeypatch):
+    def _fused_forward(self, *args, **kwargs):
+        return None
+
+    made = models.family("llama", num_hidden_layers=1)
+    assert find_fused_head(made) is None
+    made.forward = _fused_forward.__get__(made)
+    with pytest.raises(KeyError):
+        find_fused_head(made)
+
+
+def reward(completions, **kwargs):
+    return [float(len(set(text.split())) % 5) for text in completions]
+
+
+def labelled():
+    rows = [{"prompt": words(10, i), "completion": " " + words(4, 100 + i), "label": bool(i % 2)} for i in range(8)]
+    return Dataset.from_list(rows)
+
+
+def prompts():
+    return Dataset.from_list([{"prompt": words(10, i)} for i in range(8)])
+
+
+def sft(data, **arguments):
+    return lambda base, **rest: SFTTrainer(model(), SFTConfig(**base, **arguments), train_dataset=data(), **rest)
+
+
+def reinforce(trainer, config, **arguments):
+    arguments = {"max_completion_length": 6, "num_generations": 2, **arguments}
+    return lambda base, **rest: trainer(model(), reward, config(**base, **arguments), train_dataset=prompts(), **rest)
+
+
+TRAINERS = {
+    "sft": sft(texts, max_length=16),
+    "sft, completions": sft(completions, max_length=16),
+    "sft, assistant": sft(chats, max_length=16, assistant_only_loss=True),
+    "sft, packing": sft(texts, max_length=32, packing=True),
+    "sft, padding-free": sft(texts, max_length=None, padding_free=True),
+    "sft, dft": sft(completions, max_length=16, loss_type="dft"),
+    "sft, bfloat16": sft(completions, max_length=16, bf16=True),
+    "dpo": lambda base, **rest: DPOTrainer(
+        model(), model(), DPOConfig(**base, max_length=16), train_dataset=preferences(), **rest
+    ),
+    "kto": lambda base, **rest: KTOTrainer(
+        model(), model(), KTOConfig(**base, max_length=16), train_dataset=labelled(), **rest
+    ),
+    "grpo": reinforce(GRPOTrainer, GRPOConfig, top_entropy_quantile=0.5),
+    "rloo": reinforce(RLOOTrainer, RLOOConfig, beta=0.0),
+}
+BASE = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 0.05, "optim": "sgd"}
+BASE |= {"lr_scheduler_type": "constant", "use_cpu": True, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+
+
+@pytest.mark.parametrize("kind", models.slow_but(["sft, completions"], TRAINERS))
+def test_equals_stock(kind, tmp_path):
+    """Loss, gradient norm and metrics of every step, with gradient checkpointing, which is TRL's default."""
+    logs = {}
+    for callbacks in ([], [CGGRCallback(**EVERYTHING)]):
+        torch.manual_seed(0)
+        base = {"bf16": False, **BASE, "output_dir": str(tmp_path)}
+        if "bfloat16" in kind:
+            del base["bf16"]
+        trainer = TRAINERS[kind](base, processing_class=tokenizer(), callbacks=callbacks)
+        trainer.train()
+        logs[bool(callbacks)] = trainer.state.log_history[:2]
+    runtime = cggr_compile.runtime(trainer.model)
+    sizes = 2 if kind in ("grpo", "rloo") else 1  # of completions, at most
+    assert 1 <= len(runtime.reports) <= sizes and all(report.training for report in runtime.reports)
+    close = {"rel": 2e-2, "abs": 2e-3} if "bfloat16" in kind else {"rel": 1e-4, "abs": 1e-5}
+    for stock, ours in zip(logs[False], logs[True], strict=True):
+        compared = [name for name in stock if not any(word in name for word in ("time", "runtime", "second"))]
+        assert {"loss", "grad_norm", "entropy"} <= set(compared)
+        assert {name: ours[name] for name in compared} == pytest.approx({n: stock[n] for n in compared}, **close)
