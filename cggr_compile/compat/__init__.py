@@ -98,7 +98,6 @@ from cggr_compile.compat.modes import (
 )
 from cggr_compile.compat.modules import (
     compiled_call,
-    ddp_in_one_graph,
     is_compiled,
     original_module,
     plain_call,

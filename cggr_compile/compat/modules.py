@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,13 +36,6 @@ def set_compiled_call(module: torch.nn.Module, call: Callable[..., Any] | None) 
 def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
     """A module's call, hooks included, as it is where nothing is compiled."""
     return module._call_impl
-
-
-def ddp_in_one_graph() -> AbstractContextManager[None]:
-    """What is captured inside is not cut at the gradient buckets of DistributedDataParallel."""
-    from torch._dynamo import config
-
-    return config.patch(optimize_ddp=False)  # type: ignore[no-any-return]
 
 
 def with_child(module: torch.nn.Module, name: str, child: torch.nn.Module) -> torch.nn.Module:

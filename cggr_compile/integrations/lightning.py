@@ -32,7 +32,7 @@ class CGGRCallback(Callback):
     Args:
         module: name of the inner model, as ``named_modules()`` has it; it has to compute the loss. None for the only
             child of the LightningModule that is trained.
-        **options: see :class:`cggr_compile.Options`, without ``advance``. ``seed`` gets the rank of the process added.
+        **options: see :class:`cggr_compile.Options`, without ``advance``.
 
     Raises:
         ValueError: for an unknown option, or a value out of range; at ``fit``, where there is no such module.
@@ -45,9 +45,7 @@ class CGGRCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = self._find(pl_module)
-        self._training.attach(
-            module, rank=trainer.global_rank, one_graph=trainer.world_size > 1, before=InputGradsHooks(module)
-        )
+        self._training.attach(module, before=InputGradsHooks(module))
         self._step = trainer.global_step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

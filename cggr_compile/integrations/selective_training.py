@@ -40,7 +40,6 @@ class SelectiveTraining:
         self.given = dict(options)
         self.runtime: Runtime | None = None
         self._module: Module | None = None
-        self._rank = 0
         self._saved: Mapping[str, Any] | None = None
         self._refused = False
 
@@ -48,17 +47,13 @@ class SelectiveTraining:
         self,
         module: Module,
         *,
-        rank: int = 0,
         static_sizes: bool = False,
-        one_graph: bool = False,
         before: Callable[[], None] = lambda: None,
     ) -> bool:
         """Compile ``module`` in place, whatever is wrapped around it. Done already, this changes nothing.
 
         Args:
-            rank: of the process, which goes into the seed: every process selects positions of its own.
             static_sizes: make a graph for every size of a batch.
-            one_graph: keep DistributedDataParallel from cutting the graph.
             before: called before every training forward.
 
         Returns:
@@ -67,7 +62,6 @@ class SelectiveTraining:
         Raises:
             OptionError: where it cannot be, if ``fallback`` is ``error``.
         """
-        self._rank = rank
         if (other := compiled_part(module)) is not None:
             self.refuse(
                 f"the model is compiled already ({type(compat.original_module(other)).__name__}): give the trainer one "
@@ -76,9 +70,9 @@ class SelectiveTraining:
             return False
         if self._module is not module:
             trace_dora(module)
-            options = {**self.given, "advance": "manual", "seed": fold_rank(self.options.seed, rank)}
+            options = {**self.given, "advance": "manual"}
             dynamic = False if static_sizes else None
-            call = TrainingCall(module, options, dynamic=dynamic, before=before, one_graph=one_graph)
+            call = TrainingCall(module, options, dynamic=dynamic, before=before)
             compat.set_compiled_call(module, call)
             self._module, self.runtime = module, registry.of_module(module)
         self._load()
@@ -110,7 +104,7 @@ class SelectiveTraining:
         """What resuming needs, as :meth:`Runtime.state_dict`; None if nothing was trained."""
         if self.runtime is None:
             return None if self._saved is None else dict(self._saved)
-        return {**self.runtime.state_dict(), "seed": fold_rank(self.runtime.seed, -self._rank)}
+        return self.runtime.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Resume from :meth:`state_dict` of any process, now or once the model is there.
@@ -123,10 +117,5 @@ class SelectiveTraining:
 
     def _load(self) -> None:
         if self.runtime is not None and self._saved is not None:
-            self.runtime.load_state_dict({**self._saved, "seed": fold_rank(self._saved.get("seed", 0), self._rank)})
+            self.runtime.load_state_dict(self._saved)
             self._saved = None
-
-
-def fold_rank(seed: int, rank: int) -> int:
-    """Another seed for every process; that of the first is the seed itself, and ``-rank`` takes it back."""
-    return (seed + rank * 0x1E3779B1) % 2**31

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ class TrainingCall:
         options: of the backend.
         dynamic: as ``torch.compile``'s; False makes a graph for every size.
         before: called before every training forward.
-        one_graph: keep DistributedDataParallel from cutting the graph.
     """
 
     def __init__(
@@ -34,19 +32,17 @@ class TrainingCall:
         *,
         dynamic: bool | None = None,
         before: Callable[[], None] = lambda: None,
-        one_graph: bool = False,
     ) -> None:
         self.module = module
         self._plain = compat.plain_call(module)
         self._compiled = torch.compile(self._plain, backend=cggr, options=dict(options), dynamic=dynamic)
-        self._before, self._one_graph = before, one_graph
+        self._before = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.module.training and torch.is_grad_enabled()):
             return self._plain(*args, **kwargs)
         self._before()
-        with compat.ddp_in_one_graph() if self._one_graph else nullcontext():
-            return self._compiled(*args, **kwargs)
+        return self._compiled(*args, **kwargs)
 
 
 def compiled_part(module: Module) -> Module | None:

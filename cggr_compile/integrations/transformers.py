@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any
 
 from torch.nn import DataParallel, Module
-from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -36,7 +35,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
     (a ValueError) under ``fallback="error"``.
 
     Args:
-        **options: see :class:`cggr_compile.Options`, without ``advance``. ``seed`` gets the rank of the process added.
+        **options: see :class:`cggr_compile.Options`, without ``advance``.
 
     Raises:
         ValueError: for an unknown option, or a value out of range.
@@ -91,9 +90,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
         module = _unwrapped(trainer)
         if (reason := _obstacle(trainer, module)) or not self._training.attach(
             module,
-            rank=args.process_index,
             static_sizes=args.neftune_noise_alpha is not None,  # its noise reads the size, which breaks a dynamic graph
-            one_graph=isinstance(trainer.model_wrapped, DistributedDataParallel),
             before=InputGradsHooks(module),
         ):
             if reason:
