@@ -3,6 +3,7 @@
 plain, fair, fair-checkpointed  the dense model (see arms.py).
 ours                  ``backend="cggr"``: gradient on the rows of the labels, and on the context before them.
 ours-stop             the same with ``kv_gradient="stop"``.
+ours-auto             ``selection="auto"``, the default: slots as the first batch needs them, fewer for the loss.
 ours-no-context       gradient on the rows of the labels alone.
 ours-no-context-stop  the same with ``kv_gradient="stop"``.
 liger, liger-compiled, cce      the peers (see peers.py).
@@ -29,6 +30,7 @@ from transformers import LlamaForCausalLM
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-stop": {"kv_gradient": "stop"},
+    "ours-auto": {"selection": "auto"},
     "ours-no-context": {"context": 0},
     "ours-no-context-stop": {"context": 0, "kv_gradient": "stop"},
 }
@@ -42,8 +44,10 @@ def labelled_tokens(share: float, length: int) -> int:
 
 def our_options(arm: str, *, labelled: int, context: int, length: int) -> dict[str, Any]:
     """Options of one of OURS for sequences whose last ``labelled`` tokens have a label: slots for just these rows."""
-    chosen = {"selection": "labels", "scoring": "random", "context": context, "launch_bound": "select", **OURS[arm]}
-    return chosen | {"max_selected": min(length, labelled + chosen["context"])}
+    chosen = {"selection": "labels", "context": context, "launch_bound": "select", **OURS[arm]}
+    if chosen["selection"] == "auto":
+        return chosen
+    return chosen | {"scoring": "random", "max_selected": min(length, labelled + chosen["context"])}
 
 
 def add_adapters(model: LlamaForCausalLM, rank: int) -> LlamaForCausalLM:
