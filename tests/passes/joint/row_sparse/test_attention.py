@@ -68,6 +68,7 @@ def test_shared_heads_within_documents():
     assert record.details["densified"] == POSITIONS and not record.details["dense_attention"]
 
 
+@pytest.mark.slow
 def test_one_sequence():
     record = compare(lambda: decoder(capped), loss_on(models.make_batch(1)))
     assert record.details["densified"] == {} and not record.details["dense_attention"]

@@ -36,6 +36,7 @@ def test_nothing_is_made_dense(family, batch, options):
     assert record.details["densified"] == {}
 
 
+@pytest.mark.slow
 def test_fewer_candidates_than_slots():
     batch = models.make_batch(2, 16)
     batch["labels"][1, 3:] = -100
