@@ -14,9 +14,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from cggr_compile import compat
 from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack, LossSite, StaticSizes
-from cggr_compile.passes.fx import descendants
+from cggr_compile.passes.facts import LayerStack, LossSite, StaticSizes, TokenValues
+from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, fake_value
+from cggr_compile.passes.patterns.token_values.layout import Layout
 
 # Share of the whole gradient's norm below which a parameter's own is not told from rounding.
 _FLOOR = 1e-3
@@ -24,6 +25,9 @@ _FLOOR = 1e-3
 
 class CapturedReference:
     """A Dynamo graph before any pass, whose cross-entropy is taken over given positions with given weights.
+
+    Where the loss is made of per-token values, the gradient of the logits is: of every position, what it is times the
+    weight, 0 for one that is not selected. Trained tensors that go into the values beside the logits are not compared.
 
     Nothing else is changed, moved or compiled: logits of all positions are computed, and gradients through all rows.
     That is what a rewritten graph has to give under ``gradient="exact"``, and under ``routed`` to every input from
@@ -35,13 +39,15 @@ class CapturedReference:
     """
 
     def __init__(self, captured: GraphModule, rewritten: GraphModule, inputs: Sequence[Any], ctx: GraphContext) -> None:
-        self.captured, self.found = captured, ctx[LossSite]
+        self.captured, self.found, self.values = captured, ctx[LossSite], ctx.get(TokenValues)
         self.begin = ctx[LayerStack].tail_start + ctx[LossSite].start
         self.kept = tuple(range(len(inputs))) if (static := ctx.get(StaticSizes)) is None else static.kept
         # sizes that have become numbers, and no longer are arguments
         self.sizes = {i: compat.hint(value) for i, value in enumerate(inputs) if i not in self.kept}
         places = captured.graph.find_nodes(op="placeholder")
         unrouted = _unrouted_inputs(rewritten)
+        if self.values is not None:
+            unrouted -= {str(node) for node in ancestors(self.values.beside)}
         # of the rewritten graph's arguments: the name of each whose gradient is the same
         self.names = [compat.source_name(places[i]) if str(places[i]) in unrouted else None for i in self.kept]
 
@@ -64,7 +70,7 @@ class CapturedReference:
         with probe.apart(), torch.enable_grad(), compat.modes_kept():
             before = _generators(device)
             fresh = probe.fresh(whole)
-            evaluation = _Evaluation(self.captured, self.found.loss, self._loss(ours))
+            evaluation = self._evaluation(ours)
             try:
                 results = evaluation.run(*fresh)
                 if evaluation.candidates is None:
@@ -84,6 +90,11 @@ class CapturedReference:
                 return "its logits and activations of all positions do not fit into memory"
         names = [name for name, i in zip(self.names, self.kept, strict=True) if differentiable(fresh[i])]
         return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
+
+    def _evaluation(self, ours: ProbeRun) -> _Evaluation | _GatedEvaluation:
+        if self.values is None:
+            return _Evaluation(self.captured, self.found.loss, self._loss(ours))
+        return _GatedEvaluation(self.captured, self.values, self.begin, ours)
 
     def _loss(self, ours: ProbeRun) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
         found, selected, weights = self.found, ours.selected, ours.weights
@@ -117,6 +128,38 @@ class _Evaluation(Interpreter):
         logits, target = (self.env[argument(n, i, name)] for i, name in enumerate(("input", "target")))
         value, self.candidates = self.instead(logits, target)
         return value.to(fake_value(n).dtype)
+
+
+class _GatedEvaluation(Interpreter):
+    """Runs a graph whose logits have a gradient at some positions. ``candidates``: how many; None before."""
+
+    def __init__(self, graph: GraphModule, values: TokenValues, begin: int, ours: ProbeRun) -> None:
+        super().__init__(graph)
+        self.values, self.begin, self.ours = values, begin, ours
+        self.layouts = {str(head): layout for head, layout in zip(values.heads, values.head_layouts, strict=True)}
+        self.candidates: int | None = None
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if str(n) not in self.layouts:
+            return value
+        self.candidates = int((self.ours.selected >= 0).sum())
+        factors = self._factors(self.layouts[str(n)]).to(value.dtype)
+        return value.detach() + (value - value.detach()) * factors
+
+    def _factors(self, layout: Layout) -> Tensor:
+        """The weights of the positions that logits have, in their shape."""
+        window, selected = layout.window, self.ours.selected
+        begin = self.begin + window.start
+        length = begin + window.length
+        column = torch.where((selected < 0) | (selected >= length), length, selected)
+        whole = selected.new_zeros(len(selected), length + 1, dtype=torch.float32)
+        whole = whole.scatter(1, column, self.ours.weights)[:, begin:length]
+        whole = whole[window.first : window.first + window.count]
+        if not layout.flat:
+            return whole.reshape(*whole.shape, *[1] * len(layout.features))
+        rows = whole.flatten()[window.begin : window.begin + window.size]
+        return rows.reshape(-1, *[1] * len(layout.features))
 
 
 def _unrouted_inputs(rewritten: GraphModule) -> set[str]:

@@ -81,7 +81,14 @@ class Cause(enum.Enum):
         "a function that calls F.cross_entropy(..., label_smoothing={factor}))"
     )
     UNSUPPORTED_LOSS = (
-        "unsupported loss: {what}; supported is one F.cross_entropy of the logits and integer labels, with mean or sum"
+        "unsupported loss: {what}; supported is one F.cross_entropy of the logits, and any function of values that are "
+        "computed from the logits of one position each: log-probabilities, entropies, divergences"
+    )
+
+    SEVERAL_FORWARDS = (
+        "the loss is computed from {count} forwards of a model with gradient, and one selection cannot serve several: "
+        "put the batches together and call the model once (torch.cat), or run those that need no gradient under "
+        "torch.no_grad()"
     )
 
     # The layers.

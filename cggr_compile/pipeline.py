@@ -30,6 +30,7 @@ from cggr_compile.passes.semantic.classify_outputs import ClassifyOutputs
 from cggr_compile.passes.semantic.detach_outputs import DetachOutputs
 from cggr_compile.passes.semantic.find_loss import FindLoss
 from cggr_compile.passes.semantic.find_stack import FindStack
+from cggr_compile.passes.semantic.find_token_values import FindTokenValues
 from cggr_compile.passes.semantic.functionalize import Functionalize
 from cggr_compile.passes.semantic.group_queries import GroupQueries
 from cggr_compile.passes.semantic.inline_checkpoints import InlineCheckpoints
@@ -40,9 +41,12 @@ from cggr_compile.passes.semantic.make_sizes_static import MakeSizesStatic
 from cggr_compile.passes.semantic.observe_router import ObserveRouter
 from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
 from cggr_compile.passes.semantic.rewrite_loss import RewriteLoss
+from cggr_compile.passes.semantic.rewrite_values import RewriteValues
 from cggr_compile.passes.semantic.route_gradient import RouteGradient
 from cggr_compile.passes.semantic.select_rows import SelectRows
 from cggr_compile.passes.semantic.shorten_last_block import ShortenLastBlock
+from cggr_compile.passes.semantic.spell_losses import SpellLosses
+from cggr_compile.passes.semantic.split_reductions import SplitReductions
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
@@ -55,7 +59,10 @@ PASSES: tuple[GraphPass, ...] = (
     MakeSizesStatic(),
     Functionalize(),
     LowerExperts(),
+    SpellLosses(),
     FindLoss(),
+    SplitReductions(),
+    FindTokenValues(),
     FindStack(),
     ClassifyOutputs(),
     RecoverCausalMask(),
@@ -70,6 +77,7 @@ PASSES: tuple[GraphPass, ...] = (
     ObserveRouter(),
     SelectRows(),
     RewriteLoss(),
+    RewriteValues(),
     RouteGradient(),
     DetachOutputs(),
     RowSparseBackward(),

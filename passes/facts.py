@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from cggr_compile.passes.analysis.positions import Region
+    from cggr_compile.passes.base import PassResult
+    from cggr_compile.passes.patterns.token_values.layout import Layout
+    from cggr_compile.passes.patterns.token_values.masks import Way
+    from cggr_compile.passes.patterns.token_values.program import Taken
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,18 @@ class LayerStack:
 
 @dataclass(frozen=True)
 class LossSite:
-    """Head and cross-entropy of a token-level language-model loss.
+    """Head and cross-entropy of a token-level language-model loss; or the head of several per-token values.
 
     Attributes:
-        loss: the cross_entropy node.
+        loss: the cross_entropy node; the first of the values (``TokenValues``), whose ``reduction`` is ``none``.
         head: the node that computes logits, with ``weight`` [V, H] (or [H, V] if ``transposed``) and ``bias``.
         hidden: the head's input.
         chain: nodes from the head (inclusive) to the cross-entropy's input (inclusive), in order.
-        target: class indices as given to the cross-entropy, aligned with the logits by the user's own shift.
+        target: class indices as given to the cross-entropy, aligned with the logits by the user's own shift; None where
+            values have no classes of their own.
         start: first position of the sequence that has a logit row in the loss.
         scale, softcap: logits are ``softcap * tanh(scale * (h W^T + b) / softcap)``; softcap 0 means none.
+        values: all of the per-token values; none where ``loss`` is a cross-entropy.
     """
 
     loss: Node
@@ -99,18 +105,60 @@ class LossSite:
     transposed: bool
     hidden: Node
     chain: tuple[Node, ...]
-    target: Node
+    target: Node | None
     vocab: int
     start: int
     scale: float
     softcap: float
-    reduction: Literal["mean", "sum"]
+    reduction: Literal["mean", "sum", "none"]
     ignore_index: int
     label_smoothing: float
+    values: tuple[Node, ...] = ()
+
+    @property
+    def ends(self) -> tuple[Node, ...]:
+        """Where the gradient enters that is taken at selected positions: the cross-entropy, or the values."""
+        return self.values or (self.loss,)
+
+
+@dataclass(frozen=True)
+class NoSingleLoss:
+    """Why the loss is not one cross-entropy of the logits: a refusal, if it is nothing else that is known."""
+
+    refusal: PassResult
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Per-token values, of which the user computes a loss, in the graph or outside.
+
+    Attributes:
+        stem: the hidden state [B, S', H] that they are computed from, position by position.
+        heads: the products that make logits of it. head_layouts: of each, its axes and positions.
+        beside: differentiable tensors that go into the values behind the heads, such as a temperature that is trained.
+        values: differentiable, without an axis over the vocabulary, read by what lies outside.
+        layouts: of each value, its axes and which positions of ``stem`` it has.
+        masks: of each value, the positions whose gradient may be other than zero, as alternatives.
+        labels: class indices with their layout, of the first value that has some; None: none has.
+    """
+
+    stem: Node
+    heads: tuple[Node, ...]
+    head_layouts: tuple[Layout, ...]
+    beside: tuple[Node, ...]
+    values: tuple[Node, ...]
+    layouts: tuple[Layout, ...]
+    masks: tuple[frozenset[Way], ...]
+    labels: Taken | None
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether some value may be differentiated at every position."""
+        return any(frozenset() in ways for ways in self.masks)
 
 
 # What a differentiable result of the captured graph is; see ``classify_outputs``.
-OutputKind = Literal["loss", "part", "logits", "cache", "kept"]
+OutputKind = Literal["loss", "value", "part", "logits", "cache", "kept"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +168,7 @@ class Outputs:
     Attributes:
         kinds: of every differentiable result, by its position.
         objective: positions of what a training loop adds up, as far as the graph tells: ``loss``, and what is ``kept``
-            and is one number.
+            and is one number; the ``value`` ones, where the loss is computed outside.
         dense_blocks: indices of the blocks that lie between a kept result and the parameters: their backward computes
             every position.
         every_position: whether anything differentiable but the cross-entropy reads what an attention computes, at

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 def example_target(gm: GraphModule, ctx: GraphContext) -> Tensor | None:
     """What the cross-entropy takes as its target for ``ctx.example_inputs``, on the CPU; it waits for the device.
 
-    None where that cannot be told without running the model or drawing random numbers, or where the inputs have no
-    values.
+    None where the loss has none, where that cannot be told without running the model or drawing random numbers, or
+    where the inputs have no values.
     """
+    target = ctx[LossSite].target
+    if target is None:
+        return None
     try:
-        program = MaskProgram.of(ctx[LossSite].target, [ctx[LossSite].loss])
+        program = MaskProgram.of(target, [ctx[LossSite].loss])
         inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), ctx.example_inputs, strict=True))
         feeds = {node: inputs[node] for node in program.inputs if node in inputs}
         if any(map(differentiable, program.nodes)) or not all(map(_is_data, feeds.values())):

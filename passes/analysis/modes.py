@@ -146,8 +146,8 @@ def _has_unknown_effect(node: Node, name: str) -> bool:
     return nothing and not name.startswith(_HARMLESS) and mutated_operand(node) is None
 
 
-# checks, ranges of sizes, names in a profile, what saving for the backward may do, which kernel attention may use
+# checks, ranges of sizes, names in a profile or log, what saving for the backward may do, which kernel attention uses
 _HARMLESS = (
     *("_assert", "_check", "sym_constrain", "_record_function", "lazy_load_decompositions"),
-    *("_saved_tensors_hooks", "_sdpa_kernel"),
+    *("_saved_tensors_hooks", "_sdpa_kernel", "_log_api_usage_once"),
 )

@@ -71,7 +71,7 @@ def reach(gm: GraphModule, ctx: GraphContext) -> Reach:
 class _Walk:
     def __init__(self, gm: GraphModule, ctx: GraphContext) -> None:
         stack = ctx[LayerStack]
-        self.gm, self.loss = gm, ctx[LossSite].loss
+        self.gm, self.ends = gm, ctx[LossSite].ends
         self.boundaries = {node for block in stack.blocks for node in (block.input, block.output)}
         entry = stack.blocks[0].input
         leaves = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr") and shape_of(n)]
@@ -88,7 +88,7 @@ class _Walk:
 
     def run(self) -> Reach:
         found = Reach()
-        todo = [(self.loss, Use("shared", WHOLE))]
+        todo = [(end, Use("shared", WHOLE)) for end in self.ends]
         seen: set[tuple[Node, Use]] = set()
         while todo:
             node, use = todo.pop()

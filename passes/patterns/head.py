@@ -29,10 +29,10 @@ def _transposed_weight(node: Node) -> Any:
 
 
 def read_head(head: Node) -> tuple[Node, Node, Node | None, bool]:
-    hidden = head.args[0] if head.args else head.kwargs["input"]
+    hidden: Any = head.args[0] if head.args else head.kwargs["input"]
     if op_name(head) == "linear":
-        return hidden, argument(head, 1, "weight"), argument(head, 2, "bias"), False  # type: ignore[return-value]
-    return hidden, _transposed_weight(head), None, True  # type: ignore[return-value]
+        return hidden, argument(head, 1, "weight"), argument(head, 2, "bias"), False
+    return hidden, _transposed_weight(head), None, True
 
 
 def scalar_factor(node: Node) -> float | None:
@@ -62,7 +62,7 @@ def swaps_class_axis(node: Node) -> bool:
 def token_slice(node: Node) -> int | None:
     """First kept position of a slice along axis 1 of [B, S, ...]; None for any other indexing.
 
-    Slices with a step, from the end, or along other axes are not token slices; full slices start at 0.
+    Slices with a step, along other axes, or from the end of a symbolic size are none; full slices start at 0.
     """
     source = node.all_input_nodes[0]
     index = node.args[1]
@@ -78,9 +78,10 @@ def token_slice(node: Node) -> int | None:
         before, after = shape_of(source)[axis], shape_of(node)[axis]
         if same_size(before, after):
             continue
-        if axis != 1 or rank != 3 or not (item.start is None or (isinstance(item.start, int) and item.start >= 0)):
+        start = item.start or 0
+        if axis != 1 or rank != 3 or not isinstance(start, int) or (start < 0 and not isinstance(before, int)):
             return None
-        begin = item.start or 0
+        begin = max(0, start + before) if start < 0 else start
     return begin
 
 

@@ -77,6 +77,17 @@ def read_loss_site(loss: Node) -> LossSite:
     )
 
 
+def scale_and_softcap(logits: Node) -> tuple[float, float]:
+    """How logits are made of a head's products; see ``LossSite``.
+
+    Raises:
+        NotALanguageModelLossError: they are made in another way.
+    """
+    walk = _Walk()
+    _climb_to_head(logits, walk)
+    return walk.scale, walk.softcap
+
+
 def _climb_to_head(node: Node, walk: _Walk) -> tuple[Node, list[Node]]:
     chain: list[Node] = []
     outer = 1.0  # product of the factors met below (after) the current node

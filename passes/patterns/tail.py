@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
+import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.analysis.modes import cast_as, modes_of
-from cggr_compile.passes.facts import LayerStack, LossSite
+from cggr_compile.passes.facts import LayerStack, LossSite, Selection
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.head import token_slice
@@ -92,3 +97,22 @@ def copy_tail(
             with emit.under(cast_as(emit.modes, modes[node])):
                 mapping[node] = emit.copy(node, mapping)
     return mapping
+
+
+def gather_rows(emit: Emitter, source: Node, readers: Sequence[Node], selection: Selection, origin: str) -> Node:
+    """The rows of ``source`` [B, S, X] that carry loss, [B, K, X], in front of the first of its readers."""
+    first = next(node for node in readers if source in node.all_input_nodes)
+    with (
+        emit.before(first, origin),
+        # it may run under no_grad, and another one not
+        emit.under(replace(emit.modes, grad=emit.modes.grad or fake_value(source).requires_grad)),
+    ):
+        rows = selection.gradient or selection
+        gathered = emit.call(torch.ops.cggr.gather_rows.default, source, rows.rows, rows.keep)
+        return gathered if selection.gradient is None else _at(emit, gathered, selection.gradient.places)
+
+
+def _at(emit: Emitter, hidden: Node, places: Node) -> Node:
+    """``hidden`` [B, G, H] at ``places`` (int64 [B, K]): [B, K, H]."""
+    index = emit.call(operator.getitem, places, (slice(None), slice(None), None))
+    return emit.call(torch.gather, hidden, 1, emit.method("expand", index, -1, -1, emit.size(hidden, 2)))

@@ -11,9 +11,10 @@ from cggr_compile.options import OptionError
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
+from cggr_compile.passes.semantic.value_candidates import ValueCandidates
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -30,10 +31,16 @@ class AlignTargets(SemanticPass):
 
         target = pad(labels[:, 1:].reshape(-1).reshape(B, -1), (0, 1), value=-100)   # [B, S]
         valid = target != -100
+
+    Of per-token values the candidates are the positions where a mask, or a target, lets a gradient through::
+
+        valid = pad(mask[:, 1:] != 0, (0, 1), value=False)
+        target = where(valid, pad(labels[:, 1:], (0, 1), value=-100), -100)
     """
 
     name = "align_targets"
     needs = (LossSite, LayerStack)
+    uses = (TokenValues,)
     provides = (Candidates,)
 
     def enabled(self, ctx: GraphContext) -> bool:
@@ -50,6 +57,12 @@ class AlignTargets(SemanticPass):
             what = "inference mode or torch.vmap encloses everything behind the router's block"
             return refused(Cause.UNSUPPORTED_STACK, what=what)
         hoist = Hoist(gm.graph, anchor)
+        if ctx.get(TokenValues) is not None:
+            found = ValueCandidates(Emitter(gm.graph, ctx.fake_mode), ctx, hoist, self.name)
+            ctx.add(found.candidates())
+            late = f"; not known yet: {'; '.join(dict.fromkeys(found.unknown))}" if found.unknown else ""
+            return PassResult(True, f"candidates: positions whose values may have a gradient{late}")
+        assert loss.target is not None
         if obstacle := hoist.obstacle(loss.target, loss.loss, stack.stream):
             return refused(Cause.LATE_LABELS, what=obstacle)
         start = stack.tail_start + loss.start
@@ -91,7 +104,8 @@ def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
     """
     modes = modes_of(gm.graph)
     nodes: list[Node] = list(gm.graph.nodes)
-    gather = ctx[LayerStack].tail[0] if ctx[LayerStack].tail else ctx[LossSite].head
+    gather = ctx[LossSite].head if ctx.get(TokenValues) is None else ctx[LossSite].hidden.next
+    gather = ctx[LayerStack].tail[0] if ctx[LayerStack].tail else gather
     places = nodes[nodes.index(after) + 1 : nodes.index(gather) + 1]
     places = [node for node in places if not modes[node].inference and not modes[node].levels]
     recording = (node for node in places if modes[node].grad == modes[nodes[0]].grad)

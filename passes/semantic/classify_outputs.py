@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Block, LayerStack, LossSite, OutputKind, Outputs
+from cggr_compile.passes.facts import Block, LayerStack, LossSite, OutputKind, Outputs, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
 from cggr_compile.passes.patterns.experts import GROUPED
@@ -29,6 +29,7 @@ class ClassifyOutputs(SemanticPass):
     In ``return (loss, aux_loss, logits, key, value, hidden)``, where ``loss = cross_entropy(...) + aux_loss``:
 
     - ``loss``: what the cross-entropy is a part of, of any shape;
+    - ``value``: several numbers computed from per-token values, of which the caller computes the loss;
     - ``part``: one number that the loss adds, or the logits of a router whose balance loss it adds: their gradient
       takes the loss's way;
     - ``logits``: the logits of the cross-entropy, perhaps cast, sliced or reshaped;
@@ -39,6 +40,7 @@ class ClassifyOutputs(SemanticPass):
 
     name = "classify_outputs"
     needs = (LossSite, LayerStack)
+    uses = (TokenValues,)
     provides = (Outputs,)
     analysis = True
 
@@ -52,10 +54,13 @@ class ClassifyOutputs(SemanticPass):
         kinds = _kinds(gm.graph, found, ctx[LossSite], stack)
         kept = list(dict.fromkeys(found[i] for i, kind in kinds.items() if kind == "kept"))
         dense = _between(kept, stack.blocks)
-        inside = [node for i, node in found.items() if kinds[i] in ("loss", "part", "kept")]
-        read = ancestors(inside, [ctx[LossSite].loss])
+        inside = [node for i, node in found.items() if kinds[i] in ("loss", "value", "part", "kept")]
+        read = ancestors(inside, ctx[LossSite].ends)
         every_position = any(block.attention.node in read for block in stack.blocks)
-        objective = [i for i, kind in kinds.items() if kind == "loss" or (kind == "kept" and _is_one_number(found[i]))]
+        values = ctx.get(TokenValues)
+        every_position = every_position or (values is not None and values.everywhere)
+        wanted = "loss" if "loss" in kinds.values() else "value"
+        objective = [i for i, kind in kinds.items() if kind == wanted or (kind == "kept" and _is_one_number(found[i]))]
         ctx.add(Outputs(kinds, tuple(objective), frozenset(dense), every_position))
         details: dict[str, Any] = {kind: [str(found[i]) for i in kinds if kinds[i] == kind] for kind in kinds.values()}
         if not kept:
@@ -75,7 +80,7 @@ class ClassifyOutputs(SemanticPass):
 
 def _kinds(graph: Graph, found: dict[int, Node], loss: LossSite, stack: LayerStack) -> dict[int, OutputKind]:
     returned = list(dict.fromkeys(found.values()))
-    with_loss = descendants([loss.loss], only=differentiable)
+    with_loss = descendants(loss.ends, only=differentiable)
     losses = with_loss.intersection(returned)
     logits = returned_logits(loss)
     cache = _cache(graph, stack, returned)
@@ -85,16 +90,16 @@ def _kinds(graph: Graph, found: dict[int, Node], loss: LossSite, stack: LayerSta
     def is_part(node: Node) -> bool:
         shape = shape_of(node)
         if _is_one_number(node):
-            stops = [loss.loss, *(n for n in stack.stream if n is not node)]
+            stops = [*loss.ends, *(n for n in stack.stream if n is not node)]
         elif len(shape) in (1, 2) and shape[-1] in sizes:
-            stops = [loss.loss, *ends]
+            stops = [*loss.ends, *ends]
         else:
             return False
         return not losses.isdisjoint(descendants([node], stops, differentiable) - set(stops))
 
     def kind(node: Node) -> OutputKind:
         if node in with_loss:
-            return "loss"
+            return "value" if loss.values and not _is_one_number(node) else "loss"
         if node in logits:
             return "logits"
         if node in cache:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cggr_compile.causes import Cause
-from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import LossSite
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import LossSite, NoSingleLoss
 from cggr_compile.passes.nodes import differentiable, op_name
 from cggr_compile.passes.patterns.head import returned_logits
 from cggr_compile.passes.patterns.loss import NotALanguageModelLossError, is_cross_entropy, read_loss_site
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FindLoss(SemanticPass):
-    """Records head, target and cross-entropy in ``ctx[LossSite]``; changes nothing.
+    """Records head, target and cross-entropy in ``ctx[LossSite]``, where there is one loss; changes nothing.
 
     Finds, in any of the spellings of transformers and plain PyTorch::
 
@@ -24,11 +24,12 @@ class FindLoss(SemanticPass):
         logits = tanh(logits / 30.0) * 30.0           # soft-cap, optional
         loss = cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
 
-    The target is taken as the loss computes it, so whatever shift the user applies is the one that is scored.
+    The target is taken as the loss computes it, so whatever shift the user applies is the one that is scored. Of any
+    other loss ``ctx[NoSingleLoss]`` says why it is none of these, and ``find_token_values`` has its turn.
     """
 
     name = "find_loss"
-    provides = (LossSite,)
+    provides = (LossSite, NoSingleLoss)
     analysis = True
 
     def enabled(self, ctx: GraphContext) -> bool:
@@ -36,15 +37,16 @@ class FindLoss(SemanticPass):
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         losses = [node for node in gm.graph.nodes if is_cross_entropy(node)]
-        if not losses:
-            return refused(Cause.NO_LOSS)
-        if len(losses) > 1:
-            return refused(Cause.UNSUPPORTED_LOSS, what=f"{len(losses)} cross-entropies in one graph")
         try:
+            if not losses:
+                raise NotALanguageModelLossError("", Cause.NO_LOSS)
+            if len(losses) > 1:
+                raise NotALanguageModelLossError(f"{len(losses)} cross-entropies in one graph")
             site = read_loss_site(losses[0])
             _check_other_uses(gm, site)
         except NotALanguageModelLossError as why:
-            return why.refusal
+            ctx.add(NoSingleLoss(why.refusal))
+            return PassResult(False, why.refusal.reason)
         ctx.add(site)
         details = {
             "head": str(site.head),

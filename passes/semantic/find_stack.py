@@ -54,7 +54,7 @@ class FindStack(SemanticPass):
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         try:
-            stack = _find(gm, ctx[LossSite].hidden)
+            stack = _find(gm, ctx[LossSite])
         except NoLayerStackError as why:
             return why.refusal
         ctx.add(stack)
@@ -75,13 +75,14 @@ class FindStack(SemanticPass):
         return PassResult(True, f"{len(stack.blocks)} blocks, {alike}", details)
 
 
-def _find(gm: GraphModule, hidden: Node) -> LayerStack:
-    reaching = ancestors([hidden])
+def _find(gm: GraphModule, site: LossSite) -> LayerStack:
+    reaching = ancestors([site.hidden])
+    computed = descendants(site.values)  # from per-token values: what is done to it is the loss's own affair
     roots = _roots(gm, reaching)
     carrying = _carrying(roots)
     for node in gm.graph.nodes:
         targets = mutated_operands(node)
-        if not targets or not any(n in carrying for n in node.all_input_nodes):
+        if not targets or not any(n in carrying for n in node.all_input_nodes) or computed.issuperset(targets):
             continue
         # what a layer keeps about itself in a buffer, such as a metric, is not read on the way to the head
         if node.users or any(t.op != "placeholder" or t in reaching or t in carrying for t in targets):

@@ -10,10 +10,11 @@ from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.analysis.example_target import example_target
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Attention, LayerStack, LossSite, Outputs, Padding
+from cggr_compile.passes.facts import Attention, LayerStack, LossSite, Outputs, Padding, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.mask_kinds import MaskKind, classify
+from cggr_compile.passes.semantic.value_candidates import candidates_of_first_batch
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ class RecoverCausalMask(SemanticPass):
 
     name = "recover_causal_mask"
     needs = (LossSite, LayerStack, Outputs)
+    uses = (TokenValues,)
     provides = (LayerStack, Padding)
     optional = True
 
@@ -135,6 +137,11 @@ def _example_obstacle(example: Any, binary: bool) -> str:
 
 def _label_obstacle(padded: torch.Tensor, gm: GraphModule, ctx: GraphContext) -> str:
     """``padded``: bool [B, S]."""
+    if ctx.get(TokenValues) is not None:
+        found = candidates_of_first_batch(gm, ctx)
+        if isinstance(found, str):
+            return f"whether padding has a gradient is not known: {found}"
+        return "padding has a gradient in the first batch" if bool((found & padded.cpu()).any()) else ""
     target = example_target(gm, ctx)
     if target is None:
         return "whether padding has labels can be told only by running the model"

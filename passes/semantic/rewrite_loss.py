@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +10,10 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, RowTail, Selection
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, RowTail, Selection, TokenValues
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import fake_value, op_name
-from cggr_compile.passes.patterns.tail import copy_rows, copy_tail
+from cggr_compile.passes.patterns.tail import copy_rows, copy_tail, gather_rows
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -53,15 +51,17 @@ class RewriteLoss(SemanticPass):
 
     name = "rewrite_loss"
     needs = (LossSite, LayerStack, Candidates, Selection)
-    uses = (RowTail,)
+    uses = (RowTail, TokenValues)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        if ctx.get(TokenValues) is not None:
+            return PassResult(False, "the loss is computed from per-token values")
         stack, loss, candidates, selection = ctx[LayerStack], ctx[LossSite], ctx[Candidates], ctx[Selection]
         emit = Emitter(gm.graph, ctx.fake_mode)
         last, tail = stack.blocks[-1].output, ctx.get(RowTail)
         entries, inside = (tail.entries, tail.nodes) if tail else ((last,), ())
         readers = [*inside, *stack.tail, loss.head]
-        taken = {entry: self._gather(emit, entry, readers, selection) for entry in entries}
+        taken = {entry: gather_rows(emit, entry, readers, selection, self.name) for entry in entries}
         taken |= copy_rows(emit, inside, taken)
         mapping = copy_tail(emit, stack, loss, taken[last], in_place=True)
         dtype = fake_value(loss.loss).dtype
@@ -97,18 +97,6 @@ class RewriteLoss(SemanticPass):
         details = {"rows": str(selection.rows), "cross_entropy": ctx.options.cross_entropy}
         return PassResult(True, f"{loss.reduction} over the selected rows, {how}", details)
 
-    def _gather(self, emit: Emitter, source: Node, readers: Sequence[Node], selection: Selection) -> Node:
-        """The rows of ``source`` [B, S, X] that carry loss, [B, K, X], in front of the first of its readers."""
-        first = next(node for node in readers if source in node.all_input_nodes)
-        with (
-            emit.before(first, self.name),
-            # it may run under no_grad, and another one not
-            emit.under(dataclasses.replace(emit.modes, grad=emit.modes.grad or fake_value(source).requires_grad)),
-        ):
-            rows = selection.gradient or selection
-            gathered = emit.call(torch.ops.cggr.gather_rows.default, source, rows.rows, rows.keep)
-            return gathered if selection.gradient is None else _at(emit, gathered, selection.gradient.places)
-
     def _copy_chain(self, emit: Emitter, loss: LossSite, mapping: dict[Node, Node]) -> Node:
         """The logits of the selected rows, [B, K, V]."""
         for node in loss.chain:
@@ -128,12 +116,6 @@ class RewriteLoss(SemanticPass):
                 with emit.before(user, self.name):
                     some = emit.call(operator.gt, total, 0)
                     user.replace_input_with(divisor, emit.call(torch.where, some, divisor, 1))
-
-
-def _at(emit: Emitter, hidden: Node, places: Node) -> Node:
-    """``hidden`` [B, G, H] at ``places`` (int64 [B, K]): [B, K, H]."""
-    index = emit.call(operator.getitem, places, (slice(None), slice(None), None))
-    return emit.call(torch.gather, hidden, 1, emit.method("expand", index, -1, -1, emit.size(hidden, 2)))
 
 
 def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:

@@ -65,7 +65,7 @@ class SelectRows(SemanticPass):
         unrouted = ctx.get(NoRouter)
         options = _without_scores(ctx, unrouted.why) if unrouted else ctx.options
         valid = candidates.valid
-        device = fake_value(ctx[LossSite].target).device
+        device = fake_value(valid).device
         state = add_state_input(gm.graph, ctx.fake_mode, device)
         at_most = ctx.get(Slots) or Slots(options.most_slots, options.most_gradient_slots)
         emit = Emitter(gm.graph, ctx.fake_mode)

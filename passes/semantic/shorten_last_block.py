@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cggr_compile.passes.analysis.effects import mutated_operand
 from cggr_compile.passes.analysis.modes import has_effect, modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Outputs, RowTail
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Outputs, RowTail, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants, in_order
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.head import returned_logits
@@ -34,11 +34,14 @@ class ShortenLastBlock(SemanticPass):
 
     name = "shorten_last_block"
     needs = (LossSite, LayerStack, Outputs, Candidates)
+    uses = (TokenValues,)
     provides = (RowTail,)
     analysis = True
     optional = True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        if ctx.get(TokenValues) is not None:
+            return PassResult(False, "the last block is computed for every position: per-token values are exact at all")
         nodes, entries, obstacle = _row_wise_part(ctx[LayerStack])
         obstacle = obstacle or _other_reader(gm, ctx, nodes) or _too_early(gm, ctx[Candidates], nodes)
         if obstacle:

@@ -1,0 +1,179 @@
+"""Finds per-token values of the logits: log-probabilities, entropies, divergences, losses of single tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
+from cggr_compile.passes.facts import LossSite, NoSingleLoss, TokenValues
+from cggr_compile.passes.fx import ancestors
+from cggr_compile.passes.nodes import argument, differentiable, fake_value, op_name, shape_of
+from cggr_compile.passes.patterns.head import read_head, returned_logits
+from cggr_compile.passes.patterns.loss import NotALanguageModelLossError, scale_and_softcap
+from cggr_compile.passes.patterns.token_values.layout import FEATURE
+from cggr_compile.passes.patterns.token_values.masks import own_masks, ways
+from cggr_compile.passes.patterns.token_values.operands import base_of
+from cggr_compile.passes.patterns.token_values.planner import Planner
+from cggr_compile.passes.patterns.token_values.program import Taken
+from cggr_compile.passes.patterns.token_values.region import (
+    NoTokenValuesError,
+    TokenRegion,
+    find_region,
+    head_input,
+)
+from cggr_compile.passes.patterns.token_values.rules.losses import OF_CLASSES, read_loss
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule, Node
+
+
+class FindTokenValues(SemanticPass):
+    """Records in ``ctx[TokenValues]`` where the vocabulary axis disappears, if the loss is no single cross-entropy.
+
+    In, for one::
+
+        log_p = log_softmax(linear(hidden, lm_head)[:, :-1], -1)                     # [B, S - 1, V]
+        chosen = log_p.gather(-1, labels[:, 1:, None])                               # [B, S - 1, 1], a value
+        entropy = -(log_p.exp() * log_p).sum(-1)                                     # [B, S - 1], another
+        loss = -(chosen.squeeze(-1) * mask).sum() / mask.sum() - 0.01 * (entropy * mask).mean()
+
+    Everything between the hidden state and the values works position by position, so its gradient can be taken at
+    some of the positions. What is computed of the values may be anything, here or outside of the graph.
+
+    Positions are candidates where the gradient may be other than zero: where a target is not ignored, and where no
+    reader multiplies the value with a mask that is zero, or replaces it; in doubt everywhere.
+    """
+
+    name = "find_token_values"
+    uses = (LossSite, NoSingleLoss)
+    provides = (LossSite, TokenValues)
+    analysis = True
+
+    def enabled(self, ctx: GraphContext) -> bool:
+        return True
+
+    def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
+        if ctx.get(LossSite) is not None:
+            return PassResult(False, "the loss is one cross-entropy")
+        no_single = ctx[NoSingleLoss].refusal
+        try:
+            region = find_region(gm.graph)
+            if region is None or not (region.values or region.splits):
+                return no_single
+            site, found = _read(region, splits=ctx.dense and not ctx.observing)
+            _check_returned(site, region)
+        except NoTokenValuesError as why:
+            return why.refusal
+        ctx.add(site)
+        ctx.add(found)
+        return PassResult(True, _told(found), {"values": [str(node) for node in found.values]})
+
+
+def _told(found: TokenValues) -> str:
+    names = ", ".join(dict.fromkeys(op_name(node) for node in found.values))
+    values = "one per-token value" if len(found.values) == 1 else f"{len(found.values)} per-token values"
+    heads = f"head {found.heads[0]}" if len(found.heads) == 1 else f"{len(found.heads)} heads"
+    where = "at any position" if found.everywhere else "where masks and labels let a gradient through"
+    return f"{values} ({names}) of {heads}, differentiated {where}"
+
+
+def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
+    planner = region.planner
+    main = [head for head in region.heads if planner.plan(head_input(head)).ref == planner.found[region.stem].ref]
+    if not main:
+        raise NoTokenValuesError(f"its heads ({region.heads[0]} is one) have layers of their own")
+    if region.splits and not splits:
+        raise NoTokenValuesError(f"it sums over logits and positions ({region.splits[0]})")
+    values = (*region.values, *region.splits)
+    layouts = tuple(planner.found[node].layout for node in region.values)
+    masks = tuple(frozenset(way | own_masks(planner, node) for way in ways(planner, node)) for node in region.values)
+    _, weight, bias, transposed = read_head(main[0])
+    scale, softcap = _scale_and_softcap(region, main[0])
+    site = LossSite(
+        loss=values[0],
+        head=main[0],
+        weight=weight,
+        bias=bias,
+        transposed=transposed,
+        hidden=region.stem,
+        chain=region.logits,
+        target=None,
+        vocab=shape_of(main[0])[-1],
+        start=0,
+        scale=scale,
+        softcap=softcap,
+        reduction="none",
+        ignore_index=-100,
+        label_smoothing=0.0,
+        values=values,
+    )
+    if region.splits:  # at ratio 1.0: nothing is selected
+        layouts, masks = (), (frozenset({frozenset()}),)
+    return site, TokenValues(
+        region.stem,
+        region.heads,
+        tuple(region.layout(head) for head in region.heads),
+        region.beside,
+        region.values,
+        layouts,
+        masks,
+        _labels(region),
+    )
+
+
+def _scale_and_softcap(region: TokenRegion, head: Node) -> tuple[float, float]:
+    """How the logits are made of the head's products, as far as the router's scores can follow it."""
+    for node in region.logits:
+        if op_name(node) in ("log_softmax", "softmax") or head in node.all_input_nodes:
+            source: Any = node.all_input_nodes[0]
+            try:
+                if source is not head and source in region.logits:
+                    return scale_and_softcap(source)
+            except NotALanguageModelLossError:
+                continue
+    return 1.0, 0.0
+
+
+def _labels(region: TokenRegion) -> Taken | None:
+    """The classes that the first value is of which has some for every sequence of the batch."""
+    planner = region.planner
+    count = planner.found[region.stem].layout.window.count
+    for value in region.values:
+        inside = ancestors([value], only=lambda n: n in planner.found)
+        for node in sorted(inside):
+            found = _classes(planner, node)
+            window = found.layout.window if found is not None else None
+            if window is not None and window.full and (window.first, window.count) == (0, count):
+                return found
+    return None
+
+
+def _classes(planner: Planner, node: Node) -> Taken | None:
+    index: Any = None
+    loss, layout = read_loss(node), planner.found[node].layout
+    if loss is not None and op_name(node) in OF_CLASSES and not loss.soft:
+        index = loss.target
+    elif op_name(node) in ("gather", "take_along_dim"):
+        index = argument(node, 2 if op_name(node) == "gather" else 1, "index", node.kwargs.get("indices"))
+        layout = layout.with_features(layout.features, [False] * len(layout.features))
+        if any(size != 1 for size in layout.features):
+            return None
+    elif op_name(node) == "getitem" and isinstance(node.args[1], tuple):
+        index = node.args[1][-1]
+        if not hasattr(index, "meta") or FEATURE in layout.axes:
+            return None
+    if index is None or not hasattr(index, "meta") or differentiable(index) or not planner.unwritten(index):
+        return None
+    if fake_value(index).is_floating_point() or index in planner.behind:
+        return None
+    base, at = base_of(index, layout, planner.unwritten)
+    return Taken(base, at, None)
+
+
+def _check_returned(site: LossSite, region: TokenRegion) -> None:
+    """Logits may leave the graph, without their gradient; nothing else that has an axis over the vocabulary."""
+    same = {n for head in region.heads for n in returned_logits(replace(site, chain=(head,), vocab=shape_of(head)[-1]))}
+    for node in region.logits:
+        if any(user.op == "output" for user in node.users) and node not in same:
+            raise NoTokenValuesError(f"{op_name(node)!r} ({node}) is returned, with a gradient for every class")
