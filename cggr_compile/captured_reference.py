@@ -144,8 +144,10 @@ class _GatedEvaluation(Interpreter):
         if str(n) not in self.layouts:
             return value
         self.candidates = int((self.ours.selected >= 0).sum())
-        factors = self._factors(self.layouts[str(n)]).to(value.dtype)
-        return value.detach() + (value - value.detach()) * factors
+        factors = self._factors(self.layouts[str(n)])
+        if isinstance(value, Tensor):
+            return _times(value, factors)
+        return tuple(_times(each, factors) if each.numel() else each for each in value)
 
     def _factors(self, layout: Layout) -> Tensor:
         """The weights of the positions that logits have, in their shape."""
@@ -160,6 +162,11 @@ class _GatedEvaluation(Interpreter):
             return whole.reshape(*whole.shape, *[1] * len(layout.features))
         rows = whole.flatten()[window.begin : window.begin + window.size]
         return rows.reshape(-1, *[1] * len(layout.features))
+
+
+def _times(value: Tensor, factors: Tensor) -> Tensor:
+    """The value, with its gradient times factors."""
+    return value.detach() + (value - value.detach()) * factors.to(value.dtype)
 
 
 def _unrouted_inputs(rewritten: GraphModule) -> set[str]:

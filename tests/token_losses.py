@@ -335,6 +335,22 @@ def critic(model, gate):
     return -masked(log_p(gate(model.lm_head(hidden)))) + 0.1 * (model.layer(hidden)[..., 0] - 1).square().mean()
 
 
+@heads
+def head_without_logits(model, gate):
+    """The operator that computes values of a head, where a user calls it."""
+    hidden = model.hidden(IDS)
+    if gate is open_gate:
+        found = cggr_compile.token_log_probs(
+            hidden, model.lm_head.weight, TARGET, temperature=0.8, outputs=("log_prob", "entropy")
+        )
+        log_prob, entropy = found.log_prob, found.entropy
+    else:
+        logs = (gate(model.lm_head(hidden)) / 0.8).log_softmax(-1)
+        log_prob = logs.gather(-1, TARGET.clamp_min(0)[..., None])[..., 0] * (TARGET != -100)
+        entropy = -(logs.exp() * logs).sum(-1) * (TARGET != -100)
+    return -(log_prob * ADVANTAGE).sum() - 0.1 * entropy.square().mean()
+
+
 class Model(models.Decoder):
     """One layer; a second head, and a layer in front of it."""
 

@@ -22,6 +22,7 @@ from cggr_compile.passes.patterns.token_values.region import (
     find_region,
     head_input,
 )
+from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
 from cggr_compile.passes.patterns.token_values.rules.losses import OF_CLASSES, read_loss
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
     values = (*region.values, *region.splits)
     layouts = tuple(planner.found[node].layout for node in region.values)
     masks = tuple(frozenset(way | own_masks(planner, node) for way in ways(planner, node)) for node in region.values)
-    _, weight, bias, transposed = read_head(main[0])
-    scale, softcap = _scale_and_softcap(region, main[0])
+    weight, bias, transposed, scale, softcap = _read_head(region, main[0])
     site = LossSite(
         loss=values[0],
         head=main[0],
@@ -99,7 +99,7 @@ def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
         hidden=region.stem,
         chain=region.logits,
         target=None,
-        vocab=shape_of(main[0])[-1],
+        vocab=shape_of(weight)[1 if transposed else 0],
         start=0,
         scale=scale,
         softcap=softcap,
@@ -120,6 +120,16 @@ def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
         masks,
         _labels(region),
     )
+
+
+def _read_head(region: TokenRegion, head: Node) -> tuple[Node, Node | None, bool, float, float]:
+    """Weight, bias, whether the weight is transposed, scale and soft-cap of a head."""
+    if is_head_of_values(head):
+        _, weight, bias, *_ = head.args
+        scale, softcap = head.args[7:9]
+        return weight, bias, False, float(scale), float(softcap)  # type: ignore[arg-type,return-value]
+    _, weight, bias, transposed = read_head(head)
+    return weight, bias, transposed, *_scale_and_softcap(region, head)
 
 
 def _scale_and_softcap(region: TokenRegion, head: Node) -> tuple[float, float]:
@@ -154,6 +164,8 @@ def _classes(planner: Planner, node: Node) -> Taken | None:
     loss, layout = read_loss(node), planner.found[node].layout
     if loss is not None and op_name(node) in OF_CLASSES and not loss.soft:
         index = loss.target
+    elif is_head_of_values(node):
+        index = labels_of(node)
     elif op_name(node) in ("gather", "take_along_dim"):
         index = argument(node, 2 if op_name(node) == "gather" else 1, "index", node.kwargs.get("indices"))
         layout = layout.with_features(layout.features, [False] * len(layout.features))
@@ -173,7 +185,8 @@ def _classes(planner: Planner, node: Node) -> Taken | None:
 
 def _check_returned(site: LossSite, region: TokenRegion) -> None:
     """Logits may leave the graph, without their gradient; nothing else that has an axis over the vocabulary."""
-    same = {n for head in region.heads for n in returned_logits(replace(site, chain=(head,), vocab=shape_of(head)[-1]))}
+    heads = [head for head in region.heads if not is_head_of_values(head)]
+    same = {n for head in heads for n in returned_logits(replace(site, chain=(head,), vocab=shape_of(head)[-1]))}
     for node in region.logits:
         if any(user.op == "output" for user in node.users) and node not in same:
             raise NoTokenValuesError(f"{op_name(node)!r} ({node}) is returned, with a gradient for every class")

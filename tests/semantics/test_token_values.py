@@ -16,7 +16,7 @@ from training import RATIO, metrics
 import cggr_compile
 
 QUICK_LOSSES = ("sequence_by_sequence", "entropy_in_pieces", "class_weights", "z_loss", "jensen_shannon", "preference")
-QUICK_HEADS = ("chunked_values", "further_head", "against_a_reference")
+QUICK_HEADS = ("chunked_values", "further_head", "against_a_reference", "head_without_logits")
 
 
 def run(function: Any, **options: Any) -> Any:

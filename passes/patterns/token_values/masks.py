@@ -13,6 +13,7 @@ from cggr_compile.passes.nodes import argument, differentiable, fake_value, op_n
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout
 from cggr_compile.passes.patterns.token_values.operands import base_of
 from cggr_compile.passes.patterns.token_values.program import Taken
+from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
 from cggr_compile.passes.patterns.token_values.rules.losses import OF_CLASSES, read_loss
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Of more ways than this from a value to the loss, none is looked at.
 _WAYS = 16
+NO_LABEL = -100  # of cggr::token_log_probs, which takes others as well
 _PRODUCTS = {"mul", "and", "bitwise_and", "logical_and"}
 
 
@@ -58,6 +60,9 @@ def own_masks(planner: Planner, node: Node) -> Way:
                 base, at = base_of(call.target, planner.found[node].layout, planner.unwritten)
                 found.add(Mask(Taken(base, at, None), True, call.ignore_index))
             return frozenset(found)
+        if is_head_of_values(node) and planner.unwritten(labels_of(node)):
+            base, at = base_of(labels_of(node), planner.found[node].layout, planner.unwritten)
+            return frozenset({*found, Mask(Taken(base, at, None), True, NO_LABEL)})
         sources = [n for n in node.all_input_nodes if n in planner.behind and differentiable(n)]
         if len(sources) != 1 or node in planner.heads:
             return frozenset(found)

@@ -16,6 +16,7 @@ from cggr_compile.passes.patterns.head import is_head, read_head
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, FLAT, Layout
 from cggr_compile.passes.patterns.token_values.planner import NotByPositionError, Planned, Planner, whole_layout
 from cggr_compile.passes.patterns.token_values.rules.along import SPLIT
+from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values
 from cggr_compile.passes.patterns.token_values.rules.losses import read_loss
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def plan_region(graph: Graph, stem: Node, heads: Sequence[Node]) -> TokenRegion:
 
 def _heads(graph: Graph) -> list[Node]:
     """Products whose value reaches an operator for logits, and no other such product."""
-    found = [n for n in graph.nodes if is_head(n) and differentiable(n) and len(shape_of(n)) >= 2 and _is_logits(n)]
+    found = [n for n in graph.nodes if differentiable(n) and (is_head_of_values(n) or _is_head_of_logits(n))]
     last = []
     for head in found:
         behind = descendants([head], only=differentiable)
@@ -104,7 +105,9 @@ def _heads(graph: Graph) -> list[Node]:
     return last
 
 
-def _is_logits(head: Node) -> bool:
+def _is_head_of_logits(head: Node) -> bool:
+    if not is_head(head) or len(shape_of(head)) < 2:
+        return False
     classes = shape_of(head)[-1]
     todo, seen = [head], {head}
     while todo:
@@ -150,7 +153,8 @@ def _last_of_rank(graph: Graph, nodes: Container[Node], rank: int) -> Node:
 
 
 def head_input(head: Node) -> Node:
-    return read_head(head)[0]
+    hidden: Any = head.args[0] if is_head_of_values(head) else read_head(head)[0]
+    return hidden  # type: ignore[no-any-return]
 
 
 def _region(graph: Graph, stem: Node, heads: Sequence[Node], planner: Planner) -> TokenRegion:
@@ -172,8 +176,9 @@ def _region(graph: Graph, stem: Node, heads: Sequence[Node], planner: Planner) -
                 continue
             raise NoTokenValuesError(f"it {why}") from why
         if has_classes(plan):
-            carrying.add(node)
             logits.append(node)
+        if plan.parts or has_classes(plan):
+            carrying.add(node)
         else:
             values.append(node)
     inside = ancestors(carrying, only=lambda n: n in planner.found)
