@@ -23,6 +23,7 @@ from reference import (
     shift,
     worst,
 )
+from token_losses import factors, gated
 from torch import Tensor, nn
 from training import RATIO, assert_selected_or_dense, complaints, metrics, picks, selected, small
 
@@ -234,26 +235,38 @@ def test_outputs_are_those_of_plain_pytorch(name: str) -> None:
 
 
 FROM_LOGITS: dict[str, Callable[..., Any]] = {
-    "log-probabilities": lambda m, loss, x, z: (loss, z.log_softmax(-1)),
     "entropies": lambda m, loss, x, z: (loss, -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)),
     "z-loss per token": lambda m, loss, x, z: (loss, z.logsumexp(-1)),
-    "two words": lambda m, loss, x, z: (loss, z[..., 3:5]),
+    "a word": lambda m, loss, x, z: (loss, z[..., 3]),
     "z-loss in a loss [1]": lambda m, loss, x, z: loss.view(1) + 1e-2 * z.square().mean((1, 2)).sum(0, keepdim=True),
+}
+WHOLE: dict[str, Callable[..., Any]] = {
+    "log-probabilities": lambda m, loss, x, z: (loss, z.log_softmax(-1)),
+    "two words": lambda m, loss, x, z: (loss, z[..., 3:5]),
     "some rows of them": lambda m, loss, x, z: (loss, z[torch.arange(2), torch.tensor([3, 5])]),
 }
 
 
-OF_EACH_SHAPE = ["z-loss per token", "two words", "z-loss in a loss [1]"]
-
-
-@pytest.mark.parametrize("name", slow_but(OF_EACH_SHAPE, FROM_LOGITS))
-def test_what_is_computed_from_the_logits_needs_them_all(name: str) -> None:
+@pytest.mark.parametrize("name", slow_but(["z-loss per token", "z-loss in a loss [1]"], FROM_LOGITS))
+def test_what_is_computed_from_the_logits_of_each_position(name: str) -> None:
+    """Per-token values, returned: the caller's loss takes their gradient at the selected positions."""
     model, (ids, labels) = Stateful(FROM_LOGITS[name]), make_batch().values()
+    compiled(model, min_tokens_ratio=RATIO, context=0)
+    got = backward(model, added(model(ids, labels)))
+    factor = factors(picks(model))
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: gated(logits, factor))
+    with hook, routing(model, hard_mask(selected(model), SEQ), "routed", "project"):
+        assert_same(got, backward(model, added(eager_call(model, ids, labels))))
+
+
+@pytest.mark.parametrize("name", slow_but(["two words"], WHOLE))
+def test_classes_that_are_returned_need_them_all(name: str) -> None:
+    model, (ids, labels) = Stateful(WHOLE[name]), make_batch().values()
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")
     with complaints() as found:
         got = backward(model, added(model(ids, labels)))
     assert metrics(model)["matched"] is False
-    assert any("the logits also feed" in message for message in found), found
+    assert any("is returned" in message or "not understood" in message for message in found), found
     assert_same(got, backward(model, added(eager_call(model, ids, labels))))
 
 
