@@ -45,8 +45,9 @@ class RewriteValues(SemanticPass):
     at selected rows, times 1/p where they are sampled.
 
     The values of all positions cost a forward of the head, a third of what it costs densely, whatever part of the
-    positions is selected; nothing of it is kept for the backward pass. Where the program of the rows is one that an
-    operator computes without logits, it is here that it can take the place of both.
+    positions is selected; nothing of it is kept for the backward pass. Where the user, or a library's head, calls
+    ``cggr::token_log_probs``, that is both the exact values and the program of the rows, without logits. Programs that
+    are log-softmax and gather could be lowered to it here, before they are written.
     """
 
     name = "rewrite_values"
