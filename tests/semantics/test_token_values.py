@@ -55,7 +55,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {"selection": "topk", "scoring": "loss"},
     "labels": {"selection": "labels", "max_selected": 4},
     "row_sparse off": {"row_sparse": False},
-    "kv_weight": {"kv_weight": "1/sqrt(p)", "gradient": "exact"},
     "verified": {"verify": True},
     "inductor": {"compiler": "inductor"},
 }
@@ -150,7 +149,7 @@ UNSUPPORTED = {
     written_in_place: "written in place",
     smoothed_over_time: "positions",
     noisy: "random numbers",
-    whole_distributions: "computed outside",
+    whole_distributions: "'log_softmax'",
     other_flattening: "positions and classes together",
 }
 

@@ -108,19 +108,20 @@ def _heads(graph: Graph) -> list[Node]:
 def _is_head_of_logits(head: Node) -> bool:
     if not is_head(head) or len(shape_of(head)) < 2:
         return False
-    classes = shape_of(head)[-1]
-    todo, seen = [head], {head}
+    todo, seen = [(head, shape_of(head)[-1])], {head}
     while todo:
-        for user in todo.pop().users:
+        node, classes = todo.pop()
+        for user in node.users:
             if user in seen or not differentiable(user):
                 continue
             if op_name(user) in _OF_LOGITS:
                 return True
             value = fake_value(user)
             parts = value if isinstance(value, (tuple, list)) else (value,)
-            if any(isinstance(part, torch.Tensor) and classes in part.shape for part in parts) or _sliced(user):
+            has_classes = any(isinstance(part, torch.Tensor) and classes in part.shape for part in parts)
+            if has_classes or _sliced(user):
                 seen.add(user)
-                todo.append(user)
+                todo.append((user, classes if has_classes else shape_of(user)[-1]))
     return False
 
 
