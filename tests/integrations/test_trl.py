@@ -1,6 +1,10 @@
-"""TRL's trainers with ``CGGRCallback``: while training its fused head is ours, in one graph; nothing else changes."""
+"""TRL's trainers with ``CGGRCallback``: its fused head is ours, in one graph, and the gradient that of the rows."""
 
 from __future__ import annotations
+
+import contextlib
+import functools
+import sys
 
 import models
 import pytest
@@ -12,6 +16,8 @@ pytest.importorskip("trl")
 
 from accelerate import Accelerator
 from datasets import Dataset
+from reference import Picks, Run, assert_same, context_rows, hard_mask, overall, routing
+from transformers import TrainerCallback
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -163,8 +169,93 @@ def test_equals_stock(kind, tmp_path):
     runtime = cggr_compile.runtime(trainer.model)
     sizes = 2 if kind in ("grpo", "rloo") else 1  # of completions, at most
     assert 1 <= len(runtime.reports) <= sizes and all(report.training for report in runtime.reports)
+    figures = runtime.metrics()
+    assert figures["level"] == "routed" and figures["token_ratio"] == 1 and figures["labels_overflow"] == 0, figures
     close = {"rel": 2e-2, "abs": 2e-3} if "bfloat16" in kind else {"rel": 1e-4, "abs": 1e-5}
     for stock, ours in zip(logs[False], logs[True], strict=True):
         compared = [name for name in stock if not any(word in name for word in ("time", "runtime", "second"))]
         assert {"loss", "grad_norm", "entropy"} <= set(compared)
         assert {name: ours[name] for name in compared} == pytest.approx({n: stock[n] for n in compared}, **close)
+
+
+class FirstGradient(TrainerCallback):
+    """Keeps the loss's gradient of the first step, before it is clipped."""
+
+    def __init__(self):
+        self.run = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        self.run = Run(torch.zeros(()), grads)
+
+
+@contextlib.contextmanager
+def on_rows(trainer, picks, context):
+    """A stock trainer's first step with the gradient of some rows, by hooks in its model and in its fused head.
+
+    ``context``: positions before each selected one that carry gradient too.
+    """
+    forward, rows = trainer.model.forward, picks.rows
+
+    with contextlib.ExitStack() as stack:
+
+        @functools.wraps(forward)
+        def on_rows(*args, **kwargs):
+            if not (kwargs.get("fused_lm_head") and torch.is_grad_enabled()):
+                return forward(*args, **kwargs)
+            size = kwargs["input_ids"].shape[1]
+            hard = hard_mask(rows, size) | context_rows(rows, context, slots=size, size=size)
+            stack.enter_context(routing(trainer.model, hard, "routed", "project"))
+            out = forward(*args, **kwargs)
+            factors = torch.zeros(len(rows), size + 1)
+            factors.scatter_(1, torch.where(rows < 0, size, rows), picks.weights)
+            for name in ("log_probs", "entropy"):  # [B, S - 1]
+                out[name] = out[name].detach() + (out[name] - out[name].detach()) * factors[:, : size - 1]
+            return out
+
+        trainer.model.forward = on_rows
+        yield
+
+
+# trainers, the selection that the first batch makes of the defaults, and options
+SELECTED = {
+    "sft, completions": ("labels", {"context": 3}),
+    "sft": ("importance", {}),
+    "sft, dft": ("labels", {"context": 3}),
+    "dpo": ("labels", {"context": 3}),
+    "kto": ("labels", {"context": 3}),
+    "grpo": ("labels", {"context": 3}),
+    "rloo": ("importance", {"selection": "importance"}),
+}
+
+
+@pytest.mark.parametrize("kind", models.slow_but(["sft, completions", "sft"], SELECTED))
+def test_gradient_of_the_selected_rows(kind, tmp_path, monkeypatch):
+    """One step of the defaults: loss and metrics of stock TRL, and the gradient of stock TRL on the same rows."""
+    monkeypatch.setattr(sys.modules[__name__], "model", functools.partial(model, num_hidden_layers=2))
+    selection, options = SELECTED[kind]
+    base = {"bf16": False, **BASE, "max_steps": 1, "output_dir": str(tmp_path)}
+
+    def trained(*callbacks, context=lambda trainer: contextlib.nullcontext()):
+        torch.manual_seed(0)
+        first = FirstGradient()
+        trainer = TRAINERS[kind](base, processing_class=tokenizer(), callbacks=[*callbacks, first])
+        with context(trainer):
+            trainer.train()
+        return trainer, first.run
+
+    trainer, got = trained(CGGRCallback(compiler="eager", fallback="error", launch_bound="select", **options))
+    runtime = cggr_compile.runtime(trainer.model)
+    figures, rows = runtime.metrics(), runtime.selected
+    assert figures["level"] == "routed" and figures["selection"] == selection, figures
+    assert not figures["labels_overflow"] and not figures["context_overflow"], figures
+    assert (figures["tokens_selected"] == figures["tokens_total"]) == (selection == "labels"), figures
+    picks = Picks(rows, runtime.weights)
+    stock, want = trained(context=lambda trainer: on_rows(trainer, picks, options.get("context", 0)))
+    ours, theirs = trainer.state.log_history[0], stock.state.log_history[0]
+    # at the first step of DPO both rewards are zero, which is larger is rounding
+    compared = [name for name in theirs if not any(word in name for word in ("time", "second", "accuracies"))]
+    assert {n: ours[n] for n in compared} == pytest.approx({n: theirs[n] for n in compared}, rel=1e-4, abs=1e-5)
+    assert_same(got, want, 1e-4)
+    _, dense = trained()
+    assert overall(got, dense) > 1e-2
