@@ -72,13 +72,16 @@ class Cause(enum.Enum):
         "return the loss from it: pass labels=, or compile the step (cggr_compile.train_step)"
     )
     FUSED_HEAD = (
-        "TRL calls the model with fused_lm_head=True: the model then returns log-probabilities, and TRL computes the "
-        "loss outside of the compiled graph; train with labels= and the model's own loss (transformers' Trainer)"
+        "TRL calls the model with fused_lm_head=True, and its head ends the compiled graph: give the trainer "
+        "callbacks=[cggr_compile.integrations.transformers.CGGRCallback()], which compiles the model with a head that "
+        "stays in it, and do not compile the model yourself"
     )
     LABEL_SMOOTHER = (
         "the Trainer's label_smoothing_factor={factor} takes the labels away from the model and computes the loss "
-        "outside of the compiled graph: leave it at 0, and give the model a loss that smooths (model.loss_function = "
-        "a function that calls F.cross_entropy(..., label_smoothing={factor}))"
+        "outside of the compiled graph: give the trainer callbacks=[cggr_compile.integrations.transformers."
+        "CGGRCallback()], which compiles the model and lets its own loss smooth; or leave it at 0, and give the model "
+        "a loss that smooths (model.loss_function = a function that calls F.cross_entropy(..., "
+        "label_smoothing={factor}))"
     )
     UNSUPPORTED_LOSS = (
         "unsupported loss: {what}; supported is one F.cross_entropy of the logits, and any function of values that are "

@@ -98,9 +98,11 @@ from cggr_compile.compat.modes import (
 )
 from cggr_compile.compat.modules import (
     compiled_call,
+    forward_hooks,
     is_compiled,
     original_module,
     plain_call,
+    remove_forward_hook,
     set_compiled_call,
     with_child,
 )

@@ -38,6 +38,17 @@ def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
     return module._call_impl
 
 
+def forward_hooks(module: torch.nn.Module) -> dict[int, Callable[..., Any]]:
+    """A module's own forward hooks, each under its number."""
+    return dict(module._forward_hooks)
+
+
+def remove_forward_hook(module: torch.nn.Module, number: int) -> None:
+    """Take one of :func:`forward_hooks` off, as its handle would."""
+    for hooks in (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+        hooks.pop(number, None)
+
+
 def with_child(module: torch.nn.Module, name: str, child: torch.nn.Module) -> torch.nn.Module:
     """A copy of a module with another child, not compiled; parameters, buffers and hooks stay the original's."""
     copied = copy.copy(module)

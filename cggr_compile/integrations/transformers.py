@@ -91,6 +91,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
         if (reason := _obstacle(trainer, module)) or not self._training.attach(
             module,
             static_sizes=args.neftune_noise_alpha is not None,  # its noise reads the size, which breaks a dynamic graph
+            padding="any" if hasattr(args, "max_completion_length") else None,  # TRL's prompts are padded on the left
             before=InputGradsHooks(module),
         ):
             if reason:
@@ -142,6 +143,11 @@ def _obstacle(trainer: Any, module: Module) -> str:
         return (
             "compute_loss_func takes the labels away from the model and computes the loss outside of the compiled "
             "graph; compute it in the model (model.loss_function = ...)"
+        )
+    if hasattr(trainer, "_forward_redirection"):  # TRL's distillation
+        return (
+            f"{type(trainer).__name__} computes the loss in place of the model's forward, by an autograd function over "
+            "pieces of both models' logits, which no graph can hold"
         )
     return label_smoothing.obstacle(trainer, _base(module)) if trainer.label_smoother is not None else ""
 

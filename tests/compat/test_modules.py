@@ -16,6 +16,19 @@ def test_compiled_modules():
     assert compat.is_compiled(model) and compat.original_module(model) is model
 
 
+def test_forward_hooks():
+    model, seen = torch.nn.Linear(2, 2), []
+    kept = model.register_forward_hook(lambda *_: seen.append("kept"))
+    gone = lambda *_: seen.append("gone")  # noqa: E731
+    model.register_forward_hook(gone, with_kwargs=True, always_call=True)
+    (number,) = (number for number, hook in compat.forward_hooks(model).items() if hook is gone)
+    compat.remove_forward_hook(model, number)
+    model(torch.zeros(2))
+    assert seen == ["kept"]
+    kept.remove()
+    assert not compat.forward_hooks(model)
+
+
 def test_a_copy_with_another_child():
     model = torch.nn.ModuleDict({"first": torch.nn.Linear(1, 1), "second": torch.nn.Linear(1, 1)})
     model.register_buffer("seen", torch.zeros(1))

@@ -19,6 +19,8 @@ from datasets import Dataset
 from reference import Picks, Run, assert_same, context_rows, hard_mask, overall, routing
 from transformers import TrainerCallback
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -35,6 +37,7 @@ from trl_setup import chats, completions, model, preferences, texts, tokenizer, 
 
 from cggr_compile.integrations.fused_head import find_fused_head, replace_fused_head
 from cggr_compile.integrations.transformers import CGGRCallback
+from cggr_compile.runtime import FallbackWarning
 
 # every label carries its exact gradient: nothing differs from stock TRL
 EVERYTHING = {
@@ -176,6 +179,52 @@ def test_equals_stock(kind, tmp_path):
         compared = [name for name in stock if not any(word in name for word in ("time", "runtime", "second"))]
         assert {"loss", "grad_norm", "entropy"} <= set(compared)
         assert {name: ours[name] for name in compared} == pytest.approx({n: stock[n] for n in compared}, **close)
+
+
+def test_left_padding_between_generations(tmp_path, monkeypatch):
+    """One graph for batches with and without padding in front, though every generation switches checkpointing."""
+    rows = [{"prompt": words(6 if i == 0 else 10, i)} for i in range(8)]
+    monkeypatch.setattr(sys.modules[__name__], "prompts", lambda: Dataset.from_list(rows))
+    make = reinforce(GRPOTrainer, GRPOConfig, generation_kwargs={"min_new_tokens": 6}, gradient_accumulation_steps=2)
+    base = {"bf16": False, **BASE, "seed": 7, "max_steps": 3, "output_dir": str(tmp_path)}
+    logs, padded = {}, []
+    for callbacks in ([], [CGGRCallback(**EVERYTHING)]):
+        torch.manual_seed(0)
+        trainer = make(base, processing_class=tokenizer(), callbacks=callbacks)
+        compute = trainer._compute_loss
+
+        def watched(model, inputs, compute=compute):
+            padded.append(not inputs["prompt_mask"].all())
+            return compute(model, inputs)
+
+        trainer._compute_loss = watched
+        trainer.train()
+        logs[bool(callbacks)] = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history[:3]]
+    assert padded[:2] == [False, True]
+    for ours, stock in zip(logs[True], logs[False], strict=True):
+        assert ours == pytest.approx(stock, rel=1e-4, abs=1e-5)
+    runtime = cggr_compile.runtime(trainer.model)
+    assert len(runtime.reports) == 1 and runtime.metrics()["level"] == "routed"
+
+
+@pytest.mark.slow
+def test_distillation_stays_as_it_is(tmp_path):
+    def trained(*callbacks):
+        torch.manual_seed(0)
+        config = DistillationConfig(**BASE, bf16=False, max_completion_length=4, output_dir=str(tmp_path))
+        student, teacher = model(), models.randomise(model(), seed=2)
+        made = DistillationTrainer(
+            student, teacher, config, train_dataset=prompts(), processing_class=tokenizer(), callbacks=[*callbacks]
+        )
+        made.train()
+        return made.state.log_history[:2]
+
+    callback = CGGRCallback(**{**EVERYTHING, "fallback": "warn"})
+    with pytest.warns(FallbackWarning, match="DistillationTrainer computes the loss in place of the model's forward"):
+        ours = trained(callback)
+    stock = trained()
+    assert stock[0]["loss"] > 0 and [entry["cggr/level"] for entry in ours] == ["dense"] * 2
+    assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in stock]
 
 
 class FirstGradient(TrainerCallback):
