@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     trainer = DPOTrainer(
         model,
-        # every size of a batch is compiled once: a few are enough
-        args=DPOConfig(**settings(args), max_length=args.length, pad_to_multiple_of=args.length // 2),
+        # all batches have one size: a single graph is compiled
+        args=DPOConfig(**settings(args), max_length=args.length, pad_to_multiple_of=args.length),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[] if args.dense else [CGGRCallback(**args.options)],  # the one line

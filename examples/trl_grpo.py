@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **settings(args),
             num_generations=GROUP,
             max_completion_length=NEW_TOKENS,
-            pad_to_multiple_of=NEW_TOKENS,  # every size of a batch is compiled once: a few are enough
+            pad_to_multiple_of=256,  # prompts and completions: every size is compiled once, a few are enough
         ),
         train_dataset=Dataset.from_list([{"prompt": prompt, "answer": answer} for prompt, answer in pairs]),
         processing_class=tokenizer,

@@ -32,8 +32,8 @@ def parse_arguments(description: str | None, argv: Sequence[str] | None, name: s
     add("--options", type=json.loads, default={}, help="options of the callback, as JSON")
     add("--steps", type=int, default=100 if cuda else 3, help="steps of the optimizer")
     add("--batch-size", type=int, default=8 if cuda else 2, help="sequences of a step, pairs for DPO")
-    add("--shots", type=int, default=4 if cuda else 1, help="solved problems in front of each one")
-    add("--length", type=int, default=2048 if cuda else 512, help="most tokens of a sequence; longer ones are left out")
+    add("--shots", type=int, default=8 if cuda else 1, help="solved problems in front of each one")
+    add("--length", type=int, default=2048 if cuda else 256, help="most tokens of a sequence; longer ones are left out")
     add("--lr", type=float, default=lr, help="learning rate")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -125,9 +125,7 @@ def run(trainer: Any, args: argparse.Namespace) -> int:
         if found["level"] == "dense":
             print(f"Every token was back-propagated: {found['fallback_reason']}")
         else:
-            print(
-                f"selection={found['selection']}: {found['gradient_tokens']} positions of the last batch had gradient"
-            )
+            print(f"selection={found['selection']}; gradient at {found['gradient_tokens']} positions of the last batch")
     trainer.save_model(str(args.out / "model"))
     print(f"Written: {args.out / 'model'}, for AutoModelForCausalLM.from_pretrained")
     return 0

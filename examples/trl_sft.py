@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = gsm8k(args, tokenizer, args.steps * args.batch_size)
     trainer = SFTTrainer(
         model,
-        # every size of a batch is compiled once: a few are enough
-        SFTConfig(**settings(args), max_length=args.length, pad_to_multiple_of=args.length // 2),
+        # all batches have one size: a single graph is compiled
+        SFTConfig(**settings(args), max_length=args.length, pad_to_multiple_of=args.length),
         train_dataset=Dataset.from_list([{"prompt": prompt, "completion": answer} for prompt, answer in pairs]),
         processing_class=tokenizer,
         callbacks=[] if args.dense else [CGGRCallback(**args.options)],  # the one line
