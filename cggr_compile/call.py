@@ -64,6 +64,10 @@ class Call:
         """See :meth:`Runtime.verified`."""
         self.runtime.verified(error, worst)
 
+    def hear_failures(self, failure: str, steps: int) -> str:
+        """See :meth:`Runtime.hear_failures`."""
+        return self.runtime.hear_failures(failure, steps)
+
     def grow(self, stats: Tensor, most: int) -> None:
         """See :meth:`Runtime.grow`."""
         self.runtime.grow(stats, most)
@@ -84,6 +88,9 @@ class Unrecorded(Call):
 
     def verified(self, error: float, worst: str) -> None:
         pass
+
+    def hear_failures(self, failure: str, steps: int) -> str:
+        return failure
 
     def grow(self, stats: Tensor, most: int) -> None:
         pass

@@ -17,10 +17,10 @@ from cggr_compile.causes import Cause
 from cggr_compile.compiled_step import CompiledStep
 from cggr_compile.compiled_variant import CompiledVariant, nothing_to_verify
 from cggr_compile.configuration import Configuration
-from cggr_compile.data_parallel import hand_back
+from cggr_compile.data_parallel import agreement_for, hand_back
 from cggr_compile.diagnose import at_compiled_call, find_cause
 from cggr_compile.graph_variant import GraphVariant
-from cggr_compile.options import Options
+from cggr_compile.options import AUTO, Options
 from cggr_compile.passes.semantic.make_sizes_static import has_symbolic_sizes
 from cggr_compile.registry import registry
 from cggr_compile.report import GraphReport
@@ -45,6 +45,8 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     if configuration.notice:
         runtime.notify(configuration.notice)
     training, refusal = is_training(gm, inputs)
+    if training:
+        _join(runtime, resolver, options)
     ratios = rungs(options) if training else (1.0,)
     every: dict[Key, GraphVariant] = {}
 
@@ -60,11 +62,21 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
             report.refuse(*refusal)
         rewritable, scheduled = training and refusal is None, len(ratios) > 1
         variant = GraphVariant.of(
-            gm, inputs, configuration, ratio, report, rewritable=rewritable, scheduled=scheduled, growth=growth
+            gm,
+            inputs,
+            configuration,
+            ratio,
+            report,
+            rewritable=rewritable,
+            scheduled=scheduled,
+            growth=growth,
+            first_batch=None if runtime.agreement is None else runtime.first_batch,
         )
         if training and not every and not variant.selective:  # where the first cannot be rewritten, none can
             if refusal is None and (found := find_cause(gm.graph, report.cause)) is not None:
                 report.refuse(*found)
+            if runtime.agreement is not None and not any(r.matched for r in runtime.reports):
+                runtime.agreement.leave(f"this process trains on every token: {report.reason}")
             hand_back(report.cause, report.reason)
         resolver.begin(report, options)
         return variant
@@ -73,12 +85,24 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     _tell(inputs, smallest, runtime)
     every[ratios[-1], 0] = smallest
     if smallest.selective:
+        if options.selection == AUTO and smallest.ctx.options.selection != "importance":
+            runtime.share_growth()
         every |= {(ratio, 0): variant_at(ratio) for ratio in ratios[:-1]}
         grown = range(1, smallest.doublings + 1)
         every |= {(ratio, growth): variant_at(ratio, growth) for ratio in ratios if ratio < 1.0 for growth in grown}
     variants = _dispatcher(every, inputs, options, resolver)
     resolver.end_capture()
     return CompiledStep(options, resolver, variants)
+
+
+def _join(runtime: Runtime, resolver: RuntimeResolver, options: Options) -> None:
+    """Decide together with the other processes of this training, if there are any, and something to decide."""
+    decides = AUTO in (options.selection, options.min_tokens_ratio) or options.dynamic_threshold or options.verify
+    if not decides or options.min_tokens_ratio == 1.0 or runtime.agreement is not None or runtime.is_observed:
+        return
+    agreement = agreement_for(resolver.module)
+    if agreement is not None:
+        runtime.join(agreement, options)
 
 
 def _tell(inputs: Sequence[Any], variant: GraphVariant, runtime: Runtime) -> None:

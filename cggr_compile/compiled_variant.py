@@ -24,7 +24,7 @@ from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, Verification
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
-from cggr_compile.verify import Verifier, unverifiable
+from cggr_compile.verify import VerificationError, Verifier, unverifiable
 
 
 class CompiledVariant:
@@ -45,6 +45,7 @@ class CompiledVariant:
         self._doublings = variant.doublings
         self._overwritten = variant.configuration.replays
         self._verifier: Verifier | None = None
+        self._verify_steps = variant.ctx.options.verify
         if variant.configuration.engine != "eager":
             lowerings.register()
         inputs = self._arguments(inputs)
@@ -59,12 +60,12 @@ class CompiledVariant:
         args = self._arguments(args)
         if not self._training:
             return self._compiled(*args)  # not noted as the last graph that ran
-        if self._verifier is not None and not call.repeats:
-            self._verify(self._verifier, call, args)
+        if self._verify_steps and not call.repeats:
+            self._verify(call, args)
         if self._selective:
             results = self._compiled(*args, call.state(self._device))
         else:
-            if self._scheduled:
+            if self._scheduled or call.runtime.agreement is not None:  # other processes' steps go on
                 call.advance()
             results = self._compiled(*args)
         outputs, others = split(results, self._returns)
@@ -136,10 +137,21 @@ class CompiledVariant:
         steps = variant.ctx.options.verify
         return Verifier(self._compiled, reference, semantic, self._device, steps, variant.captured)
 
-    def _verify(self, verifier: Verifier, call: Call, args: Sequence[Any]) -> None:
-        if verifier.remaining <= 1:
-            self._verifier = None  # and with it, after this step, the dense backward
-        verifier.step(args, call, self.report)
+    def _verify(self, call: Call, args: Sequence[Any]) -> None:
+        verifier, failure = self._verifier, None
+        if verifier is not None:
+            if verifier.remaining <= 1:
+                self._verifier = None  # and with it, after this step, the dense backward
+            try:
+                verifier.step(args, call, self.report)
+            except VerificationError as error:
+                failure = error
+        # a process that went on alone would wait for this one's gradients
+        heard = call.hear_failures("" if failure is None else str(failure), self._verify_steps)
+        if failure is not None:
+            raise failure
+        if heard:
+            raise VerificationError(heard)
 
 
 def nothing_to_verify(runtime: Runtime, report: Any, why: str) -> None:

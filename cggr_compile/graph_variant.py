@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.configuration import Configuration
-from cggr_compile.passes.base import GraphContext
+from cggr_compile.passes.base import FirstBatches, GraphContext
 from cggr_compile.passes.facts import ObservedRouter, Slots, StaticSizes
 from cggr_compile.passes.step_interface import OBSERVING, SELECTIVE
 from cggr_compile.pipeline import rewrite
@@ -54,12 +54,14 @@ class GraphVariant:
         rewritable: bool,
         scheduled: bool,
         growth: int = 0,
+        first_batch: FirstBatches | None = None,
     ) -> GraphVariant:
         """Rewrite ``gm`` for a ratio, if it is ``rewritable``. ``gm`` stays as it is.
 
         Args:
             scheduled: whether there are other ratios.
             growth: how often slots that are measured on the first batch are doubled.
+            first_batch: see :class:`GraphContext`.
         """
         options = configuration.options
         dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
@@ -70,6 +72,7 @@ class GraphVariant:
             configuration.pays_launches,
             scheduled,
             growth,
+            first_batch,
         )
         dump.stage("captured", gm)
         graph = rewrite(gm, ctx, report, dump) if rewritable else gm

@@ -47,6 +47,19 @@ class Readback:
             self._event.synchronize()
         return self._numbers() if self._under_way else None
 
+    def restore(self, numbers: list[float]) -> None:
+        """These are under way, as :meth:`wait` gave them."""
+        self.clear()
+        self._host, self._event, self._under_way = torch.tensor(numbers), None, True
+
+    def peek(self) -> list[float] | None:
+        """What :meth:`receive` would give now if the device were waited for; without receiving it."""
+        return self.wait()
+
+    def clear(self) -> None:
+        """Forget what is under way."""
+        self._under_way = False
+
     def _numbers(self) -> list[float]:
         assert self._host is not None
         numbers: list[float] = self._host.flatten().tolist()

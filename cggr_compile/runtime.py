@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile import recompile_limit
+from cggr_compile.agreement import Agreement
 from cggr_compile.causes import PIECES, Cause
 from cggr_compile.data_parallel import seed_of_rank
 from cggr_compile.ops.metrics import GRADIENT, STAT_NAMES
@@ -22,6 +24,7 @@ from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
 from cggr_compile.selections import SELECTIONS
+from cggr_compile.shared_readback import Combine, SharedReadback
 from cggr_compile.slot_growth import SlotGrowth
 from cggr_compile.stale_steps import StaleSteps
 
@@ -71,6 +74,11 @@ class Runtime:
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
         self._stale = StaleSteps()
+        self._agreement: Agreement | None = None
+        self._shared: list[SharedReadback] = []
+        self._first_batch: Any = None  # of all processes, combined
+        self._growth_shared = False
+        self._compared = 0  # steps whose comparison all processes have heard of
         self._given_up = ""  # why, if Dynamo has given up on the model's code
 
     def step(self) -> None:
@@ -78,6 +86,8 @@ class Runtime:
         self._step += 1
         if self._device_state is not None:
             self._device_state[1].add_(1)  # on the device: no transfer, no synchronisation
+        for shared in self._shared:
+            shared.advance()
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the last training forward. Besides ``verify``, the only thing that waits for the device.
@@ -182,6 +192,55 @@ class Runtime:
             self._given_up = ""
             self._stale.end()
 
+    @property
+    def agreement(self) -> Agreement | None:
+        """What this model's processes decide together by."""
+        return self._agreement
+
+    def join(self, agreement: Agreement, options: Options) -> None:
+        """From now on the schedule decides by what all of this model's processes have measured."""
+        self._agreement = agreement
+        self._shared += self._schedule.share(options, self._readback)
+
+    def first_batch(self, measured: Any, combine: Callable[[list[Any]], Any]) -> Any:
+        """What all processes have ``measured`` on their first batches, combined; alone, what this one has."""
+        if self._agreement is None or self._agreement.alone:
+            return measured
+        if self._first_batch is None:
+            self._first_batch = self._agreement.decide("first batch", measured, combine)
+        return measured if self._first_batch is None else self._first_batch
+
+    def share_growth(self) -> None:
+        """Slots grow by what the batches of all processes need."""
+        if self._agreement is not None and not self._growth_shared:
+            self._growth_shared = True
+            self._shared.append(self._growth.share(self._readback))
+
+    def hear_failures(self, failure: str, steps: int) -> str:
+        """Tell the other processes what ``verify`` has found in this step, and hear what they have found.
+
+        Args:
+            failure: empty if nothing. steps: how many are compared; True for all. Of graphs that are compiled later,
+                in this process alone, the others hear nothing.
+
+        Returns:
+            the first failure of any process; empty if there is none.
+        """
+        agreement, self._compared = self._agreement, self._compared + 1
+        if agreement is None or (steps is not True and self._compared > steps):
+            return failure
+
+        def first(found: list[Any]) -> str:
+            said = zip(agreement.ranks, found, strict=True)
+            return next((f"on rank {rank}: {text}" for rank, text in said if text), "")
+
+        return agreement.decide("verify", failure, first) or failure
+
+    def _readback(self, topic: str, combine: Combine, **period: int) -> SharedReadback:
+        assert self._agreement is not None
+        this = weakref.ref(self)
+        return SharedReadback(self._agreement, topic, combine, lambda: this()._step, **period)  # type: ignore[union-attr]
+
     def state(self, device: torch.device) -> Tensor:
         """(seed, step) of the next training forward, as a fresh int64 [2] on ``device``."""
         if self._device_state is None or self._device_state.device != device:
@@ -278,6 +337,8 @@ class Runtime:
     def give_up(self, reason: str, options: Options, parameters: Iterable[Tensor]) -> None:
         """Dynamo compiles this model no more: what it has not compiled yet runs without the backend."""
         self._given_up = reason
+        if self._agreement is not None:
+            self._agreement.leave(reason)
         self._stale.begin(parameters)
         if options.fallback == "error":
             raise OptionError(f"the backend no longer sees this model and fallback='error': {reason}")

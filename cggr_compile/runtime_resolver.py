@@ -59,6 +59,11 @@ class RuntimeResolver:
         call: Call = self._here.call
         return call.runtime
 
+    @property
+    def module(self) -> Module | None:
+        """During the capture, the module that it is for."""
+        return self._module(compat.caller(None))
+
     def begin(self, report: GraphReport, options: Options) -> None:
         """The graph has been rewritten for one ratio."""
         self._begun.append((report, options))

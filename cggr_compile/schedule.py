@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import Options
 from cggr_compile.readback import Readback
+from cggr_compile.shared_readback import SharedReadback, sums
 from cggr_compile.variance import added, move
 
 _SLACK = 1e-9  # rounding of the linear rule must not reach the next rung
@@ -89,12 +89,32 @@ class Schedule:
     """
 
     def __init__(self) -> None:
+        self._figures, self._variance = Readback(), Readback()
         self.reset()
+
+    def share(self, options: Options, shared: Callable[..., SharedReadback]) -> list[SharedReadback]:
+        """Decide by what all processes have measured, at the same step in each.
+
+        Args:
+            shared: makes a readback, of a topic, a way to combine, and perhaps ``period`` and ``offset``.
+
+        Returns:
+            what has to be advanced at every step.
+        """
+        if options.dynamic_threshold:
+            self._figures = found = shared("confidence", _mean_confidence)
+        elif options.min_tokens_ratio == "auto":
+            every = options.measure_every
+            self._variance = found = shared("variance", sums, period=every, offset=1 % every)
+        else:
+            return []
+        return [found]
 
     def reset(self) -> None:
         """Forget everything that was observed."""
         self.added: float | None = None
-        self._figures, self._variance = Readback(), Readback()
+        self._figures.clear()
+        self._variance.clear()
         self._confidence: float | None = None
         self._level: float | None = None
         self._measured_at: float | None = None  # the ratio of the variance under way
@@ -113,7 +133,8 @@ class Schedule:
         if self._decided is not None and self._decided[0] == step:
             return self._decided[1]
         copy = Schedule()
-        copy.load_state_dict(self.state_dict(step), step)
+        arriving = {"figures": self._figures.peek(), "variance": self._variance.peek()}
+        copy.load_state_dict({**self.state_dict(step), **arriving}, step)
         return copy.ratio(options, step)
 
     def observe(self, stats: Tensor) -> None:
@@ -168,7 +189,19 @@ class Schedule:
         self._decided = None if state["target"] is None else (step, state["target"])
         for readback, numbers in ((self._figures, state["figures"]), (self._variance, state["variance"])):
             if numbers is not None:
-                readback.send(torch.tensor(numbers))
+                readback.restore(numbers)
+
+
+def _mean_confidence(values: list[Any]) -> list[float] | None:
+    """The figures of all processes as one's: candidates, and the mean confidence over them."""
+    sent = [value for value in values if _confidence(value, None) is not None]
+    if not sent:
+        return None
+    total = sum(value[_TOTAL] for value in sent)
+    figures = [0.0] * len(STAT_NAMES)
+    figures[_TOTAL] = total
+    figures[_CONFIDENCE] = sum(value[_TOTAL] * value[_CONFIDENCE] for value in sent) / total
+    return figures
 
 
 def _is_number(value: Any) -> bool:

@@ -54,6 +54,10 @@ class Verifier:
     A comparison runs three forward and backward passes besides the step's own, the first one a fourth. It leaves
     ``.grad``, hooks, buffers, the step counter and random generators alone, and waits for the device.
 
+    Of several processes that train one model (DDP, FSDP2) all raise where one does, in the first ``steps`` steps of the
+    training, which all of them compare. A graph that one of them compiles later is that one's own: if it raises there,
+    the others wait for its gradients until it ends.
+
     Args:
         ours, dense: compiled forms of ``graph`` with the row-sparse pass and without it.
         graph: the rewritten graph, which takes and returns what ``step_interface`` says.

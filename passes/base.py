@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from cggr_compile.options import Options
 
 Fact = TypeVar("Fact")
+FirstBatches = Callable[[Any, Callable[[list[Any]], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class GraphContext:
         pays_launches: whether every kernel launch costs the host's time: on CUDA, without CUDA graphs.
         scheduled: whether this is one of several ratios of a graph, compiled after the capture.
         growth: how often the slots that are measured on the first batch are doubled.
+        first_batch: gives, for what was measured on the first batch and a way to combine such, that of all processes
+            which train the model; None: there are no others.
         notices, warnings: what the user should hear once: in the log, or as a warning where something is not as the
             options ask.
     """
@@ -114,6 +118,7 @@ class GraphContext:
     pays_launches: bool = False
     scheduled: bool = False
     growth: int = 0
+    first_batch: FirstBatches | None = None
     notices: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     running: SemanticPass | None = None

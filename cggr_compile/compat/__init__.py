@@ -21,7 +21,8 @@
 | ``templates.py`` | what Inductor's autotuner chooses between |
 | ``launches.py`` | launches of Triton kernels from a lowering |
 | ``cuda_graphs.py`` | CUDA graphs, Inductor's and our own |
-| ``ddp.py`` | how DistributedDataParallel cuts what Dynamo captures |
+| ``ddp.py`` | how DistributedDataParallel cuts what Dynamo captures, and its processes |
+| ``fsdp.py`` | the processes of FSDP2, and where all processes have met |
 | ``devices.py`` | what the processor, the compiler and the accelerator can do |
 | ``trace_log.py`` | PyTorch's structured trace log |
 
@@ -42,7 +43,7 @@ from cggr_compile.compat.cuda_graphs import (
     reset_cuda_graphs,
     same_addresses,
 )
-from cggr_compile.compat.ddp import ddp_cut
+from cggr_compile.compat.ddp import ddp_cut, ddp_group
 from cggr_compile.compat.devices import (
     TORCH_VERSION,
     cpp_compiler,
@@ -61,6 +62,7 @@ from cggr_compile.compat.frames import (
     is_compiled_call,
     recompilations_left,
 )
+from cggr_compile.compat.fsdp import default_store, fsdp_group
 from cggr_compile.compat.graph_breaks import GraphBreak, break_at_end, graph_breaks, resumed_at
 from cggr_compile.compat.inductor import (
     CUDA_GRAPHS,

@@ -1,11 +1,13 @@
 """DistributedDataParallel inside of Dynamo: its optimizer cuts every graph at gradient buckets, and a backend gets the
-pieces. (``torch._dynamo.backends.distributed.DDPOptimizer``)"""
+pieces. (``torch._dynamo.backends.distributed.DDPOptimizer``) And which processes take part in it."""
 
 from __future__ import annotations
 
 import sys
 from types import FrameType
 from typing import Any, NoReturn
+
+import torch.distributed
 
 _MARK = "_cggr_before"  # on an optimizer, which lives as long as the compilation of one frame
 
@@ -53,6 +55,19 @@ def ddp_cut() -> DDPCut | None:
                 return DDPCut(optimizer, piece)
         frame = frame.f_back
     return None
+
+
+def ddp_group() -> tuple[torch.nn.Module, list[int]] | None:
+    """What the DistributedDataParallel whose forward runs is wrapped around, and its global ranks; None without one.
+
+    None also under ``Join``, where some processes end before the others.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    running = DistributedDataParallel._active_ddp_module
+    if running is None or running._join_config.enable:
+        return None
+    return running.module, torch.distributed.get_process_group_ranks(running.process_group)
 
 
 def _restart(why: str) -> NoReturn:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FEW = 0.5
 # How often slots are doubled, where later batches need more.
 DOUBLINGS = 2
+_SYMBOLIC = "the length of the sequences is symbolic"
 # Options that importance can do, and labels cannot.
 NEEDS_SCORES = {"min_tokens_ratio": "auto", "dynamic_threshold": True, "scope": "batch"}
 
@@ -70,28 +71,54 @@ def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[Slots | None, str]:
         if getattr(ctx.options, name) == needs:
             return None, f"{name}={needs!r} needs scores"
     options, length = _labelled(ctx.options), shape_of(ctx[LayerStack].source)[1]
-    if not isinstance(length, int):
-        return None, "the length of the sequences is symbolic"
-    batch = FirstBatch(gm, ctx)
-    labels = batch.value(ctx[Candidates].valid)
-    if isinstance(labels, str):
-        return None, f"where the first batch has labels is not known: {labels}"
-    share = float(labels.float().mean())
+    own = _count(gm, ctx, options, length)
+    found = own if ctx.first_batch is None else ctx.first_batch(own, _of_all)
+    if isinstance(found, str):
+        return None, found
+    share = found["labels"] / found["positions"]
     why = f"{share:.1%} of the first batch's positions have a label"
     if share >= FEW:
         return None, why
-    if not labels.any():
+    if not found["labels"]:
         return None, "no position of the first batch has a label"
-    reach = options.context_rows
-    rows = _with_context(gm, ctx, batch, reach) if reach else labels
-    if isinstance(rows, str):
-        return None, f"how much context the first batch has is not known: {rows}"
+    if not isinstance(length, int):
+        return None, _SYMBOLIC
+    # a later batch of this process, of another shape, may need more
+    needs = {name: max(found[name], 0 if isinstance(own, str) else own[name]) for name in ("loss", "gradient")}
     most = length
     if options.max_selected is not None:
         most = number_of(length, options.most_gradient_slots)
-    gradient = min(rounded_up(int(rows.sum(1).max()), length) << ctx.growth, most)
-    loss = min(rounded_up(int(labels.sum(1).max()), length) << ctx.growth, gradient)
+    gradient = min(rounded_up(needs["gradient"], length) << ctx.growth, most)
+    loss = min(rounded_up(needs["loss"], length) << ctx.growth, gradient)
     return Slots(loss, gradient, DOUBLINGS if gradient < most else 0), why
+
+
+def _count(gm: GraphModule, ctx: GraphContext, options: Options, length: object) -> dict[str, int] | str:
+    """Of the first batch: ``positions``, and ``labels`` among them; the most labels (``loss``), and positions that
+    carry ``gradient`` with them, of one sequence. Or why that is not known."""
+    if not isinstance(length, int):
+        return _SYMBOLIC
+    batch = FirstBatch(gm, ctx)
+    labels = batch.value(ctx[Candidates].valid)
+    if isinstance(labels, str):
+        return f"where the first batch has labels is not known: {labels}"
+    counted = {"positions": labels.numel(), "labels": int(labels.sum()), "loss": int(labels.sum(1).max())}
+    few = 0 < counted["labels"] < FEW * counted["positions"]
+    reach = options.context_rows if few or ctx.first_batch is not None else 0  # else nothing asks for its context
+    rows = _with_context(gm, ctx, batch, reach) if reach else labels
+    if isinstance(rows, str):
+        return f"how much context the first batch has is not known: {rows}"
+    return {**counted, "gradient": int(rows.sum(1).max())}
+
+
+def _of_all(counted: list[dict[str, int] | str]) -> dict[str, int] | str:
+    """Of the first batches of all processes, as :func:`_count` gives it of one."""
+    for unknown in counted:
+        if isinstance(unknown, str):
+            return unknown
+    known = [one for one in counted if not isinstance(one, str)]
+    together = {name: sum(one[name] for one in known) for name in ("positions", "labels")}
+    return together | {name: max(one[name] for one in known) for name in ("loss", "gradient")}
 
 
 def _with_context(gm: GraphModule, ctx: GraphContext, batch: FirstBatch, reach: int) -> Tensor | str:

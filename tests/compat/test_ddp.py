@@ -19,5 +19,13 @@ def test_names_of_the_optimizer():
     assert "TensorifyScalarRestartAnalysis" in inspect.getsource(output_graph.OutputGraph._call_user_compiler)
 
 
+def test_names_of_the_processes():
+    from torch.nn.parallel import DistributedDataParallel
+
+    assert DistributedDataParallel._active_ddp_module is None
+    source = inspect.getsource(DistributedDataParallel)
+    assert "_active_ddp_module = self" in source and "self._join_config.enable" in source
+
+
 def test_outside_of_it():
-    assert compat.ddp_cut() is None
+    assert compat.ddp_cut() is None and compat.ddp_group() is None

@@ -1,0 +1,67 @@
+"""Two processes for all tests that need them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent.parent
+WORLD = 2
+
+
+class Results(Mapping):
+    """What every process has computed, by case; a case that has raised raises here.
+
+    ``folder``: where they have written.
+    """
+
+    def __init__(self, by_rank: list[dict[str, Any]], folder: Path) -> None:
+        self._by_rank, self.folder = by_rank, folder
+
+    def __getitem__(self, case: str) -> list[Any]:
+        found = [results[case] for results in self._by_rank]
+        assert not any(isinstance(result, str) for result in found), "\n".join(map(str, found))
+        return found
+
+    def __iter__(self) -> Any:
+        return iter(self._by_rank[0])
+
+    def __len__(self) -> int:
+        return len(self._by_rank[0])
+
+
+def run_cases(folder: Path, kind: str) -> Results:
+    """Every case of one kind, ``quick`` or ``slow``, one after the other."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(TESTS / "distributed_worker.py")]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(WORLD), str(folder), kind], env=environment, stderr=subprocess.PIPE)
+        for rank in range(WORLD)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1].decode()[-3000:] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, errors
+    return Results([torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)], folder)
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory):
+    """Of the quick cases of ddp_cases.py, decision_cases.py and fsdp_cases.py, by case and rank."""
+    return run_cases(tmp_path_factory.mktemp("ranks"), "quick")
+
+
+@pytest.fixture(scope="session")
+def slow_results(tmp_path_factory):
+    """Of the other ones."""
+    return run_cases(tmp_path_factory.mktemp("ranks"), "slow")

@@ -1,0 +1,96 @@
+"""Two processes decide alike: about the ratio, the selection, its slots; and neither ever waits for the other."""
+
+from __future__ import annotations
+
+import pytest
+from decision_cases import PERIOD
+
+
+def by_rank(results, case, key):
+    return [[step[key] for step in one["steps"]] for one in results[case]]
+
+
+def schedules(results, case, key):
+    return [[step["state"]["schedule"][key] for step in one["steps"]] for one in results[case]]
+
+
+def test_the_measured_variance_is_that_of_all_ranks(results):
+    first, second = by_rank(results, "measured", "added")
+    assert first == second
+    measured, *_ = [added for added in first if added is not None]
+    alone = by_rank(results, "measured, each alone", "added")
+    left, right = (next(added for added in one if added is not None) for one in alone)
+    assert min(left, right) < measured < max(left, right)
+    ratios = by_rank(results, "measured", "ratio")
+    assert ratios[0] == ratios[1] and len(set(ratios[0])) == 2, "it has moved"
+
+
+@pytest.mark.slow
+def test_the_confidence_is_that_of_all_ranks(slow_results):
+    first, second = schedules(slow_results, "confident", "confidence")
+    assert first == second and len(set(first)) == 2, "none, and one"
+    alone = schedules(slow_results, "confident, each alone", "confidence")
+    assert alone[0] != alone[1] and len(set(alone[0])) > 2
+    sent = alone[0][PERIOD], alone[1][PERIOD]
+    assert min(sent) < first[-1] < max(sent)
+
+
+def test_slots_grow_at_the_same_step(results):
+    first, second = by_rank(results, "growing", "growth")
+    assert first == second and first[-1] == 1 and first[PERIOD] == 0
+    assert by_rank(results, "growing", "slots")[0][-1] == 2 * by_rank(results, "growing", "slots")[0][0]
+
+
+@pytest.mark.slow
+def test_alone_they_grow_apart(slow_results):
+    alone = by_rank(slow_results, "growing, each alone", "growth")
+    assert alone[0][-1] == 0 and alone[1][-1] > 0
+
+
+@pytest.mark.slow
+def test_slots_are_those_of_the_fullest_rank(slow_results):
+    assert [slots[0] for slots in by_rank(slow_results, "slots", "slots")] == [6, 6]
+    assert by_rank(slow_results, "slots", "selection") == [["labels"] * 2] * 2
+    assert by_rank(slow_results, "slots", "slots")[1][1] == 12, "a later batch has what it needs, where it is compiled"
+
+
+def test_the_selection_is_decided_by_the_labels_of_all_ranks(results):
+    assert by_rank(results, "kind", "selection") == [["importance"]] * 2
+
+
+@pytest.mark.slow
+def test_alone_each_decides_by_its_own(slow_results):
+    assert by_rank(slow_results, "kind, each alone", "selection") == [["labels"], ["importance"]]
+
+
+def test_a_rank_whose_first_batch_has_no_labels(results):
+    assert by_rank(results, "no labels at first", "selection") == [["labels"] * 2] * 2
+    assert by_rank(results, "no labels at first", "slots") == [[3] * 2] * 2
+
+
+def test_they_decide_together(results):
+    for case in ("measured", "growing", "kind", "no labels at first"):
+        assert not any(one["alone"] for one in results[case]), case
+
+
+@pytest.mark.slow
+def test_uneven_inputs(slow_results):
+    """Under Join a rank may end at any step: each decides for itself."""
+    assert all(one["alone"] for one in slow_results["joined"])
+    assert [len(one["steps"]) for one in slow_results["joined"]] == [16, 3]
+
+
+def test_nobody_waits_for_a_rank_that_dynamo_has_given_up_on(results):
+    assert all(one["alone"] and one["seconds"] < 30 for one in results["given up"])
+
+
+@pytest.mark.slow
+def test_nobody_waits_for_a_rank_that_is_not_rewritten(slow_results):
+    assert all(one["alone"] and one["seconds"] < 30 for one in slow_results["refused"])
+
+
+def test_a_failed_verification_raises_on_all_ranks(results):
+    first, second = results["verification fails"]
+    assert first["error"].startswith("on rank 1: the row-sparse backward and the dense one differ in a weight")
+    assert second["error"].startswith("the row-sparse backward and the dense one differ in a weight")
+    assert first["compared"] == second["compared"] == 2
