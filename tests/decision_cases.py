@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -117,21 +116,19 @@ def joined(rank: int) -> dict[str, Any]:
 
 def given_up(rank: int) -> dict[str, Any]:
     """Dynamo gives up on one rank, whose batches differ."""
-    began = time.monotonic()
     later = labelled(2, length=12) if rank else labelled(2)
     with torch._dynamo.config.patch(recompile_limit=1):
         found = train([labelled(2), *[later] * DECIDED], {**LABELS, "fallback": "silent"})
-    return {**found, "seconds": time.monotonic() - began}
+    return found
 
 
 def refused(rank: int) -> dict[str, Any]:
     """One rank cannot rewrite its graph."""
-    began = time.monotonic()
     reason = Cause.UNALIGNED_TARGETS, "its targets are not known"
     refuse = mock.patch("cggr_compile.compilation.is_training", lambda *_: (True, reason)) if rank else nullcontext()
     with refuse:
         found = train([labelled(2)] * DECIDED, {**LABELS, "fallback": "silent"})
-    return {**found, "seconds": time.monotonic() - began}
+    return found
 
 
 def fails(rank: int) -> dict[str, Any]:

@@ -19,6 +19,10 @@ import fsdp_cases
 import torch
 import torch.distributed as dist
 
+from cggr_compile import agreement
+
+LIMIT = timedelta(seconds=60)
+
 
 def attempt(function: Any, *arguments: Any) -> Any:
     torch._dynamo.reset()
@@ -41,7 +45,8 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     chosen = sys.argv[4:]
     address = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    assert LIMIT.total_seconds() < agreement.PATIENCE, "who waits for a decision fails here"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=LIMIT)
     dist._DEFAULT_FIRST_BUCKET_BYTES = ddp_cases.BUCKET
     results = {}
     for cases in (ddp_cases, decision_cases, fsdp_cases):
