@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from cggr_compile import compat
 from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack, LossSite, StaticSizes, TokenValues
+from cggr_compile.passes.facts import LayerStack, LossSite, LoweredValues, StaticSizes, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, fake_value
 from cggr_compile.passes.patterns.token_values.layout import Layout
@@ -40,6 +40,7 @@ class CapturedReference:
 
     def __init__(self, captured: GraphModule, rewritten: GraphModule, inputs: Sequence[Any], ctx: GraphContext) -> None:
         self.captured, self.found, self.values = captured, ctx[LossSite], ctx.get(TokenValues)
+        self.heads = ctx.get(LoweredValues) or self.values
         self.begin = ctx[LayerStack].tail_start + ctx[LossSite].start
         self.kept = tuple(range(len(inputs))) if (static := ctx.get(StaticSizes)) is None else static.kept
         # sizes that have become numbers, and no longer are arguments
@@ -92,9 +93,9 @@ class CapturedReference:
         return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
 
     def _evaluation(self, ours: ProbeRun) -> _Evaluation | _GatedEvaluation:
-        if self.values is None:
+        if self.heads is None:
             return _Evaluation(self.captured, self.found.loss, self._loss(ours))
-        return _GatedEvaluation(self.captured, self.values, self.begin, ours)
+        return _GatedEvaluation(self.captured, self.heads, self.begin, ours)
 
     def _loss(self, ours: ProbeRun) -> Callable[[Tensor, Tensor], tuple[Tensor, int]]:
         found, selected, weights = self.found, ours.selected, ours.weights
@@ -133,10 +134,10 @@ class _Evaluation(Interpreter):
 class _GatedEvaluation(Interpreter):
     """Runs a graph whose logits have a gradient at some positions. ``candidates``: how many; None before."""
 
-    def __init__(self, graph: GraphModule, values: TokenValues, begin: int, ours: ProbeRun) -> None:
+    def __init__(self, graph: GraphModule, found: TokenValues | LoweredValues, begin: int, ours: ProbeRun) -> None:
         super().__init__(graph)
-        self.values, self.begin, self.ours = values, begin, ours
-        self.layouts = {str(head): layout for head, layout in zip(values.heads, values.head_layouts, strict=True)}
+        self.begin, self.ours = begin, ours
+        self.layouts = {str(head): layout for head, layout in zip(found.heads, found.head_layouts, strict=True)}
         self.candidates: int | None = None
 
     def run_node(self, n: Node) -> Any:

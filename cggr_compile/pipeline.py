@@ -37,6 +37,7 @@ from cggr_compile.passes.semantic.inline_checkpoints import InlineCheckpoints
 from cggr_compile.passes.semantic.insert_router import InsertRouter
 from cggr_compile.passes.semantic.launch_bound import LaunchBound
 from cggr_compile.passes.semantic.lower_experts import LowerExperts
+from cggr_compile.passes.semantic.lower_values import LowerValues
 from cggr_compile.passes.semantic.make_sizes_static import MakeSizesStatic
 from cggr_compile.passes.semantic.observe_router import ObserveRouter
 from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
@@ -62,6 +63,7 @@ PASSES: tuple[GraphPass, ...] = (
     SpellLosses(),
     FindLoss(),
     SplitReductions(),
+    LowerValues(),
     FindTokenValues(),
     FindStack(),
     ClassifyOutputs(),

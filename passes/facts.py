@@ -157,6 +157,22 @@ class TokenValues:
         return any(frozenset() in ways for ways in self.masks)
 
 
+@dataclass(frozen=True)
+class LoweredValues:
+    """Per-token values that ``cggr::token_log_probs`` computes in place of the user's logits.
+
+    Attributes:
+        heads: the products that made the logits, which are gone. head_layouts: as those of ``TokenValues``.
+        everywhere: calls that are given a label for every position.
+        labels: what ``TokenValues.labels`` were of the logits; the calls may have others where there is none.
+    """
+
+    heads: tuple[Node, ...]
+    head_layouts: tuple[Layout, ...]
+    everywhere: frozenset[Node]
+    labels: Taken | None
+
+
 # What a differentiable result of the captured graph is; see ``classify_outputs``.
 OutputKind = Literal["loss", "value", "part", "logits", "cache", "kept"]
 

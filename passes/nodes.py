@@ -10,12 +10,17 @@ from torch.fx import Node
 
 def op_name(node: Node) -> str:
     """The operator's bare name, the same for ``x.add(y)``, ``x + y``, ``torch.add`` and ``x += y``."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", str(node.target))
+    return bare_name(node.op, node.target)
+
+
+def bare_name(op: str, target: Any) -> str:
+    """The bare name of what a node of this kind calls; the kind itself of other nodes."""
+    if op == "call_method":
+        name = str(target)
+    elif op in ("call_function", "inline"):
+        name = getattr(target, "__name__", str(target))
     else:
-        return node.op
+        return op
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
     return _ALIASES.get(name, name.rstrip("_") if not name.startswith("_") else name)

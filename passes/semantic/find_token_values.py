@@ -6,24 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LossSite, NoSingleLoss, TokenValues
-from cggr_compile.passes.fx import ancestors
-from cggr_compile.passes.nodes import argument, differentiable, fake_value, op_name, shape_of
+from cggr_compile.passes.facts import LossSite, LoweredValues, NoSingleLoss, TokenValues
+from cggr_compile.passes.nodes import op_name, shape_of
 from cggr_compile.passes.patterns.head import read_head, returned_logits
 from cggr_compile.passes.patterns.loss import NotALanguageModelLossError, scale_and_softcap
-from cggr_compile.passes.patterns.token_values.layout import FEATURE
+from cggr_compile.passes.patterns.token_values.classes import classes_of_values
 from cggr_compile.passes.patterns.token_values.masks import own_masks, ways
-from cggr_compile.passes.patterns.token_values.operands import base_of
-from cggr_compile.passes.patterns.token_values.planner import Planner
-from cggr_compile.passes.patterns.token_values.program import Taken
 from cggr_compile.passes.patterns.token_values.region import (
     NoTokenValuesError,
     TokenRegion,
     find_region,
     head_input,
 )
-from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
-from cggr_compile.passes.patterns.token_values.rules.losses import OF_CLASSES, read_loss
+from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -47,7 +42,7 @@ class FindTokenValues(SemanticPass):
     """
 
     name = "find_token_values"
-    uses = (LossSite, NoSingleLoss)
+    uses = (LossSite, NoSingleLoss, LoweredValues)
     provides = (LossSite, TokenValues)
     analysis = True
 
@@ -62,7 +57,8 @@ class FindTokenValues(SemanticPass):
             region = find_region(gm.graph)
             if region is None or not (region.values or region.splits):
                 return no_single
-            site, found = _read(region, splits=ctx.dense and not ctx.observing)
+            lowered = ctx.get(LoweredValues)
+            site, found = _read(region, lowered, splits=ctx.dense and not ctx.observing)
             _check_returned(site, region)
         except NoTokenValuesError as why:
             return why.refusal
@@ -79,7 +75,7 @@ def _told(found: TokenValues) -> str:
     return f"{values} ({names}) of {heads}, differentiated {where}"
 
 
-def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
+def _read(region: TokenRegion, lowered: LoweredValues | None, splits: bool) -> tuple[LossSite, TokenValues]:
     planner = region.planner
     main = [head for head in region.heads if planner.plan(head_input(head)).ref == planner.found[region.stem].ref]
     if not main:
@@ -88,7 +84,11 @@ def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
         raise NoTokenValuesError(f"it sums over logits and positions ({region.splits[0]})")
     values = (*region.values, *region.splits)
     layouts = tuple(planner.found[node].layout for node in region.values)
-    masks = tuple(frozenset(way | own_masks(planner, node) for way in ways(planner, node)) for node in region.values)
+    everywhere = lowered.everywhere if lowered is not None else frozenset()
+    masks = tuple(
+        frozenset(way | own_masks(planner, node, everywhere) for way in ways(planner, node)) for node in region.values
+    )
+    labels = lowered.labels if lowered is not None else classes_of_values(region)
     weight, bias, transposed, scale, softcap = _read_head(region, main[0])
     site = LossSite(
         loss=values[0],
@@ -118,7 +118,7 @@ def _read(region: TokenRegion, splits: bool) -> tuple[LossSite, TokenValues]:
         region.values,
         layouts,
         masks,
-        _labels(region),
+        labels,
     )
 
 
@@ -143,44 +143,6 @@ def _scale_and_softcap(region: TokenRegion, head: Node) -> tuple[float, float]:
             except NotALanguageModelLossError:
                 continue
     return 1.0, 0.0
-
-
-def _labels(region: TokenRegion) -> Taken | None:
-    """The classes that the first value is of which has some for every sequence of the batch."""
-    planner = region.planner
-    count = planner.found[region.stem].layout.window.count
-    for value in region.values:
-        inside = ancestors([value], only=lambda n: n in planner.found)
-        for node in sorted(inside):
-            found = _classes(planner, node)
-            window = found.layout.window if found is not None else None
-            if window is not None and window.full and (window.first, window.count) == (0, count):
-                return found
-    return None
-
-
-def _classes(planner: Planner, node: Node) -> Taken | None:
-    index: Any = None
-    loss, layout = read_loss(node), planner.found[node].layout
-    if loss is not None and op_name(node) in OF_CLASSES and not loss.soft:
-        index = loss.target
-    elif is_head_of_values(node):
-        index = labels_of(node)
-    elif op_name(node) in ("gather", "take_along_dim"):
-        index = argument(node, 2 if op_name(node) == "gather" else 1, "index", node.kwargs.get("indices"))
-        layout = layout.with_features(layout.features, [False] * len(layout.features))
-        if any(size != 1 for size in layout.features):
-            return None
-    elif op_name(node) == "getitem" and isinstance(node.args[1], tuple):
-        index = node.args[1][-1]
-        if not hasattr(index, "meta") or FEATURE in layout.axes:
-            return None
-    if index is None or not hasattr(index, "meta") or differentiable(index) or not planner.unwritten(index):
-        return None
-    if fake_value(index).is_floating_point() or index in planner.behind:
-        return None
-    base, at = base_of(index, layout, planner.unwritten)
-    return Taken(base, at, None)
 
 
 def _check_returned(site: LossSite, region: TokenRegion) -> None:

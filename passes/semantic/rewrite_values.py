@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch.fx.node import map_aggregate
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
@@ -14,9 +13,9 @@ from cggr_compile.passes.facts import LayerStack, LossSite, Selection, TokenValu
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows
-from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout, Window
-from cggr_compile.passes.patterns.token_values.program import INLINE, Call, Constant, Program, Ref, Size, Stem, Taken
+from cggr_compile.passes.patterns.token_values.layout import Layout, Window
 from cggr_compile.passes.patterns.token_values.region import TokenRegion, plan_region
+from cggr_compile.passes.patterns.token_values.writer import ProgramWriter, as_before, tokens_first
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -45,9 +44,9 @@ class RewriteValues(SemanticPass):
     at selected rows, times 1/p where they are sampled.
 
     The values of all positions cost a forward of the head, a third of what it costs densely, whatever part of the
-    positions is selected; nothing of it is kept for the backward pass. Where the user, or a library's head, calls
-    ``cggr::token_log_probs``, that is both the exact values and the program of the rows, without logits. Programs that
-    are log-softmax and gather could be lowered to it here, before they are written.
+    positions is selected; nothing of it is kept for the backward pass. Where the user, a library's head or
+    ``lower_values`` calls ``cggr::token_log_probs``, that is both the exact values and the program of the rows, without
+    logits.
     """
 
     name = "rewrite_values"
@@ -66,7 +65,7 @@ class RewriteValues(SemanticPass):
         readers = [*stack.tail, *(node for node in gm.graph.nodes if node in last.users)]
         taken = gather_rows(emit, last, readers, selection, self.name)
         rows = copy_tail(emit, stack, loss, taken, in_place=True)[found.stem]
-        writer = _Writer(emit, region, selection, rows, stack.tail_start, self.name)
+        writer = _RowWriter(emit, region, selection, rows, stack.tail_start, self.name)
         inside = {*region.planner.found}
         refs = [region.planner.found[node].ref for node in region.values]
         written = writer.write(region.planner.program, refs)
@@ -78,7 +77,7 @@ class RewriteValues(SemanticPass):
     def _place(
         self,
         emit: Emitter,
-        writer: _Writer,
+        writer: _RowWriter,
         node: Node,
         layout: Layout,
         values: Node,
@@ -88,12 +87,12 @@ class RewriteValues(SemanticPass):
         carrying = {*region.logits}
         readers = [user for user in node.users if not (user in inside and _leads_to(user, carrying, inside))]
         with emit.before(node.next, self.name):
-            exact = _tokens_first(emit, emit.method("detach", node), layout)
+            exact = tokens_first(emit, emit.method("detach", node), layout)
             index, factors = writer.places(layout.window)
             if fake_value(values).dtype != fake_value(node).dtype:
                 values = emit.method("to", values, fake_value(node).dtype)
             placed = emit.call(torch.ops.cggr.place_values.default, exact, values, index, factors)
-            placed = _as_before(emit, placed, layout, shape_of(node))
+            placed = as_before(emit, placed, layout, shape_of(node))
         for user in readers:
             user.replace_input_with(node, placed)
 
@@ -111,134 +110,30 @@ def _leads_to(node: Node, carrying: set[Node], inside: set[Node]) -> bool:
     return False
 
 
-def _tokens_first(emit: Emitter, node: Node, layout: Layout) -> Node:
-    """A value as [N, features]."""
-    order = _order(layout)
-    if order != sorted(order):
-        node = emit.method("permute", node, order)
-    return emit.method("reshape", node, [layout.window.size, *layout.features])
-
-
-def _as_before(emit: Emitter, node: Node, layout: Layout, shape: Any) -> Node:
-    """The inverse of :func:`_tokens_first`."""
-    order = _order(layout)
-    node = emit.method("reshape", node, [shape[axis] for axis in order])
-    if order == sorted(order):
-        return node
-    return emit.method("permute", node, [order.index(axis) for axis in range(len(order))])
-
-
-def _order(layout: Layout) -> list[int]:
-    tokens = [axis for axis, kind in enumerate(layout.axes) if kind != FEATURE]
-    return [*tokens, *(axis for axis, kind in enumerate(layout.axes) if kind == FEATURE)]
-
-
-class _Writer:
-    """Writes a program for the selected rows, each step in front of the node that it was planned for."""
+class _RowWriter(ProgramWriter):
+    """Writes a program for the selected rows."""
 
     def __init__(
-        self, emit: Emitter, region: TokenRegion, selection: Selection, rows: Node, first: int, origin: str
+        self, emit: Emitter, region: TokenRegion, selection: Selection, hidden: Node, first: int, origin: str
     ) -> None:
-        self.emit, self.region, self.selection, self.origin = emit, region, selection, origin
-        self.rows, self.first = rows, first
-        self.batch, self.slots = shape_of(selection.rows)
-        self.begin = region.stem.next
+        super().__init__(emit, region.stem.next, hidden, selection.rows, first, origin)
+        self.selection = selection
         self._places: dict[Window, tuple[Node, Node]] = {}
-        self._indices: dict[Window, tuple[Node, Node]] = {}
-        self._sequences: Node | None = None
-
-    def write(self, program: Program, refs: list[Ref]) -> dict[Ref, Node]:
-        """The values of these steps."""
-        found: dict[Ref, Node] = {}
-        for number in program.needed(refs):
-            step, anchor = program.steps[number], program.anchors[number]
-            if isinstance(step, Stem):
-                found[Ref(number)] = self.rows
-            elif isinstance(step, Taken):
-                found[Ref(number)] = self._taken(step, anchor)
-            elif isinstance(step, Constant):
-                with self.emit.before(anchor, self.origin):
-                    found[Ref(number)] = self.emit.method("reshape", step.node, step.shape)
-            else:
-                with self.emit.before(anchor, self.origin):
-                    found[Ref(number)] = self._call(step, found)
-        return found
-
-    def _call(self, step: Call, found: dict[Ref, Node]) -> Node:
-        def filled(value: Any) -> Any:
-            if isinstance(value, Ref):
-                return found[value]
-            if isinstance(value, Size):
-                return self.batch if value is Size.BATCH else self.slots
-            return value
-
-        args, kwargs = map_aggregate((step.args, step.kwargs), filled)
-        if step.op == INLINE:
-            proxies = map_aggregate((args, kwargs), lambda value: self.emit.proxy(value))
-            return self.emit.node(step.target(*proxies[0], **proxies[1]))
-        if step.op == "call_method":
-            return self.emit.method(step.target, *args, **kwargs)
-        return self.emit.call(step.target, *args, **kwargs)
-
-    def _taken(self, step: Taken, anchor: Node) -> Node:
-        """[B, K, features]."""
-        layout = step.layout
-        index = (self._flat(layout.window),) if layout.flat else self._index(layout.window)
-        with self.emit.before(anchor, self.origin):
-            node = step.node if step.shape is None else self.emit.method("expand", step.node, *step.shape)
-            order = _order(layout)
-            if order != sorted(order):
-                node = self.emit.method("permute", node, order)
-            return self.emit.call(operator.getitem, node, index)
 
     def places(self, window: Window) -> tuple[Node, Node]:
         """Of each slot: its row among those of a window, int64 [B, K], and its weight, 0 where it has none."""
         if window not in self._places:
-            index = self._flat(window)
+            index = self.flat(window)
             with self.emit.before(self.begin, self.origin):
                 weights = self.emit.call(torch.where, self._inside(window), self.selection.weights, 0.0)
             self._places[window] = index, weights
         return self._places[window]
 
-    def _sequence(self, window: Window) -> Node:
-        """int64 [B, 1]: of each row of a selection, the sequence, counted from the window's first."""
-        if self._sequences is None:
-            device = fake_value(self.selection.rows).device
-            sequences = self.emit.call(torch.arange, self.batch, device=device)
-            self._sequences = self.emit.method("unsqueeze", sequences, 1)
-        if window.first == 0:
-            return self._sequences
-        return self.emit.call(operator.sub, self._sequences, window.first)
-
-    def _index(self, window: Window) -> tuple[Node, Node]:
-        """Where the rows lie in [B, S, ...]: sequence and position; anywhere, where they do not."""
-        if window not in self._indices:
-            with self.emit.before(self.begin, self.origin):
-                sequence, position = self._sequence(window), self.selection.rows
-                if window.first or window.count != self.batch:
-                    sequence = self.emit.method("clamp", sequence, 0, window.count - 1)
-                if start := self.first + window.start:
-                    position = self.emit.call(operator.sub, position, start)
-                position = self.emit.method("clamp", position, 0, window.length - 1)
-            self._indices[window] = sequence, position
-        return self._indices[window]
-
-    def _flat(self, window: Window) -> Node:
-        """Where the rows lie in [N, ...], int64 [B, K]; anywhere, where they do not."""
-        sequence, position = self._index(window)
-        with self.emit.before(self.begin, self.origin):
-            flat = self.emit.call(operator.add, self.emit.call(operator.mul, sequence, window.length), position)
-            if window.full:
-                return flat
-            if window.begin:
-                flat = self.emit.call(operator.sub, flat, window.begin)
-            return self.emit.method("clamp", flat, 0, window.size - 1)
-
     def _inside(self, window: Window) -> Node:
         """bool [B, K]: the slots that are used and have a row in the window."""
         emit, rows = self.emit, self.selection.rows
         found = self.selection.keep
-        start, sequence = self.first + window.start, self._sequence(window)
+        start, sequence = self.first + window.start, self.sequence(window)
         terms = [emit.call(operator.ge, rows, start), emit.call(operator.lt, rows, start + window.length)]
         if window.first or window.count != self.batch:
             terms += [emit.call(operator.ge, sequence, 0), emit.call(operator.lt, sequence, window.count)]

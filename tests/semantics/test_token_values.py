@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "row_sparse off": {"row_sparse": False},
     "verified": {"verify": True},
     "inductor": {"compiler": "inductor"},
+    "with logits": {"disable_passes": ["lower_values"]},
 }
 
 
@@ -71,11 +72,24 @@ def test_options(name: str) -> None:
         assert metrics(model)["labels_overflow"] > 0
 
 
-def test_pieces_are_computed_once() -> None:
-    """The heads of four chunks are one product of the selected rows."""
-    model, _, _ = run(HEADS["chunked_sums"])
+@pytest.mark.parametrize("off", [(), ("lower_values",)])
+def test_pieces_are_computed_once(off: Any) -> None:
+    """The heads of four chunks are one product of the selected rows, or one call of the operator."""
+    model, _, _ = run(HEADS["chunked_sums"], disable_passes=off)
     added = cggr_compile.runtime(model).reports[-1].record("rewrite_values").added
-    assert [sum(n for name, n in added.items() if f"function {kind}" in name) for kind in ("linear", "cross")] == [1, 1]
+    kinds = ("linear", "cross", "token_log_probs")
+    assert [sum(n for name, n in added.items() if kind in name) for kind in kinds] == ([1, 1, 0] if off else [0, 0, 1])
+
+
+@pytest.mark.parametrize("off", [(), ("lower_values",)])
+def test_no_logits_are_kept(off: Any) -> None:
+    """What the backward pass reads has no axis over the vocabulary, unless the user's logits are computed."""
+    model, kept = Model(), list[Any]()
+    loss = LOSSES["top_entropy"]
+    step = compiled(lambda: loss(model(IDS)), min_tokens_ratio=RATIO, disable_passes=off)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        step().backward()
+    assert any(shape[-1:] == (VOCAB,) and len(shape) > 1 for shape in kept) == bool(off)
 
 
 def test_ratio_of_one_is_the_users_loss() -> None:

@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cggr_compile.passes.analysis.effects import mutated_operands
+from cggr_compile.passes.fx import ancestors
 from cggr_compile.passes.nodes import argument, differentiable, fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout
 from cggr_compile.passes.patterns.token_values.operands import base_of
 from cggr_compile.passes.patterns.token_values.program import Taken
-from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
+from cggr_compile.passes.patterns.token_values.rules.head_values import NO_LABEL, is_head_of_values, labels_of
 from cggr_compile.passes.patterns.token_values.rules.losses import OF_CLASSES, read_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from torch.fx import Node
 
     from cggr_compile.passes.patterns.token_values.planner import Planner
 
 # Of more ways than this from a value to the loss, none is looked at.
 _WAYS = 16
-NO_LABEL = -100  # of cggr::token_log_probs, which takes others as well
 _PRODUCTS = {"mul", "and", "bitwise_and", "logical_and"}
 
 
@@ -47,10 +49,13 @@ def ways(planner: Planner, value: Node) -> set[Way]:
     return {frozenset()} if len(found) > _WAYS else found
 
 
-def own_masks(planner: Planner, node: Node) -> Way:
+def own_masks(planner: Planner, node: Node, everywhere: Container[Node]) -> Way:
     """The positions where a value's own gradient reaches the logits, as far as calls with one such operand tell.
 
     A loss of classes has a target that is not ignored; entries of all classes are multiplied with a mask.
+
+    Args:
+        everywhere: calls of ``cggr::token_log_probs`` that have a label at every position.
     """
     found: set[Mask] = set()
     while True:
@@ -60,15 +65,27 @@ def own_masks(planner: Planner, node: Node) -> Way:
                 base, at = base_of(call.target, planner.found[node].layout, planner.unwritten)
                 found.add(Mask(Taken(base, at, None), True, call.ignore_index))
             return frozenset(found)
+        if node in everywhere:
+            return frozenset(found)
         if is_head_of_values(node) and planner.unwritten(labels_of(node)):
             base, at = base_of(labels_of(node), planner.found[node].layout, planner.unwritten)
             return frozenset({*found, Mask(Taken(base, at, None), True, NO_LABEL)})
         sources = [n for n in node.all_input_nodes if n in planner.behind and differentiable(n)]
+        if len(sources) > 1 and (only := _only_call(planner, sources)) is not None:
+            node = only
+            continue
         if len(sources) != 1 or node in planner.heads:
             return frozenset(found)
         if node in planner.found and not planner.found[node].parts:
             found |= _hidden_by(planner, node, sources[0])
         node = sources[0]
+
+
+def _only_call(planner: Planner, sources: list[Node]) -> Node | None:
+    """The call of the operator that all of these are computed from, and not from the hidden state in another way."""
+    calls = [n for n in ancestors(sources, only=planner.behind.__contains__) if is_head_of_values(n)]
+    beside = ancestors(sources, stop=calls, only=planner.behind.__contains__)
+    return calls[0] if len(calls) == 1 and planner.stem not in beside else None
 
 
 def _hidden_by(planner: Planner, reader: Node, node: Node) -> set[Mask]:

@@ -100,11 +100,12 @@ class Program:
             number = todo.pop()
             if number not in found:
                 found.add(number)
-                todo += [ref.number for ref in _refs(self.steps[number])]
+                todo += [ref.number for ref in refs_of(self.steps[number])]
         return sorted(found, key=lambda number: (self._place(self.anchors[number]), number))
 
 
-def _refs(step: Step) -> list[Ref]:
+def refs_of(step: Step) -> list[Ref]:
+    """The values that a step reads."""
     found: list[Ref] = []
     if isinstance(step, Call):
 

@@ -12,6 +12,7 @@ from cggr_compile.passes.patterns.token_values.planner import NotByPositionError
 if TYPE_CHECKING:
     from torch.fx import Node
 
+NO_LABEL = -100  # others outside of the vocabulary are as well
 _NAMES = ("token_log_probs", "token_log_probs.default")
 _LABELS, _ROWS = 3, slice(4, 7)
 
