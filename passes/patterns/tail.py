@@ -107,9 +107,17 @@ def gather_rows(emit: Emitter, source: Node, readers: Sequence[Node], selection:
         # it may run under no_grad, and another one not
         emit.under(replace(emit.modes, grad=emit.modes.grad or fake_value(source).requires_grad)),
     ):
-        rows = selection.gradient or selection
-        gathered = emit.call(torch.ops.cggr.gather_rows.default, source, rows.rows, rows.keep)
-        return gathered if selection.gradient is None else _at(emit, gathered, selection.gradient.places)
+        return rows_of(emit, source, selection)
+
+
+def rows_of(emit: Emitter, source: Node, selection: Selection, first: int = 0) -> Node:
+    """The rows of ``source`` [B, S, X] that carry loss, [B, K, X]; its first one is at position ``first``."""
+    rows = selection.gradient or selection
+    positions = rows.rows
+    if first:
+        positions = emit.method("clamp", emit.call(operator.sub, positions, first), 0, shape_of(source)[1] - 1)
+    gathered = emit.call(torch.ops.cggr.gather_rows.default, source, positions, rows.keep)
+    return gathered if selection.gradient is None else _at(emit, gathered, selection.gradient.places)
 
 
 def _at(emit: Emitter, hidden: Node, places: Node) -> Node:

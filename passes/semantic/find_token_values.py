@@ -147,8 +147,17 @@ def _scale_and_softcap(region: TokenRegion, head: Node) -> tuple[float, float]:
 
 def _check_returned(site: LossSite, region: TokenRegion) -> None:
     """Logits may leave the graph, without their gradient; nothing else that has an axis over the vocabulary."""
-    heads = [head for head in region.heads if not is_head_of_values(head)]
-    same = {n for head in heads for n in returned_logits(replace(site, chain=(head,), vocab=shape_of(head)[-1]))}
+    same: set[Node] = set()
+    for node in region.logits:
+        if (node in region.heads and not is_head_of_values(node)) or _is_adapted(node, same, region):
+            same |= returned_logits(replace(site, chain=(node,), vocab=shape_of(node)[-1]))
     for node in region.logits:
         if any(user.op == "output" for user in node.users) and node not in same:
             raise NoTokenValuesError(f"{op_name(node)!r} ({node}) is returned, with a gradient for every class")
+
+
+def _is_adapted(node: Node, logits: set[Node], region: TokenRegion) -> bool:
+    """Whether logits are a sum of others, or others times a weight: those of a head with an adapter."""
+    parts = [n for n in node.all_input_nodes if n in region.planner.found]
+    linear = op_name(node) in ("add", "sub") or (op_name(node) in ("mul", "div") and len(parts) == 1)
+    return linear and bool(parts) and all(n in logits for n in parts)

@@ -12,7 +12,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import LayerStack, LossSite, Selection, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
-from cggr_compile.passes.patterns.tail import copy_tail, gather_rows
+from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
 from cggr_compile.passes.patterns.token_values.layout import Layout, Window
 from cggr_compile.passes.patterns.token_values.region import TokenRegion, plan_region
 from cggr_compile.passes.patterns.token_values.writer import ProgramWriter, as_before, tokens_first
@@ -119,6 +119,10 @@ class _RowWriter(ProgramWriter):
         super().__init__(emit, region.stem.next, hidden, selection.rows, first, origin)
         self.selection = selection
         self._places: dict[Window, tuple[Node, Node]] = {}
+
+    def drawn(self, node: Node, anchor: Node) -> Node:
+        with self.emit.before(anchor, self.origin):
+            return rows_of(self.emit, node, self.selection, self.first)
 
     def places(self, window: Window) -> tuple[Node, Node]:
         """Of each slot: its row among those of a window, int64 [B, K], and its weight, 0 where it has none."""

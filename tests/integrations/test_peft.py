@@ -6,7 +6,8 @@ import copy
 
 import models
 import pytest
-from training import check_against_reference, metrics
+from reference import Run, assert_same, backward, dense, hf_reference
+from training import check_against_reference, metrics, picks
 
 import cggr_compile
 from cggr_compile import compat
@@ -25,11 +26,19 @@ KINDS = {
     "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "modules_to_save": peft.LoraConfig(r=4, target_modules=LINEAR, modules_to_save=["lm_head", "embed_tokens"]),
 }
+# An adapter of the head: the loss is that of all positions, exactly, and its gradient that of the selected ones.
+OF_HEAD = {
+    "LoRA": peft.LoraConfig(r=4, target_modules=[*LINEAR, "lm_head"]),
+    "rsLoRA, embedding saved": peft.LoraConfig(
+        r=4, target_modules=[*LINEAR, "lm_head"], use_rslora=True, modules_to_save=["embed_tokens"]
+    ),
+    "DoRA": peft.LoraConfig(r=4, target_modules=[*LINEAR, "lm_head"], use_dora=True),
+}
 
 
-def adapted(kind, checkpointing):
+def adapted(config, checkpointing):
     """A tiny model whose adapters do something, attached as the callbacks attach it."""
-    model = peft.get_peft_model(models.family("llama"), copy.deepcopy(KINDS[kind]))
+    model = peft.get_peft_model(models.family("llama"), copy.deepcopy(config))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
@@ -44,9 +53,18 @@ def adapted(kind, checkpointing):
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", models.slow_but(["DoRA"], KINDS))
 def test_adapters(kind, checkpointing):
-    model = adapted(kind, checkpointing)
+    model = adapted(KINDS[kind], checkpointing)
     check_against_reference(model, models.make_batch())
     assert metrics(model)["level"] == "routed"
+
+
+@pytest.mark.parametrize("kind", models.slow_but(["LoRA"], OF_HEAD))
+def test_adapters_of_the_head(kind):
+    model, batch = adapted(OF_HEAD[kind], False), models.make_batch()
+    got = backward(model, model(**batch).loss)
+    assert metrics(model)["level"] == "routed", metrics(model)
+    want = hf_reference(model, batch, picks(model))
+    assert_same(Run(dense(model, batch).loss, got.grads), Run(got.loss, want.grads))
 
 
 def test_dora_caches_and_is_copied_as_before(monkeypatch):

@@ -8,8 +8,8 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, compiled, slow_but
-from reference import assert_same, backward, hard_mask, routing
+from models import HIDDEN, SEQ, VOCAB, compiled, slow_but
+from reference import Run, assert_same, backward, hard_mask, routing
 from token_losses import HEADS, IDS, LOSSES, Model, expected, factors, open_gate, outside, picks_of
 from training import RATIO, metrics
 
@@ -70,6 +70,32 @@ def test_options(name: str) -> None:
         assert report.verification.captured_error < 1e-5 and not report.verification.note
     if name == "labels":
         assert metrics(model)["labels_overflow"] > 0
+
+
+@pytest.mark.parametrize("context", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_adapter_of_the_head(context: int) -> None:
+    """Dropout in front of it is drawn once, for the values and for their gradient."""
+    model = Model()
+    down, up = (torch.nn.Parameter(0.1 * torch.randn(*shape)) for shape in ((4, HIDDEN), (VOCAB, 4)))
+    model.down, model.up = down, up
+
+    def loss(gate: Any) -> torch.Tensor:
+        hidden = model.hidden(IDS)
+        # what F.dropout becomes under a compiler; eagerly it draws in another way
+        dropped = F.dropout(hidden, 0.5) if gate is open_gate else 2 * hidden * (torch.rand_like(hidden) > 0.5)
+        z = model.lm_head(hidden) + 2.0 * F.linear(F.linear(dropped, model.down), model.up)
+        return F.cross_entropy(gate(z)[:, :-1].reshape(-1, VOCAB), IDS[:, 1:].reshape(-1))
+
+    step = compiled(lambda: loss(open_gate), min_tokens_ratio=RATIO, context=context, gradient="routed")
+    torch.manual_seed(5)
+    got = backward(model, step())
+    assert metrics(model)["level"] == "routed", metrics(model)
+    torch.manual_seed(5)
+    want = expected(model, loss, picks_of(model))
+    if context:  # whose rows carry gradient through the layers as well
+        names = ("down", "up", "lm_head.weight", "ln_f.weight")
+        got, want = (Run(run.loss, {name: run.grads[name] for name in names}) for run in (got, want))
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize("off", [(), ("lower_values",)])

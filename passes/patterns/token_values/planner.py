@@ -13,7 +13,7 @@ from cggr_compile.passes.analysis.modes import modes_of
 from cggr_compile.passes.nodes import differentiable, fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.token_values.layout import BATCH, FEATURE, TOKEN, Layout, Window
 from cggr_compile.passes.patterns.token_values.operands import base_of
-from cggr_compile.passes.patterns.token_values.program import Call, Constant, Program, Ref, Size, Stem, Taken
+from cggr_compile.passes.patterns.token_values.program import Call, Constant, Drawn, Program, Ref, Size, Stem, Taken
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
@@ -107,6 +107,8 @@ class Planner:
         if mutated_operands(node):
             raise NotByPositionError(f"writes in place ({node})")
         if draws(node):
+            if name == "dropout" and self.plan(self.source(node)[0]).layout == self.found[self.stem].layout:
+                return self._drawn(node)
             raise NotByPositionError(f"draws random numbers ({node})")
         here, there = self.modes[node], self.modes[self.stem]
         if here.levels or there.levels or here.unknown is not there.unknown:
@@ -115,6 +117,13 @@ class Planner:
         if found is None:
             raise NotByPositionError(f"has an operator {name!r} ({node}), which may mix tokens")
         return found(self, node)
+
+    def _drawn(self, node: Node) -> Planned:
+        """Dropout of a hidden state: another draw for the rows would be another value."""
+        layout = self.found[self.stem].layout
+        if layout.flat:
+            raise NotByPositionError(f"draws random numbers for tokens in one axis ({node})")
+        return Planned(layout, self.program.add(Drawn(node), node.next, None))
 
     # What rules use.
 

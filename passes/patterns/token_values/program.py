@@ -43,6 +43,13 @@ class Taken:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A value [B, S, X] of the hidden state that random numbers go into, of which the rows are taken: dropout."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
 class Constant:
     """A value of the graph that all positions share, in another shape."""
 
@@ -64,7 +71,7 @@ class Stem:
     """What the program is computed from: the hidden state."""
 
 
-Step = Stem | Taken | Constant | Call
+Step = Stem | Taken | Drawn | Constant | Call
 
 
 class Program:

@@ -11,7 +11,17 @@ from torch.fx.node import map_aggregate
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout, Window
-from cggr_compile.passes.patterns.token_values.program import INLINE, Call, Constant, Program, Ref, Size, Stem, Taken
+from cggr_compile.passes.patterns.token_values.program import (
+    INLINE,
+    Call,
+    Constant,
+    Drawn,
+    Program,
+    Ref,
+    Size,
+    Stem,
+    Taken,
+)
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -64,6 +74,8 @@ class ProgramWriter:
                 found[Ref(number)] = self.hidden
             elif isinstance(step, Taken):
                 found[Ref(number)] = self._taken(step, anchor)
+            elif isinstance(step, Drawn):
+                found[Ref(number)] = self.drawn(step.node, anchor)
             elif isinstance(step, Constant):
                 with self.emit.before(anchor, self.origin):
                     found[Ref(number)] = self.emit.method("reshape", step.node, step.shape)
@@ -98,6 +110,10 @@ class ProgramWriter:
             if order != sorted(order):
                 node = self.emit.method("permute", node, order)
             return self.emit.call(operator.getitem, node, index)
+
+    def drawn(self, node: Node, anchor: Node) -> Node:
+        """[B, K, X] of a value [B, S, X] with its gradient, in front of ``anchor``; here of all positions."""
+        return node
 
     def sequence(self, window: Window) -> Node:
         """int64 [B, 1]: of each row of a selection, the sequence, counted from the window's first."""
