@@ -29,7 +29,8 @@ def parse_arguments(description: str | None, argv: Sequence[str] | None, name: s
     add("--model", help="folder or name that transformers loads; None: SmolLM2-135M-Instruct, see smollm2.py")
     add("--out", type=Path, help=f"folder of the trained model; None: runs/{name}/cggr, or dense")
     add("--dense", action="store_true", help="train as TRL does without the callback")
-    add("--options", type=json.loads, default={}, help="options of the callback, as JSON")
+    few = {} if cuda else {"compiler": "eager"}  # generating code for 30 layers takes longer than three steps
+    add("--options", type=json.loads, default=few, help="options of the callback, as JSON")
     add("--steps", type=int, default=100 if cuda else 3, help="steps of the optimizer")
     add("--batch-size", type=int, default=8 if cuda else 2, help="sequences of a step, pairs for DPO")
     add("--shots", type=int, default=8 if cuda else 1, help="solved problems in front of each one")

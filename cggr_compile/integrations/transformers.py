@@ -144,7 +144,7 @@ def _obstacle(trainer: Any, module: Module) -> str:
             "compute_loss_func takes the labels away from the model and computes the loss outside of the compiled "
             "graph; compute it in the model (model.loss_function = ...)"
         )
-    if hasattr(trainer, "_forward_redirection"):  # TRL's distillation
+    if any(kind.__name__ == "DistillationTrainer" for kind in type(trainer).__mro__):  # TRL's
         return (
             f"{type(trainer).__name__} computes the loss in place of the model's forward, by an autograd function over "
             "pieces of both models' logits, which no graph can hold"
