@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 TESTS = Path(__file__).parent.parent
 WORLD = 2
@@ -37,7 +38,7 @@ class Results(Mapping):
         return len(self._by_rank[0])
 
 
-def run_cases(folder: Path, kind: str) -> Results:
+def run_cases(folder: Path, kind: str) -> None:
     """Every case of one kind, ``quick`` or ``slow``, one after the other."""
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -52,16 +53,27 @@ def run_cases(folder: Path, kind: str) -> Results:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * WORLD, errors
-    return Results([torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)], folder)
+
+
+def once(factory: pytest.TempPathFactory, kind: str) -> Results:
+    """The cases of one kind, run by whichever of pytest's own workers comes first."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"ranks-{kind}"
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{rank}.pt" for rank in range(WORLD)]
+    with FileLock(folder / "lock"):
+        if not all(file.exists() for file in files):
+            run_cases(folder, kind)
+    return Results([torch.load(file, weights_only=False) for file in files], folder)
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
     """Of the quick cases of ddp_cases.py, decision_cases.py and fsdp_cases.py, by case and rank."""
-    return run_cases(tmp_path_factory.mktemp("ranks"), "quick")
+    return once(tmp_path_factory, "quick")
 
 
 @pytest.fixture(scope="session")
 def slow_results(tmp_path_factory):
     """Of the other ones."""
-    return run_cases(tmp_path_factory.mktemp("ranks"), "slow")
+    return once(tmp_path_factory, "slow")
