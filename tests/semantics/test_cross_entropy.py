@@ -149,16 +149,17 @@ def test_ratio_one_is_the_unmodified_model() -> None:
     assert "rewrite_loss" not in passes_of(model)
 
 
-def test_own_z_loss_stays_the_users() -> None:
+def test_own_z_loss_is_a_value_beside_the_loss() -> None:
+    """Not the operator's: per-token values, of which the loss stays what it is (see test_token_values.py)."""
     model, batch = models.Decoder(), make_batch()
     loss = cross_entropy_and(lambda logits: 1e-2 * logits.logsumexp(-1).square().mean())
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
         return loss(model(ids), labels)
 
-    got = backward(model, compiled(step, **FUSED, fallback="silent")(*batch.values()))
-    assert_same(got, backward(model, step(*batch.values())))
-    assert metrics(model)["matched"] is False
+    got = compiled(step, **FUSED, fallback="silent")(*batch.values())
+    torch.testing.assert_close(got, step(*batch.values()), rtol=1e-5, atol=1e-5)
+    assert metrics(model)["matched"] is True and "rewrite_values" in passes_of(model)
 
 
 def test_verify() -> None:

@@ -11,7 +11,7 @@ import torch
 from cggr_compile.causes import Cause
 from cggr_compile.passes.base import refused
 from cggr_compile.passes.fx import ancestors, descendants
-from cggr_compile.passes.nodes import differentiable, fake_value, op_name, shape_of
+from cggr_compile.passes.nodes import differentiable, fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.head import is_head, read_head
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, FLAT, Layout
 from cggr_compile.passes.patterns.token_values.planner import NotByPositionError, Planned, Planner, whole_layout
@@ -97,12 +97,26 @@ def plan_region(graph: Graph, stem: Node, heads: Sequence[Node]) -> TokenRegion:
 def _heads(graph: Graph) -> list[Node]:
     """Products whose value reaches an operator for logits, and no other such product."""
     found = [n for n in graph.nodes if differentiable(n) and (is_head_of_values(n) or _is_head_of_logits(n))]
+    of_heads = descendants(found, only=differentiable)
     last = []
     for head in found:
         behind = descendants([head], only=differentiable)
-        if not any(other in behind for other in found if other is not head):
+        others = any(other in behind for other in found if other is not head)
+        if not others and not _leads_back(head, behind, of_heads):
             last.append(head)
     return last
+
+
+def _leads_back(head: Node, behind: set[Node], of_heads: set[Node]) -> bool:
+    """Whether what is computed of a head goes into a hidden state: a router of experts is such a product, too."""
+    width = shape_of(head_input(head))[-1]
+    for node in behind:
+        shape = shape_of(node)
+        if len(shape) > 1 and same_size(shape[-1], width):
+            beside = (n for n in node.all_input_nodes if n not in of_heads and differentiable(n))
+            if any(len(shape_of(n)) > 1 and same_size(shape_of(n)[-1], width) for n in beside):
+                return True
+    return False
 
 
 def _is_head_of_logits(head: Node) -> bool:
