@@ -42,11 +42,12 @@ def fresh_dynamo():
 # Of the matrices, the quick tests (-m "not slow") are these.
 QUICK_FAMILIES = {"llama", "gpt2", "gemma2", "mixtral"}
 QUICK_ARCHITECTURE = 90
-# Variants of a test repeat each other here, each with a compilation: of those that are quick otherwise, a third is.
+# Variants of a test repeat each other here, each with a compilation: of those that are quick otherwise, a quarter is.
 COMPILING = (
     *("passes/semantic/", "passes/joint/row_sparse/", "passes/patterns/", "semantics/", "modules/", "benchmarks/"),
     *("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py", "test_pipeline.py"),
-    *("test_runtime_resolver.py", "test_runtime.py", "test_explain.py"),
+    *("test_runtime_resolver.py", "test_runtime.py", "test_explain.py", "test_causes.py", "test_variant_dispatcher.py"),
+    *("kernels/", "lowerings/", "ops/", "integrations/"),
 )
 
 
@@ -65,5 +66,5 @@ def pytest_collection_modifyitems(items):
             continue
         # by their names' checksum: over the tests each value of a common parameter comes up
         alike.sort(key=lambda item: zlib.crc32(item.name.encode()))
-        for item in alike[math.ceil(len(alike) / 3) :]:
+        for item in alike[math.ceil(len(alike) / 4) :]:
             item.add_marker(pytest.mark.slow)

@@ -165,7 +165,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 SLOW = (
     *("confident", "confident, each alone", "growing, each alone", "kind, each alone"),
-    *("slots", "joined", "refused"),
+    *("slots", "joined", "refused", "no labels at first"),
 )
 
 

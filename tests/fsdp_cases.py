@@ -148,7 +148,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 SLOW = (
     *("root, mixed precision", "root, offloaded", "root, measured"),
-    *("root, verified", "root, verification fails"),
+    *("root, verified", "root, verification fails", "root, clipped and saved"),
 )
 
 

@@ -7,6 +7,7 @@ import math
 import random
 
 import networkx
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +43,7 @@ def test_quick_minimum_cuts_are_the_same_cuts(seed):
     assert networkx.minimum_cut is usual
 
 
+@pytest.mark.slow
 def test_the_partitioner_takes_quick_minimum_cuts(monkeypatch):
     calls = []
     monkeypatch.setattr(

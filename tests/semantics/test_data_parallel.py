@@ -114,5 +114,6 @@ def test_a_state_resumes_on_another_number_of_ranks(results, rank):
     assert torch.equal(runtime.selected, results["two batches"][0]["picks"][1].rows), "rank 0's of one process"
 
 
-def test_it_was_verified(results):
-    assert all(results["verified"][rank]["metrics"]["verify_steps"] == 1 for rank in range(WORLD))
+@pytest.mark.slow
+def test_it_was_verified(slow_results):
+    assert all(slow_results["verified"][rank]["metrics"]["verify_steps"] == 1 for rank in range(WORLD))

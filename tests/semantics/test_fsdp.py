@@ -70,8 +70,9 @@ def test_mixed_precision(slow_results):
         assert distance(found[rank]["grads"], want) < 0.02 < 0.2 < distance(found[rank]["grads"], other)
 
 
-def test_gradients_are_clipped(results):
-    found = results["root, clipped and saved"]
+@pytest.mark.slow
+def test_gradients_are_clipped(slow_results):
+    found = slow_results["root, clipped and saved"]
     want = averaged(found)
     norm = sum(float(grad.square().sum()) for grad in want.values()) ** 0.5
     for one in found:
@@ -79,23 +80,25 @@ def test_gradients_are_clipped(results):
         same(one["clipped"], {name: grad * (cases.CLIP / norm) for name, grad in want.items()})
 
 
-def test_a_distributed_checkpoint_resumes(results):
-    for one in results["root, clipped and saved"]:
+@pytest.mark.slow
+def test_a_distributed_checkpoint_resumes(slow_results):
+    for one in slow_results["root, clipped and saved"]:
         assert torch.equal(one["on"]["picks"][0].rows, one["resumed"]["picks"][0].rows)
         assert not torch.equal(one["on"]["picks"][0].rows, one["picks"][0].rows)
         same(one["resumed"]["grads"], one["on"]["grads"])
 
 
-def test_and_one_process_resumes_it(results):
+@pytest.mark.slow
+def test_and_one_process_resumes_it(slow_results):
     """It selects what rank 0 does, with the same parameters."""
     model = models.compiled(build(), **cases.OPTIONS)
     runtime = cggr_compile.runtime(model)
     state = {"model": model.state_dict(), "cggr": runtime.state_dict()}
-    checkpoint.load(state, checkpoint_id=results.folder / "checkpoint", no_dist=True)
+    checkpoint.load(state, checkpoint_id=slow_results.folder / "checkpoint", no_dist=True)
     model.load_state_dict(state["model"])
     runtime.load_state_dict(state["cggr"])
     got = backward(model, model(**cases.batch(0, 2)).loss)
-    on = results["root, clipped and saved"]
+    on = slow_results["root, clipped and saved"]
     assert torch.equal(runtime.selected, on[0]["on"]["picks"][0].rows)
     other = build()
     other.load_state_dict(state["model"])
