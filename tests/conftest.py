@@ -47,7 +47,7 @@ COMPILING = (
     *("passes/semantic/", "passes/joint/row_sparse/", "passes/patterns/", "semantics/", "modules/", "benchmarks/"),
     *("test_families.py", "test_captured_reference.py", "test_verify.py", "test_variance.py", "test_pipeline.py"),
     *("test_runtime_resolver.py", "test_runtime.py", "test_explain.py", "test_causes.py", "test_variant_dispatcher.py"),
-    *("kernels/", "lowerings/", "ops/", "integrations/"),
+    *("lowerings/", "ops/", "integrations/"),
 )
 
 
