@@ -187,7 +187,7 @@ class Study:
             losses = {lr: self._train(process, lr, 0, self.args.steps, "steps") for lr in self.args.lrs}
             process.best = min(losses, key=lambda lr: losses[lr])
 
-        list(self._each(self.processes, sweep))
+        self._each(self.processes, sweep)
 
     def _time(self) -> None:
         for process in self.processes:  # one after the other: the device to itself
@@ -208,7 +208,7 @@ class Study:
                 if process.arm in args.equal_time:
                     self._train(process, process.best, seed, equal, "time", answers=not seed)
 
-        list(self._each(self.processes, train))
+        self._each(self.processes, train)
 
     def _train(self, process: Process, lr: float, seed: int, steps: int, equal: str, answers: bool = False) -> float:
         run = {"arm": process.arm, "batch": process.batch, "lr": lr, "seed": seed, "steps": steps, "equal": equal}

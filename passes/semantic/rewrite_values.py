@@ -10,7 +10,7 @@ import torch
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import LayerStack, LossSite, Selection, TokenValues
-from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.fx import Emitter, descendants
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
 from cggr_compile.passes.patterns.token_values.layout import Layout, Window
@@ -84,8 +84,9 @@ class RewriteValues(SemanticPass):
         inside: set[Node],
         region: TokenRegion,
     ) -> None:
-        carrying = {*region.logits}
-        readers = [user for user in node.users if not (user in inside and _leads_to(user, carrying, inside))]
+        # not those on the way to further logits
+        only = inside.__contains__
+        readers = [user for user in node.users if descendants([user], only=only).isdisjoint(region.logits)]
         with emit.before(node.next, self.name):
             exact = tokens_first(emit, emit.method("detach", node), layout)
             index, factors = writer.places(layout.window)
@@ -95,19 +96,6 @@ class RewriteValues(SemanticPass):
             placed = as_before(emit, placed, layout, shape_of(node))
         for user in readers:
             user.replace_input_with(node, placed)
-
-
-def _leads_to(node: Node, carrying: set[Node], inside: set[Node]) -> bool:
-    todo, seen = [node], {node}
-    while todo:
-        node = todo.pop()
-        if node in carrying:
-            return True
-        for user in node.users:
-            if user in inside and user not in seen:
-                seen.add(user)
-                todo.append(user)
-    return False
 
 
 class _RowWriter(ProgramWriter):
