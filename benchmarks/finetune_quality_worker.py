@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cggr_compile
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+from finetune import share_of_rate
 from gsm8k_prompts import right_answers
 
 LR_WARMUP = 0.05  # share of the steps
@@ -47,9 +47,8 @@ def options_of(arm: str, context: str) -> dict[str, Any]:
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a twentieth: that of examples/finetune.py."""
-    warmup = max(1, round(LR_WARMUP * steps))
-    return peak * min(1.0, (step + 1) / warmup) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+    """That of examples/finetune.py."""
+    return peak * share_of_rate(step, steps, max(1, round(LR_WARMUP * steps)))
 
 
 class Worker:

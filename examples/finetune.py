@@ -109,6 +109,11 @@ def compile_model(model: Any, options: dict[str, Any], args: argparse.Namespace)
         model.compile(mode="reduce-overhead" if replay else None)
 
 
+def share_of_rate(step: int, steps: int, warmup: int) -> float:
+    """Of the highest learning rate: grows over ``warmup`` steps, then a cosine goes down to a twentieth."""
+    return min(1.0, (step + 1) / warmup) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+
+
 class Training:
     """A model, what trains it, and what was measured."""
 
@@ -119,8 +124,7 @@ class Training:
         )
         steps, warmup = args.steps, max(1, round(args.warmup * args.steps))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: min(1.0, (step + 1) / warmup) * (0.525 + 0.475 * math.cos(math.pi * step / steps)),
+            self.optimizer, lambda step: share_of_rate(step, steps, warmup)
         )
         self.log = RunLog()
         self.stored = {"model": model, "optimizer": self.optimizer, "schedule": self.schedule, "log": self.log}
