@@ -1,7 +1,7 @@
 """What fine-tuning on answers behind prompts learns, at equal steps and in equal measured time, on a real model.
 
 SmolLM2-135M-Instruct on GSM8K with solved problems in front (``--shots``), labels on the answers only. Every arm runs
-in a process of its own (finetune_quality_worker.py), side by side on one device, because what is learned does not
+in a process of its own (finetune_quality_worker.py), side by side on all devices, because what is learned does not
 depend on what else runs; the time of a step is taken while all others wait.
 
 1. Every arm trains ``--steps`` steps at every learning rate, seed 0.
@@ -12,18 +12,20 @@ depend on what else runs; the time of a step is taken while all others wait.
 
 Arms are ``dense`` (the fair baseline of step.py), ``context-N`` (this backend with its defaults, and a context of N),
 ``context-N-stop``, ``exact``, ``random`` (control: half of the labels), each with ``:B`` for a batch of its own:
-``dense:4`` is the half-batch control. Results are in --out, as they come: finetune_quality.json and a table. The same
-command again goes on from there.
+``dense:4`` is the half-batch control. ``--lora R`` trains adapters of rank R only. Results are in --out, as they come:
+finetune_quality.json and a table. The same command again goes on from there.
 
     python benchmarks/finetune_quality.py --device cuda --cuda-graphs
-    python benchmarks/finetune_quality.py --device cuda --cuda-graphs --arms dense:1,context-128:4 --steps 8000
+    python benchmarks/finetune_quality.py --device cuda --cuda-graphs --arms dense:1,context-128:4 --steps 7000
     python benchmarks/finetune_quality.py --tiny                                      # the CPU rehearses
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, default=2048)
     add("--steps", type=int, default=300)
     add("--lrs", type=items(float), default=[1e-4, 2e-4, 4e-4])
+    add("--lora", type=int, metavar="RANK", help="train adapters of this rank only")
     add("--seeds", type=int, default=3)
     add("--held-out", type=int, default=1319, help="problems of an evaluation")
     add("--accuracy", type=int, default=0, help="problems answered after a run; 0: none")
@@ -98,15 +101,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("shots", 0), ("batch", 1), ("length", 2), ("steps", 1), ("seeds", 1), ("held_out", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if args.lora is not None and args.lora < 1:
+        parser.error("--lora must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     return args
 
 
+def cards(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for the workers, in turn."""
+    if device == "cpu":
+        return [""]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named if named != [""] else [str(index) for index in range(torch.cuda.device_count())]
+
+
 class Process:
     """A worker, and what was measured of its arm."""
 
-    def __init__(self, arm: str, settings: dict[str, Any], log: Path) -> None:
+    def __init__(self, arm: str, settings: dict[str, Any], log: Path, card: str) -> None:
         self.arm = arm
         name, _, batch = arm.partition(":")
         settings = {**settings, "arm": name} | ({"batch": int(batch)} if batch else {})
@@ -119,6 +132,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": card},
             )
         self.log, self.best, self.seconds = log, 0.0, 0.0
 
@@ -176,8 +190,8 @@ class Study:
         settings = prepare(args)
         self.document["settings"] = {name: str(value) for name, value in {**vars(args), **settings}.items()}
         self.say(f"{settings['labelled']:.1%} of the positions have a label")
-        for arm in args.arms:
-            self.processes.append(Process(arm, settings, args.out / f"{arm.replace(':', '-of-')}.log"))
+        for arm, card in zip(args.arms, itertools.cycle(cards(args.device)), strict=False):
+            self.processes.append(Process(arm, settings, args.out / f"{arm.replace(':', '-of-')}.log", card))
         for process, answer in self._each(self.processes, Process.answer):
             self.document["arms"].setdefault(process.arm, answer)
             self.say(f"{process.arm}: compiled in {answer['compile_s']:.0f} s")
@@ -277,6 +291,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         "batch": args.batch,
         "compiler": args.compiler,
         "cuda_graphs": args.cuda_graphs,
+        "lora": args.lora,
     }
 
 

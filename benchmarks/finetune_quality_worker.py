@@ -6,7 +6,8 @@ Requests are JSON objects, one a line, on standard input; every one is answered 
     {"do": "time", "steps": 20}                            -> seconds: of a training step, the optimizer included
     {"do": "accuracy", "count": 1319}                      -> share of right greedy answers of the model as it is now
 
-The model is bfloat16 with float32 masters in the optimizer, as in quality_run.py; on a CPU it is float32.
+The model is bfloat16 with float32 masters in the optimizer, as in quality_run.py; adapters are float32, and then the
+step is under autocast. On a CPU everything is float32.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
 from arms import Step, build_baseline, build_selective
+from finetune_arms import under_autocast
 from quality_run import Masters, batches
 from quality_text import IGNORE, Blocks
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,6 +54,13 @@ def learning_rate(peak: float, step: int, steps: int) -> float:
     return peak * share_of_rate(step, steps, max(1, round(LR_WARMUP * steps)))
 
 
+def add_adapters(model: Any, rank: int) -> Any:
+    """Freezes the model and gives every linear layer but the head a float32 adapter, alpha twice the rank, in place."""
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, config).get_base_model()
+
+
 class Worker:
     """A model, its compiled step, and the data it trains on."""
 
@@ -59,10 +69,12 @@ class Worker:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype).to(self.device).train()
         self.model.config.use_cache = False
+        if settings["lora"] is not None:
+            self.model = add_adapters(self.model, settings["lora"])
         self.settings = settings
         data = torch.load(settings["data"])
         self.train_blocks, self.held_out = (Blocks(*data[name]).to(self.device) for name in ("train", "test"))
-        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.selective = settings["arm"] != "dense"
         self.step = self._build()
         begin = time.perf_counter()
@@ -75,9 +87,16 @@ class Worker:
     def _build(self) -> Step:
         settings = self.settings
         how = {"compiler": settings["compiler"], "cuda_graphs": settings["cuda_graphs"]}
-        if not self.selective:
-            return build_baseline("fair", self.model, **how)
-        return build_selective(self.model, {**how, **options_of(settings["arm"], settings["half_of_labels"])})
+        if self.selective:
+            step = build_selective(self.model, {**how, **options_of(settings["arm"], settings["half_of_labels"])})
+        else:
+            step = build_baseline("fair", self.model, **how)
+        return under_autocast(step, self.device) if self._mixed else step
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether the model is bfloat16 with float32 adapters."""
+        return self.device == "cuda" and self.settings["lora"] is not None
 
     def _wait(self) -> None:
         if self.device == "cuda":
@@ -122,8 +141,9 @@ class Worker:
         parts = (blocks.split(EVAL_SEQUENCES) for blocks in (self.held_out.ids, self.held_out.labels))
         for ids, labels in zip(*parts, strict=True):
             target = labels[:, 1:].long()
-            hidden = self.model.model(input_ids=ids.long()).last_hidden_state[:, :-1][target != IGNORE]
-            logits = self.model.lm_head(hidden).float()
+            with torch.autocast(self.device, torch.bfloat16, enabled=self._mixed):
+                hidden = self.model.model(input_ids=ids.long()).last_hidden_state[:, :-1][target != IGNORE]
+                logits = self.model.lm_head(hidden).float()
             total += F.cross_entropy(logits, target[target != IGNORE], reduction="sum")
         self.model.train()
         return float(total / (self.held_out.labels[:, 1:] != IGNORE).sum())

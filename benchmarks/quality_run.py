@@ -78,10 +78,10 @@ def build_model(size: Size, length: int, *, device: str, seed: int) -> LlamaForC
 
 
 class Masters:
-    """AdamW over float32 copies of the parameters, or over the parameters where they are float32."""
+    """AdamW over float32 copies of the trained parameters, or over the parameters where they are float32."""
 
     def __init__(self, model: torch.nn.Module, start: dict[str, Tensor], weight_decay: float = 0.1) -> None:
-        named: list[tuple[str, Tensor]] = list(model.named_parameters())
+        named: list[tuple[str, Tensor]] = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
         self.masters = self.parameters
         for name, p in named:

@@ -24,7 +24,7 @@ STEP_S = {"dense": 0.04, "dense:4": 0.02, "context-8": 0.01}
 class Process:
     """A worker that learns nothing: its loss falls with the steps, and is best at 2e-4."""
 
-    def __init__(self, arm: str, settings: dict[str, Any], log: Any) -> None:
+    def __init__(self, arm: str, settings: dict[str, Any], log: Any, card: str) -> None:
         self.arm, self.log, self.batch, self.best, self.seconds = arm, log, 8, 0.0, 0.0
         self.asked: list[dict[str, Any]] = []
 
@@ -99,12 +99,21 @@ def test_it_goes_on_where_it_stopped(study):
         (["--arms=dense,dense"], "names one twice"),
         (["--equal-time=dense"], "not among --arms, or the first of them"),
         (["--steps=0"], "--steps must be at least 1"),
+        (["--lora=0"], "--lora must be at least 1"),
     ],
 )
 def test_wrong_arguments(arguments, said, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_workers_take_turns_on_the_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert finetune_quality.cards("cuda") == ["0", "1"] and finetune_quality.cards("cpu") == [""]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert finetune_quality.cards("cuda") == ["3", "5"]
 
 
 def test_options_of_arms():
@@ -121,7 +130,8 @@ def test_the_learning_rate():
 
 
 @pytest.mark.slow
-def test_a_whole_study(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--lora=4"]], ids=["model", "adapters"])
+def test_a_whole_study(tmp_path, more):
     """With real workers; a tokenizer of words, so that a sequence has few tokens with a label."""
     words = {word: i for i, word in enumerate(["<pad>", "<end>", "?", "Question", "Answer", "the", "of", "####"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
@@ -133,7 +143,7 @@ def test_a_whole_study(tmp_path):
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(vocab_size=16, num_key_value_heads=1, **sizes)).save_pretrained(folder)
     out = tmp_path / "out"
-    code = finetune_quality.main(["--tiny", f"--model={folder}", f"--out={out}", "--shots=2", "--length=160"])
+    code = finetune_quality.main(["--tiny", f"--model={folder}", f"--out={out}", "--shots=2", "--length=160", *more])
     assert code == 0, [log.read_text()[-2000:] for log in out.glob("*.log")]
     document = json.loads((out / "finetune_quality.json").read_text())
     assert {run["arm"] for run in document["runs"]} == {"dense", "context-8"}
