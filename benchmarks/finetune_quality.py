@@ -4,8 +4,8 @@ SmolLM2-135M-Instruct on GSM8K with solved problems in front (``--shots``), labe
 in a process of its own (finetune_quality_worker.py), side by side on all devices, because what is learned does not
 depend on what else runs; the time of a step is taken while all others wait.
 
-1. Every arm trains ``--steps`` steps at every learning rate, seed 0.
-2. Each arm's step is timed alone.
+1. Each arm's step is timed alone.
+2. Every arm trains ``--steps`` steps at every learning rate, seed 0.
 3. Every arm trains at its best rate with the other seeds (equal steps), and with every seed for as many steps as take
    the time of the first arm's (equal time).
 4. ``--accuracy``: greedy answers to so many test problems, after the first seed's runs.
@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compiler", choices=("auto", "eager"), default="auto", help="eager: no generated code")
     add("--model", type=Path, help="folder of a Llama; default: SmolLM2-135M-Instruct (see examples/smollm2.py)")
     add("--arms", type=items(), default=list(ARMS), help=f"the first is the control; default: {','.join(ARMS)}")
-    add("--equal-time", type=items(), help="arms that run for the first one's time, too; default: all the others")
+    add("--equal-time", type=items(), help="arms that run for the first one's time, too, or none; default: the others")
     add("--shots", type=int, default=8, help="solved problems in a prompt")
     add("--batch", type=int, default=8)
     add("--length", type=int, default=2048)
@@ -96,6 +96,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--arms names one twice")
     if args.equal_time is None:
         args.equal_time = args.arms[1:]
+    elif args.equal_time == ["none"]:
+        args.equal_time = []
     if unknown := sorted(set(args.equal_time) - set(args.arms[1:])):
         parser.error(f"--equal-time: {', '.join(unknown)}: not among --arms, or the first of them")
     for name, least in (("shots", 0), ("batch", 1), ("length", 2), ("steps", 1), ("seeds", 1), ("held_out", 1)):
@@ -175,9 +177,9 @@ class Study:
     def run(self) -> None:
         try:
             self._start()
+            self._time()
             self._equal_steps()
             if not self._out_of_time():
-                self._time()
                 self._rest()
         finally:
             for process in self.processes:
@@ -200,6 +202,8 @@ class Study:
         def sweep(process: Process) -> None:
             losses = {lr: self._train(process, lr, 0, self.args.steps, "steps") for lr in self.args.lrs}
             process.best = min(losses, key=lambda lr: losses[lr])
+            if losses[process.best] < float("inf"):
+                self.document["arms"][process.arm]["lr"] = process.best
 
         self._each(self.processes, sweep)
 
@@ -207,9 +211,9 @@ class Study:
         for process in self.processes:  # one after the other: the device to itself
             facts = self.document["arms"][process.arm]
             if "step_s" not in facts:
-                facts |= {"step_s": process.ask("time", steps=20)["seconds"], "lr": process.best}
-            process.seconds, process.best = facts["step_s"], facts["lr"]
-            self.say(f"{process.arm}: {1e3 * process.seconds:.1f} ms a step, best at {process.best:g}")
+                facts["step_s"] = process.ask("time", steps=20)["seconds"]
+            process.seconds = facts["step_s"]
+            self.say(f"{process.arm}: {1e3 * process.seconds:.1f} ms a step")
         self._save()
 
     def _rest(self) -> None:
