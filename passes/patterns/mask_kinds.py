@@ -13,7 +13,7 @@ from torch.fx import Node
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.facts import Attention
 from cggr_compile.passes.nodes import argument, fake_value, same_size, shape_of
-from cggr_compile.passes.patterns.mask_program import MaskProgram, Sizes, Undecided, concrete
+from cggr_compile.passes.patterns.mask_program import MaskProgram, Sizes, TooLarge, Undecided, concrete
 
 # An additive mask entry at or below this blocks: exp(-65000 + any sane score difference) is 0 (fp16's -inf is -65504).
 BLOCKED = -65000.0
@@ -50,7 +50,13 @@ def classify(mask: Node, attentions: Sequence[Attention]) -> MaskKind:
         program = MaskProgram.of(mask, [attention.node for attention in attentions])
         queries = _queries(attentions)
         padding = _padding_input(program, queries)
-        return _probe(program, queries, padding)
+        samples, untried = _sample_sizes(program, queries, padding)
+        try:
+            return _probe([(program, sizes) for sizes in samples], untried, queries, padding)
+        except TooLarge:
+            if not isinstance(queries[-1], int):
+                raise
+            return _probe(*_shorter(program, queries[-1], samples[0]), queries, padding)
     except Undecided as undecided:
         return MaskKind(undecided.kind, reason=str(undecided))
 
@@ -99,17 +105,19 @@ def _padding_input(program: MaskProgram, queries: tuple[Any, ...]) -> Node | Non
     return node
 
 
-def _probe(program: MaskProgram, queries: tuple[Any, ...], padding: Node | None) -> MaskKind:
-    """Compute the mask at every sample of the sizes and look at it."""
-    samples, untried = _sample_sizes(program, queries, padding)
+def _probe(
+    samples: Sequence[tuple[MaskProgram, Sizes]], untried: str, queries: tuple[Any, ...], padding: Node | None
+) -> MaskKind:
+    """Compute the mask at every sample of the sizes and look at it; ``untried``: what the samples leave open."""
     binary = False
-    for sizes in samples:
-        length = int(concrete(queries[-1], sizes))
+    for program, sizes in samples:
+        length = int(program.fit(concrete(queries[-1], sizes)))
         if padding is None:
             base = program.run(sizes, {})
         else:
             like = fake_value(padding)
-            base = program.run(sizes, {padding: torch.ones(concrete(like.shape, sizes), dtype=like.dtype)})
+            ones = torch.ones(program.fit(concrete(like.shape, sizes)), dtype=like.dtype)
+            base = program.run(sizes, {padding: ones})
             binary = binary or not _follows(program, sizes, padding, base, len(queries), binary=False)
             if binary and not _follows(program, sizes, padding, base, len(queries), binary=True):
                 raise Undecided(f"it depends on {padding.name}, and not as on a padding mask", "data")
@@ -130,7 +138,7 @@ def _follows(program: MaskProgram, sizes: Sizes, padding: Node, base: Tensor, ra
     """Whether zeros of the padding input, and nothing else about it, hide keys."""
     like = fake_value(padding)
     base = base[(None,) * (rank + 1 - base.dim())]
-    for pattern in _patterns(concrete(like.shape, sizes), like.dtype, binary):
+    for pattern in _patterns(program.fit(concrete(like.shape, sizes)), like.dtype, binary):
         mask = program.run(sizes, {padding: pattern})
         if not follows_padding(mask[(None,) * (rank + 1 - mask.dim())], base, pattern != 0, exact=binary):
             return False
@@ -186,6 +194,17 @@ def _sample_sizes(
     if concrete(length, samples[-1]) <= constant and beyond > constant:
         return samples, f"it holds the number {constant}, and a sequence length of {length.node.expr} stays below"
     return samples, ""
+
+
+def _shorter(program: MaskProgram, length: int, sizes: Sizes) -> tuple[list[tuple[MaskProgram, Sizes]], str]:
+    """Samples of shorter lengths in place of a fixed one that is too long to compute, as those of a symbolic length."""
+    constant = program.largest_constant(apart=length)
+    beyond = 2 * constant + 3
+    lengths = [n for n in dict.fromkeys((2, 5, beyond)) if n <= LENGTH_LIMIT]
+    too_large = (
+        f"it holds the number {constant}, too large to try a sequence length beyond it, and {length} is too long"
+    )
+    return [(program.at_length(length, n), sizes) for n in lengths], "" if beyond <= LENGTH_LIMIT else too_large
 
 
 def _free_symbols(sizes: Sequence[Any]) -> set[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Undecided(Exception):
         self.kind = kind
 
 
+class TooLarge(Undecided):
+    """The mask takes too much memory to compute."""
+
+
 @dataclass(frozen=True)
 class MaskProgram:
     """The nodes that compute a mask, in graph order, in-place writes included.
@@ -46,12 +50,14 @@ class MaskProgram:
         nodes: what to run; nodes that are sizes are numbers to fill in, whatever they are computed from.
         inputs: tensor placeholders and graph attributes among them.
         symbols: every symbol of the graph's input shapes, with a SymInt that is exactly it.
+        instead: a fixed length, and the one that stands for it wherever the program writes it; see ``at_length``.
     """
 
     mask: Node
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
     symbols: Mapping[Any, torch.SymInt]
+    instead: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, mask: Node, uses: Sequence[Node]) -> MaskProgram:
@@ -79,22 +85,36 @@ class MaskProgram:
         inputs = tuple(n for n in nodes if n.op in ("placeholder", "get_attr") and not _is_size(n))
         return cls(mask, nodes, inputs, _symbols(mask.graph))
 
-    def largest_constant(self) -> int:
-        """The largest number written in the program, fill values apart: where its behaviour may last change."""
+    def at_length(self, fixed: int, other: int) -> MaskProgram:
+        """The same program with ``other`` for every number that is ``fixed``, sizes of inputs as well."""
+        return replace(self, instead=(fixed, other))
+
+    def fit(self, value: Any) -> Any:
+        """Numbers as this program has them: nested ones, and bounds of slices."""
+        if self.instead is None:
+            return value
+        fixed, other = self.instead
+        return map_aggregate(value, lambda v: other if type(v) is int and v == fixed else v)
+
+    def largest_constant(self, apart: int | None = None) -> int:
+        """The largest number written in the program: where its behaviour may last change. Fill values do not count,
+        nor does ``apart``."""
         numbers = [0.0]
 
         def see(value: Any) -> Any:
             fill = 65000.0 if isinstance(value, float) else 2.0**31  # an integer that large is the end of a slice
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < fill:
+            if type(value) in (int, float) and abs(value) < fill and not (type(value) is int and value == apart):
                 numbers.append(abs(value))
             return value
 
         for node in self.nodes:
+            value = fake_value(node)
             if not _is_size(node):
                 map_aggregate((node.args, dict(node.kwargs)), see)
-            elif isinstance(fake_value(node), torch.SymInt):
-                atoms = fake_value(node).node.expr.atoms()
-                numbers.extend(abs(int(atom)) for atom in atoms if atom.is_Integer)
+            elif isinstance(value, torch.SymInt):
+                numbers.extend(abs(int(atom)) for atom in value.node.expr.atoms() if atom.is_Integer)
+            elif isinstance(value, int):
+                see(value)
         return math.ceil(max(numbers))
 
     def run(self, sizes: Sizes, feeds: Mapping[Node, Tensor]) -> Tensor:
@@ -103,7 +123,8 @@ class MaskProgram:
         A dry run on the meta device comes first, so that nothing is allocated that does not fit.
 
         Raises:
-            Undecided: an operator failed, the mask is random, or it takes too much memory.
+            Undecided: an operator failed, or the mask is random.
+            TooLarge: it takes too much memory.
         """
         state = torch.get_rng_state()
         self._run("meta", sizes, {node: feed.to("meta") for node, feed in feeds.items()})
@@ -119,11 +140,11 @@ class MaskProgram:
         with torch.no_grad(), torch.device(device):
             for node in self.nodes:
                 if _is_size(node):
-                    values[node] = concrete(fake_value(node), sizes)
+                    values[node] = self.fit(concrete(fake_value(node), sizes))
                 elif node in feeds:
                     values[node] = feeds[node]
                 else:
-                    values[node] = _call(node, values, device, sizes)
+                    values[node] = self._call(node, values, device, sizes)
                 if device == "meta":
                     _check_memory(values.values(), node)
                 for arg in node.all_input_nodes:
@@ -133,6 +154,26 @@ class MaskProgram:
         if not isinstance(result, Tensor):
             raise Undecided(f"{self.mask.name} is not a tensor")
         return result
+
+    def _call(self, node: Node, values: Mapping[Node, Any], device: str, sizes: Sizes) -> Any:
+        if node.op not in ("call_function", "call_method"):
+            raise Undecided(f"it depends on {node.name}", "data")
+        args, kwargs = map_arg(self.fit((node.args, dict(node.kwargs))), lambda n: values.get(n))
+        name = op_name(node)
+        if name in _METADATA_ONLY and node.args and isinstance(node.args[0], Node):
+            like = fake_value(node.args[0])
+            args = (torch.empty((), dtype=like.dtype).expand(self.fit(concrete(like.shape, sizes))), *args[1:])
+        if name in ("cpu", "cuda"):
+            return args[0]
+        names = name == "to"
+        args = tuple(_moved(arg, device, names) for arg in args)
+        kwargs = {k: _moved(v, device, names or k == "device") for k, v in kwargs.items()}
+        function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:  # someone else's operator: whatever it raises is the reason
+            text = str(error).strip().split("\n")[0][:120]
+            raise Undecided(f"{node.name} ({name}) could not be computed: {type(error).__name__}: {text}") from error
 
 
 def concrete(value: Any, sizes: Sizes) -> Any:
@@ -178,27 +219,6 @@ def _symbols(graph: Graph) -> dict[Any, torch.SymInt]:
     return found
 
 
-def _call(node: Node, values: Mapping[Node, Any], device: str, sizes: Sizes) -> Any:
-    if node.op not in ("call_function", "call_method"):
-        raise Undecided(f"it depends on {node.name}", "data")
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: values.get(n))
-    name = op_name(node)
-    if name in _METADATA_ONLY and node.args and isinstance(node.args[0], Node):
-        like = fake_value(node.args[0])
-        args = (torch.empty((), dtype=like.dtype).expand(concrete(like.shape, sizes)), *args[1:])
-    if name in ("cpu", "cuda"):
-        return args[0]
-    names = name == "to"
-    args = tuple(_moved(arg, device, names) for arg in args)
-    kwargs = {k: _moved(v, device, names or k == "device") for k, v in kwargs.items()}
-    function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:  # someone else's operator: whatever it raises is the reason
-        text = str(error).strip().split("\n")[0][:120]
-        raise Undecided(f"{node.name} ({name}) could not be computed: {type(error).__name__}: {text}") from error
-
-
 def _moved(value: Any, device: str, strings: bool) -> Any:
     """``value``, or ``device`` if it is one (by name only where strings are device names)."""
     if isinstance(value, torch.device) or (strings and isinstance(value, str)):
@@ -210,4 +230,4 @@ def _check_memory(values: Iterable[Any], node: Node) -> None:
     tensors = [value for value in values if isinstance(value, Tensor)]
     used = sum({compat.storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
     if used > MEMORY_LIMIT:
-        raise Undecided(f"computing it takes {used / 2**30:.1f} GiB at {node.name}, too much to check")
+        raise TooLarge(f"computing it takes {used / 2**30:.1f} GiB at {node.name}, too much to check")

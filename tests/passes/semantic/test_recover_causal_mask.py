@@ -157,13 +157,40 @@ def test_failing_operator_is_named():
     assert not result.matched and "ValueError: not today" in result.reason and "tril" in result.reason
 
 
-def test_too_large_is_not_computed():
-    def record(gm, inputs):
-        result, _ = Captured(gm, list(inputs)).apply()
-        assert not result.matched and "GiB" in result.reason
+LONG = 1 << 17  # a mask of 16 GiB
+
+
+def looked_at(function, *inputs, **options) -> tuple[str, bool, str]:
+    """Kind and fate of the mask of a graph that is not run."""
+    found: list[tuple[str, bool, str]] = []
+
+    def record(gm, given):
+        (mask,) = Captured(gm, list(given)).apply(**options)[0].details["masks"]
+        found.append((mask["kind"], mask["rewritten"], mask["reason"]))
         return lambda *args: (args[0],)
 
-    torch.compile(attend(tril), backend=record, dynamic=False)(torch.zeros(1, 1, 1 << 17, 1))
+    torch.compile(function, backend=record, dynamic=False)(*inputs)
+    return found[0]
+
+
+@pytest.mark.parametrize("build", [tril, additive, lowest, in_place, written_through_view, window(LONG)])
+def test_a_length_too_long_to_compute_is_tried_shorter(build):
+    assert looked_at(attend(build), torch.zeros(B, 1, LONG, 1))[:2] == ("causal", True)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "reason"),
+    [
+        (window(64), "sliding_window(64)", "there are"),
+        (off_by_one, "unknown", "neither causal"),
+        (last_row_differs, "unknown", "could not be computed"),
+        (window(LONG // 2), "causal", f"the number {LONG // 2}, too large"),
+        (window(LONG - 1), "causal", f"the number {LONG - 1}, too large"),
+    ],
+)
+def test_a_long_mask_that_stays(build, kind, reason):
+    found, rewritten, why = looked_at(attend(build), torch.zeros(B, 1, LONG, 1))
+    assert found == kind and not rewritten and reason in why
 
 
 # Masks made from inputs.
@@ -269,6 +296,12 @@ def test_right_padding_becomes_causal(build, dtype, padding):
     after = one.gm(*one.inputs)[0]
     real = (pad != 0)[:, None, :, None].expand_as(after)
     torch.testing.assert_close(after[real], before[real])
+
+
+@pytest.mark.parametrize("build", PADDED)
+def test_a_long_padded_mask(build):
+    pad = right_padded(LONG, LONG // 3, size=LONG)
+    assert looked_at(attend(build), torch.zeros(B, 1, LONG, 1), pad)[:2] == ("causal_and_padding", True)
 
 
 @pytest.mark.parametrize("early", [False, True])
