@@ -211,7 +211,7 @@ class Study:
         for process in self.processes:  # one after the other: the device to itself
             facts = self.document["arms"][process.arm]
             if "step_s" not in facts:
-                facts["step_s"] = process.ask("time", steps=20)["seconds"]
+                facts["step_s"] = process.ask("time", steps=5)["seconds"]
             process.seconds = facts["step_s"]
             self.say(f"{process.arm}: {1e3 * process.seconds:.1f} ms a step")
         self._save()
