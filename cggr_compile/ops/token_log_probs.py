@@ -195,25 +195,50 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (values.gather(-1, rows) if with_rows else values).reshape(-1)
 
     log_squares = log_squares if ctx.wanted[3] else None
-    labels, logsumexp, entropy, log_squares = (at_rows(t) for t in (labels, logsumexp, entropy, log_squares))
-    used = known_labels(labels, weight.shape[0])[0]
-    weights = None if weights is None else weights.reshape(-1)
-    used = used if weights is None else used & (weights != 0)
-
-    def upstream(grad: Tensor | None) -> Tensor | None:
-        grad = at_rows(grad)
-        if grad is None:
-            return None
-        return torch.where(used, grad if weights is None else grad * weights, 0.0)
-
-    logsumexp = torch.where(used, logsumexp, NO_MASS)
-    factors = _factors([upstream(grad) for grad in grads], entropy, log_squares, weight.shape[0])
+    kept = [at_rows(tensor) for tensor in (labels, logsumexp, entropy, log_squares)]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    found = head_gradients(flat, weight, bias, labels, logsumexp, *factors, *ctx.settings, wanted)
-    d_hidden, d_weight, d_bias = (gradient if want else None for gradient, want in zip(found, wanted, strict=True))
+    factors = None if weights is None else weights.reshape(-1)
+    found = values_backward([at_rows(g) for g in grads], flat, weight, bias, kept, factors, ctx.settings, wanted)
+    d_hidden, d_weight, d_bias = found
     d_hidden = None if d_hidden is None else d_hidden.view(hidden.shape)
     of_hidden = (None, d_hidden) if with_rows else (d_hidden, None)
     return (of_hidden[0], d_weight, d_bias, None, of_hidden[1], *(None,) * 7)
+
+
+def values_backward(
+    grads: Sequence[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Sequence[Tensor | None],
+    factors: Tensor | None,
+    settings: tuple[float, float, bool],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the hidden states, weight and bias, from those of the first five values of some positions.
+
+    Args:
+        grads: [N] each, None for a value that has no gradient.
+        hidden: [N, H]. weight: [V, H]. bias: [V] or None.
+        kept: labels [N] and, of the forward, logsumexp, entropy and log_sum_squares (None: not computed), [N].
+        factors: float32 [N], on the gradient of each position; where one is 0, it counts nothing. None: ones.
+        settings: scale, softcap and pack, see :func:`token_log_probs_reference`.
+        wanted: which of the three gradients are; None for the others.
+    """
+    labels, logsumexp, entropy, log_squares = kept
+    assert labels is not None and logsumexp is not None and entropy is not None
+    used = known_labels(labels, weight.shape[0])[0]
+    used = used if factors is None else used & (factors != 0)
+
+    def upstream(grad: Tensor | None) -> Tensor | None:
+        if grad is None:
+            return None
+        return torch.where(used, grad if factors is None else grad * factors, 0.0)
+
+    logsumexp = torch.where(used, logsumexp, NO_MASS)
+    of_logits = _factors([upstream(grad) for grad in grads], entropy, log_squares, weight.shape[0])
+    found = head_gradients(hidden, weight, bias, labels, logsumexp, *of_logits, *settings, wanted)
+    return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
 
 def _factors(

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LayerStack, LossSite, Selection, TokenValues
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Selection, TokenValues
 from cggr_compile.passes.fx import Emitter, descendants
-from cggr_compile.passes.nodes import fake_value, shape_of
+from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
-from cggr_compile.passes.patterns.token_values.layout import Layout, Window
+from cggr_compile.passes.patterns.token_values.layout import Layout
+from cggr_compile.passes.patterns.token_values.program import Call, Ref
 from cggr_compile.passes.patterns.token_values.region import TokenRegion, plan_region
-from cggr_compile.passes.patterns.token_values.writer import ProgramWriter, as_before, tokens_first
+from cggr_compile.passes.patterns.token_values.row_writer import RowWriter
+from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
+from cggr_compile.passes.patterns.token_values.writer import as_before, tokens_first
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -44,13 +46,19 @@ class RewriteValues(SemanticPass):
     at selected rows, times 1/p where they are sampled.
 
     The values of all positions cost a forward of the head, a third of what it costs densely, whatever part of the
-    positions is selected; nothing of it is kept for the backward pass. Where the user, a library's head or
-    ``lower_values`` calls ``cggr::token_log_probs``, that is both the exact values and the program of the rows, without
-    logits.
+    positions is selected; nothing of it is kept for the backward pass.
+
+    Where the user, a library's head or ``lower_values`` calls ``cggr::token_log_probs``, nothing is computed twice::
+
+        h = cggr.gather_rows(x, rows, keep)                                           # [B, K, H]
+        exact = [value.detach() for value in token_log_probs(norm(x), lm_head, None, labels, ...)]
+        placed = cggr.place_token_values(*exact, labels, norm(h), lm_head, None, index, factors, ...)
+
+    and the rows may be selected by these values (``top_entropy``): then all of it stands behind the call.
     """
 
     name = "rewrite_values"
-    needs = (LossSite, LayerStack, Selection)
+    needs = (LossSite, LayerStack, Candidates, Selection)
     uses = (TokenValues,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
@@ -61,23 +69,36 @@ class RewriteValues(SemanticPass):
         region = plan_region(gm.graph, found.stem, found.heads)
         assert region.values == found.values
         emit = Emitter(gm.graph, ctx.fake_mode)
-        last = stack.blocks[-1].output
-        readers = [*stack.tail, *(node for node in gm.graph.nodes if node in last.users)]
-        taken = gather_rows(emit, last, readers, selection, self.name)
-        rows = copy_tail(emit, stack, loss, taken, in_place=True)[found.stem]
-        writer = _RowWriter(emit, region, selection, rows, stack.tail_start, self.name)
+        last, anchor = stack.blocks[-1].output, ctx[Candidates].anchor
+        begin = region.stem.next
+        if begin < anchor:  # rows are selected behind the head
+            begin = anchor
+            with emit.before(begin, self.name):
+                taken = rows_of(emit, last, selection)
+                rows = copy_tail(emit, stack, loss, taken, in_place=False)[found.stem]
+        else:
+            readers = [*stack.tail, *(node for node in gm.graph.nodes if node in last.users)]
+            taken = gather_rows(emit, last, readers, selection, self.name)
+            rows = copy_tail(emit, stack, loss, taken, in_place=True)[found.stem]
+        writer = RowWriter(emit, begin, selection, rows, stack.tail_start, self.name)
+        details = {"values": [str(node) for node in region.values]}
+        program = region.planner.program
+        if (calls := _calls(region)) is not None:
+            written = writer.write(program, list(calls.values()))
+            for call, source in calls.items():
+                _place_call(emit, writer, call, region.layout(call), written[source], self.name)
+            return PassResult(True, f"{len(region.values)} values of {', '.join(map(str, calls))}", details)
         inside = {*region.planner.found}
         refs = [region.planner.found[node].ref for node in region.values]
-        written = writer.write(region.planner.program, refs)
+        written = writer.write(program, refs)
         for node, ref in zip(region.values, refs, strict=True):
             self._place(emit, writer, node, region.layout(node), written[ref], inside, region)
-        text = f"{len(region.values)} values: {len(written)} steps on rows"
-        return PassResult(True, text, {"values": [str(node) for node in region.values]})
+        return PassResult(True, f"{len(region.values)} values: {len(written)} steps on rows", details)
 
     def _place(
         self,
         emit: Emitter,
-        writer: _RowWriter,
+        writer: RowWriter,
         node: Node,
         layout: Layout,
         values: Node,
@@ -98,44 +119,42 @@ class RewriteValues(SemanticPass):
             user.replace_input_with(node, placed)
 
 
-class _RowWriter(ProgramWriter):
-    """Writes a program for the selected rows."""
+def _calls(region: TokenRegion) -> dict[Node, Ref] | None:
+    """Calls of ``cggr::token_log_probs`` that all values are computed from, and their hidden states.
 
-    def __init__(
-        self, emit: Emitter, region: TokenRegion, selection: Selection, hidden: Node, first: int, origin: str
-    ) -> None:
-        super().__init__(emit, region.stem.next, hidden, selection.rows, first, origin)
-        self.selection = selection
-        self._places: dict[Window, tuple[Node, Node]] = {}
+    None where there are other heads, or logits; where rows of several calls, as of chunks, are those of one; and where
+    what is trained beside the head has the gradient of the rows as well.
+    """
+    planner = region.planner
+    refs = {planner.found[head].ref for head in region.heads}
+    if region.logits or region.beside or len(refs) < len(region.heads):
+        return None
+    found: dict[Node, Ref] = {}
+    for head in region.heads:
+        step: Any = planner.program.steps[planner.found[head].ref.number]
+        if not is_head_of_values(head) or not isinstance(step, Call):
+            return None
+        found[head] = step.args[0]
+    return found
 
-    def drawn(self, node: Node, anchor: Node) -> Node:
-        with self.emit.before(anchor, self.origin):
-            return rows_of(self.emit, node, self.selection, self.first)
 
-    def places(self, window: Window) -> tuple[Node, Node]:
-        """Of each slot: its row among those of a window, int64 [B, K], and its weight, 0 where it has none."""
-        if window not in self._places:
-            index = self.flat(window)
-            with self.emit.before(self.begin, self.origin):
-                weights = self.emit.call(torch.where, self._inside(window), self.selection.weights, 0.0)
-            self._places[window] = index, weights
-        return self._places[window]
+def _place_call(emit: Emitter, writer: RowWriter, call: Node, layout: Layout, hidden: Node, origin: str) -> None:
+    """Let all that reads the values of a call read placed ones."""
+    readers = [user for user in call.users if op_name(user) == "getitem"]
+    index, factors = writer.places(layout.window)
+    _, weight, bias, *_ = call.args
+    scale, softcap = call.args[7:9]
+    place = call.next if writer.begin < call.next else writer.begin
+    with emit.before(place, origin):
+        exact = [emit.method("detach", emit.item(call, i)) for i in range(PLACED)]
+        operands = (labels_of(call), hidden, weight, bias, index, factors, scale, softcap)
+        placed = emit.call(torch.ops.cggr.place_token_values.default, *exact, *operands)
+        values = [emit.item(placed, i) for i in range(PLACED)]
+    for reader in readers:
+        if reader.args[1] in range(PLACED):
+            reader.replace_all_uses_with(values[reader.args[1]])  # type: ignore[index]
+            emit.graph.erase_node(reader)
 
-    def _inside(self, window: Window) -> Node:
-        """bool [B, K]: the slots that are used and have a row in the window."""
-        emit, rows = self.emit, self.selection.rows
-        found = self.selection.keep
-        start, sequence = self.first + window.start, self.sequence(window)
-        terms = [emit.call(operator.ge, rows, start), emit.call(operator.lt, rows, start + window.length)]
-        if window.first or window.count != self.batch:
-            terms += [emit.call(operator.ge, sequence, 0), emit.call(operator.lt, sequence, window.count)]
-        if not window.full:
-            flat = emit.call(operator.sub, emit.call(operator.mul, sequence, window.length), start)
-            flat = emit.call(operator.add, flat, rows)
-            terms += [
-                emit.call(operator.ge, flat, window.begin),
-                emit.call(operator.lt, flat, window.begin + window.size),
-            ]
-        for term in terms:
-            found = emit.call(operator.and_, found, term)
-        return found
+
+# Values of ``cggr::token_log_probs`` that have a gradient.
+PLACED = 5

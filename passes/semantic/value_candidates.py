@@ -96,7 +96,7 @@ class ValueCandidates:
                         found = self.emit.call(compare, found, mask.zero)
                     elif not mask.holds:
                         found = self.emit.call(torch.logical_not, found)
-                    found = self._whole(found, mask.where.layout, False)
+                    found = self.whole(found, mask.where.layout, False)
             self._masks[mask] = found
         return self._masks[mask]
 
@@ -108,7 +108,7 @@ class ValueCandidates:
         with self.emit.before(self.hoist.anchor, self.origin):
             if fake_value(found).dtype != torch.int64:
                 found = self.emit.method("long", found)
-            return self._whole(found, labels.layout, NO_LABEL)
+            return self.whole(found, labels.layout, NO_LABEL)
 
     def _brought(self, taken: Taken) -> Node | None:
         node = taken.node
@@ -128,10 +128,10 @@ class ValueCandidates:
             sizes = (window.size,) if not window.full else (window.count, window.length)
             ones = self.emit.call(torch.ones, sizes, dtype=torch.bool, device=self.device)
             axes = layout.axes if window.full else (FLAT,)
-            self._windows[window] = self._whole(ones, Layout(axes, window, (), ()), False)
+            self._windows[window] = self.whole(ones, Layout(axes, window, (), ()), False)
         return self._windows[window]
 
-    def _whole(self, node: Node, layout: Layout, fill: Any) -> Node:
+    def whole(self, node: Node, layout: Layout, fill: Any) -> Node:
         """A tensor with one entry per position of its window, [B, S]."""
         window, pad = layout.window, torch.nn.functional.pad
         if not window.full:

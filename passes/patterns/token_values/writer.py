@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.node import map_aggregate
 
+from cggr_compile.passes.analysis.modes import cast_as, modes_of
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout, Window
@@ -50,10 +53,11 @@ def _order(layout: Layout) -> list[int]:
 
 
 class ProgramWriter:
-    """Writes a program for some rows, each step in front of the node that it was planned for.
+    """Writes a program for some rows, each step in front of the node that it was planned for, or of ``begin``.
 
     Args:
-        begin: the node of the graph in front of which the rows are known.
+        begin: the node of the graph in front of which the rows are known; a step planned earlier goes there, under the
+            autocast of its own place.
         hidden: [B, K, H], the hidden state at the rows.
         positions: int64 [B, K], counted from ``first`` positions before the hidden state's first.
     """
@@ -77,12 +81,21 @@ class ProgramWriter:
             elif isinstance(step, Drawn):
                 found[Ref(number)] = self.drawn(step.node, anchor)
             elif isinstance(step, Constant):
-                with self.emit.before(anchor, self.origin):
+                with self._at(anchor):
                     found[Ref(number)] = self.emit.method("reshape", step.node, step.shape)
             else:
-                with self.emit.before(anchor, self.origin):
+                with self._at(anchor):
                     found[Ref(number)] = self._call(step, found)
         return found
+
+    @contextmanager
+    def _at(self, anchor: Node) -> Iterator[None]:
+        """Insert in front of ``anchor``, if rows are known there."""
+        late = anchor < self.begin
+        with self.emit.before(self.begin if late else anchor, self.origin):
+            modes = cast_as(self.emit.modes, modes_of(self.emit.graph)[anchor]) if late else self.emit.modes
+            with self.emit.under(modes):
+                yield
 
     def _call(self, step: Call, found: dict[Ref, Node]) -> Node:
         def filled(value: Any) -> Any:
@@ -104,7 +117,7 @@ class ProgramWriter:
         """[B, K, features]."""
         layout = step.layout
         index = (self.flat(layout.window),) if layout.flat else self._index(layout.window)
-        with self.emit.before(anchor, self.origin):
+        with self._at(anchor):
             node = step.node if step.shape is None else self.emit.method("expand", step.node, *step.shape)
             order = _order(layout)
             if order != sorted(order):
