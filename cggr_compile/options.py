@@ -57,6 +57,12 @@ class Options:
             (``metrics()["context_overflow"]``). With ``selection="labels"`` there are ``max_selected`` slots for labels
             and context together, else ``max_selected``, or twice those of the selection where that is None. ``auto``
             is 128 with ``selection="labels"``, else 0.
+        top_entropy_quantile: share of the batch's candidates that are candidates at all, those of the highest entropy,
+            in (0, 1]; 1.0: all. For a loss of ``cggr_compile.token_log_probs`` that leaves out the others among the
+            labelled tokens, as TRL's option of this name does
+            (:class:`cggr_compile.integrations.transformers.CGGRCallback` sets it). The entropies are the call's own:
+            rows are chosen behind it, by what the loss sees. With ``selection="labels"`` those that find no slot are in
+            ``metrics()["labels_overflow"]``.
         router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
         router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``;
             ``fp8``, 8-bit floats with a scale per token and per word of the vocabulary (fast on GPUs that multiply
@@ -127,6 +133,7 @@ class Options:
     min_tokens_per_sequence: int = 1
     max_selected: float | int | None = None
     context: int | Literal["auto"] = "auto"
+    top_entropy_quantile: float = 1.0
     router_layers: int | Literal["full"] | None = None
     router_precision: Literal["auto", "model", "bf16", "fp8"] = "auto"
     gradient: Literal["auto", "routed", "exact"] = "auto"
@@ -200,6 +207,7 @@ class Options:
             raise OptionError(f"scope='batch' is for selection in {able}; selection={self.selection!r} is per sequence")
         if self.context != "auto":
             _check_context(self.context, self.gradient)
+        _check_ratio("top_entropy_quantile", self.top_entropy_quantile)
         most = self.max_selected
         if most is None:
             return

@@ -48,6 +48,7 @@ from cggr_compile.passes.semantic.select_rows import SelectRows
 from cggr_compile.passes.semantic.shorten_last_block import ShortenLastBlock
 from cggr_compile.passes.semantic.spell_losses import SpellLosses
 from cggr_compile.passes.semantic.split_reductions import SplitReductions
+from cggr_compile.passes.semantic.top_entropy import TopEntropy
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
 
@@ -74,6 +75,7 @@ PASSES: tuple[GraphPass, ...] = (
     ChooseSelection(),
     TrainedInputs(),
     CheckLabels(),
+    TopEntropy(),
     ShortenLastBlock(),
     InsertRouter(),
     ObserveRouter(),

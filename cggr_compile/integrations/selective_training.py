@@ -48,14 +48,14 @@ class SelectiveTraining:
         module: Module,
         *,
         static_sizes: bool = False,
-        padding: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> bool:
         """Compile ``module`` in place, whatever is wrapped around it. Done already, this changes nothing.
 
         Args:
             static_sizes: make a graph for every size of a batch.
-            padding: the option, where none was given.
+            defaults: options that hold where none was given.
             before: called before every training forward.
 
         Returns:
@@ -72,7 +72,7 @@ class SelectiveTraining:
             return False
         if self._module is not module:
             trace_dora(module)
-            options = {**({} if padding is None else {"padding": padding}), **self.given, "advance": "manual"}
+            options = {**(defaults or {}), **self.given, "advance": "manual"}
             dynamic = False if static_sizes else None
             call = TrainingCall(module, options, dynamic=dynamic, before=before)
             compat.set_compiled_call(module, call)

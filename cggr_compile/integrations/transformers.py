@@ -16,6 +16,7 @@ from cggr_compile.integrations import label_smoothing
 from cggr_compile.integrations.fused_head import find_fused_head, replace_fused_head
 from cggr_compile.integrations.input_grads import InputGradsHooks
 from cggr_compile.integrations.selective_training import SelectiveTraining
+from cggr_compile.integrations.top_entropy import KeptTokens, kept_by_entropy
 
 STATE = "runtime_state"
 
@@ -28,6 +29,9 @@ class CGGRCallback(TrainerCallback, ExportableState):
     When training begins it compiles the model in place (adapters included, whatever it is wrapped in), for training
     forwards alone: evaluation and ``generate`` run as they are. One step of the optimizer is one step of the runtime,
     whatever accumulates. Checkpoints of the trainer hold the runtime's state, and resuming from them goes on from it.
+    Of GRPO's ``top_entropy_quantile`` the rows are those that it keeps (``top_entropy.py`` says when and with which
+    options); ``cggr/top_entropy_overflow`` counts the tokens that it kept without a row, in all steps so far.
+
     With its metrics the trainer logs ``cggr/ratio``, ``cggr/token_ratio``, ``cggr/level``, ``cggr/labels_overflow``
     and ``cggr/context_overflow`` (see :meth:`cggr_compile.Runtime.metrics`), each process its own.
 
@@ -44,6 +48,7 @@ class CGGRCallback(TrainerCallback, ExportableState):
     def __init__(self, **options: Any) -> None:
         self._training = SelectiveTraining(options)
         self._smoothing: label_smoothing.ModelLabelSmoothing | None = None
+        self._kept: KeptTokens | None = None
         self._lost: list[str] = []
         self.runtime_state: dict[str, Any] | None = None  # of a checkpoint, set by the trainer where it restores it
 
@@ -71,6 +76,8 @@ class CGGRCallback(TrainerCallback, ExportableState):
         if logs is None or "loss" not in logs:  # of an evaluation, or the summary
             return
         figures = {f"cggr/{name}": value for name, value in self._training.figures().items()}
+        if self._kept is not None:
+            figures["cggr/top_entropy_overflow"] = self._kept.missed()
         logs.update(figures)
         if state.log_history:  # which got a copy of logs before this
             state.log_history[-1].update(figures)
@@ -88,10 +95,14 @@ class CGGRCallback(TrainerCallback, ExportableState):
     def _attach(self, trainer: Trainer, args: Any) -> None:
         self._end_smoothing()
         module = _unwrapped(trainer)
+        head = find_fused_head(_base(module)) if not trainer.is_deepspeed_enabled else None
+        defaults = {"padding": "any"} if hasattr(args, "max_completion_length") else {}  # prompts padded on the left
+        if (kept := kept_by_entropy(trainer)) is not None and head is not None:
+            defaults |= kept
         if (reason := _obstacle(trainer, module)) or not self._training.attach(
             module,
             static_sizes=args.neftune_noise_alpha is not None,  # its noise reads the size, which breaks a dynamic graph
-            padding="any" if hasattr(args, "max_completion_length") else None,  # TRL's prompts are padded on the left
+            defaults=defaults,
             before=InputGradsHooks(module),
         ):
             if reason:
@@ -100,8 +111,10 @@ class CGGRCallback(TrainerCallback, ExportableState):
         base = _base(module)
         if trainer.label_smoother is not None:
             self._smoothing = label_smoothing.ModelLabelSmoothing(trainer, base)
-        if (head := find_fused_head(base)) is not None and not trainer.is_deepspeed_enabled:
+        if head is not None:
             replace_fused_head(base, head, trainer.accelerator)
+        if kept is not None and head is not None and self._kept is None:
+            self._kept = KeptTokens(trainer, self._training)
 
     def _end_smoothing(self) -> None:
         if self._smoothing is not None:

@@ -29,6 +29,7 @@ from cggr_compile.ops import (
     score_logits,
     slots,
     token_log_probs,
+    top_quantile,
     uniform,
 )
 from cggr_compile.ops.detach_unselected import UnresolvedMarkerError
@@ -59,5 +60,6 @@ __all__ = [
     "score_logits",
     "slots",
     "token_log_probs",
+    "top_quantile",
     "uniform",
 ]

@@ -14,6 +14,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, ref
 from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
+from cggr_compile.passes.semantic.final_entropy import final_entropy
 from cggr_compile.passes.semantic.value_candidates import ValueCandidates
 
 if TYPE_CHECKING:
@@ -99,9 +100,14 @@ def _positions_after(ctx: GraphContext, start: int) -> int | None:
 def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
     """The node in front of which router and selection go: as early as possible, in the modes that the graph begins in.
 
+    Where rows are selected by the final entropy, that is behind the head.
+
     In inference mode, or a function under ``torch.vmap``, they cannot be: what is computed there cannot be saved for
     the backward pass. Without a place in the right grad mode, any other will do: neither has a gradient of its own.
     """
+    late = final_entropy(gm.graph, ctx) if ctx.options.top_entropy_quantile < 1.0 else ""
+    if not isinstance(late, str):
+        return late.call.next
     modes = modes_of(gm.graph)
     nodes: list[Node] = list(gm.graph.nodes)
     gather = ctx[LossSite].head if ctx.get(TokenValues) is None else ctx[LossSite].hidden.next

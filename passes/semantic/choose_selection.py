@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cggr_compile.passes.analysis.documents import documents
 from cggr_compile.passes.analysis.positions import FirstBatch
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Padding, Slots
+from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Padding, Slots, TokenValues
 from cggr_compile.passes.nodes import shape_of
 from cggr_compile.passes.semantic.context_rows import context_distance, number_of
+from cggr_compile.passes.semantic.final_entropy import final_entropy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 FEW = 0.5
 # How often slots are doubled, where later batches need more.
 DOUBLINGS = 2
+# Slots of the fullest sequence for the highest entropies of the batch, in multiples of its share of them: some
+# sequences have more than others.
+SPREAD = 1.5
 _SYMBOLIC = "the length of the sequences is symbolic"
 # Options that importance can do, and labels cannot.
 NEEDS_SCORES = {"min_tokens_ratio": "auto", "dynamic_threshold": True, "scope": "batch"}
@@ -32,14 +37,15 @@ class ChooseSelection(SemanticPass):
 
     ``labels``, with context and without a router, where less than half of the first batch's positions have a label:
     slots for as many labels, and as much context, as its fullest sequence has, rounded up (:func:`rounded_up`). Where
-    later batches have more, the slots are doubled (``ctx.growth``). Else ``importance``.
+    later batches have more, the slots are doubled (``ctx.growth``). Else ``importance``. With ``top_entropy_quantile``
+    a share of the labels counts: which ones is not known yet.
 
     The graph stays as it is; what is chosen becomes its options.
     """
 
     name = "choose_selection"
     needs = (LossSite, LayerStack, Candidates)
-    uses = (Padding,)
+    uses = (Padding, TokenValues)
     provides = (Slots,)
     analysis = True
 
@@ -77,6 +83,8 @@ def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[Slots | None, str]:
         return None, found
     share = found["labels"] / found["positions"]
     why = f"{share:.1%} of the first batch's positions have a label"
+    if _entropy_share(gm, ctx) < 1.0:
+        why += " and an entropy among the highest"
     if share >= FEW:
         return None, why
     if not found["labels"]:
@@ -102,13 +110,23 @@ def _count(gm: GraphModule, ctx: GraphContext, options: Options, length: object)
     labels = batch.value(ctx[Candidates].valid)
     if isinstance(labels, str):
         return f"where the first batch has labels is not known: {labels}"
-    counted = {"positions": labels.numel(), "labels": int(labels.sum()), "loss": int(labels.sum(1).max())}
+    taken, most = _entropy_share(gm, ctx), int(labels.sum(1).max())
+    counted = {"positions": labels.numel(), "labels": math.ceil(taken * int(labels.sum()))}
+    counted["loss"] = most if taken == 1.0 else min(most, math.ceil(SPREAD * taken * most))
     few = 0 < counted["labels"] < FEW * counted["positions"]
     reach = options.context_rows if few or ctx.first_batch is not None else 0  # else nothing asks for its context
-    rows = _with_context(gm, ctx, batch, reach) if reach else labels
+    if not reach:
+        return {**counted, "gradient": counted["loss"]}
+    rows = _with_context(gm, ctx, batch, reach)
     if isinstance(rows, str):
         return f"how much context the first batch has is not known: {rows}"
     return {**counted, "gradient": int(rows.sum(1).max())}
+
+
+def _entropy_share(gm: GraphModule, ctx: GraphContext) -> float:
+    """The share of the labels that ``top_entropy_quantile`` leaves; 1.0 where it does nothing."""
+    share = ctx.options.top_entropy_quantile
+    return share if share < 1.0 and not isinstance(final_entropy(gm.graph, ctx), str) else 1.0
 
 
 def _of_all(counted: list[dict[str, int] | str]) -> dict[str, int] | str:

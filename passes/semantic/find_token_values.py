@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class FindTokenValues(SemanticPass):
     """Records in ``ctx[TokenValues]`` where the vocabulary axis disappears, if the loss is no single cross-entropy.
 
+    ``ctx[TokenRegion]`` has the plan of everything between, for the pass that writes it for the selected rows.
+
     In, for one::
 
         log_p = log_softmax(linear(hidden, lm_head)[:, :-1], -1)                     # [B, S - 1, V]
@@ -43,7 +45,7 @@ class FindTokenValues(SemanticPass):
 
     name = "find_token_values"
     uses = (LossSite, NoSingleLoss, LoweredValues)
-    provides = (LossSite, TokenValues)
+    provides = (LossSite, TokenValues, TokenRegion)
     analysis = True
 
     def enabled(self, ctx: GraphContext) -> bool:
@@ -64,6 +66,7 @@ class FindTokenValues(SemanticPass):
             return why.refusal
         ctx.add(site)
         ctx.add(found)
+        ctx.add(region)
         return PassResult(True, _told(found), {"values": [str(node) for node in found.values]})
 
 

@@ -14,7 +14,7 @@ from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
 from cggr_compile.passes.patterns.token_values.layout import Layout
 from cggr_compile.passes.patterns.token_values.program import Call, Ref
-from cggr_compile.passes.patterns.token_values.region import TokenRegion, plan_region
+from cggr_compile.passes.patterns.token_values.region import TokenRegion
 from cggr_compile.passes.patterns.token_values.row_writer import RowWriter
 from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
 from cggr_compile.passes.patterns.token_values.writer import as_before, tokens_first
@@ -59,15 +59,14 @@ class RewriteValues(SemanticPass):
 
     name = "rewrite_values"
     needs = (LossSite, LayerStack, Candidates, Selection)
-    uses = (TokenValues,)
+    uses = (TokenValues, TokenRegion)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         found = ctx.get(TokenValues)
         if found is None:
             return PassResult(False, "the loss is one cross-entropy")
         stack, loss, selection = ctx[LayerStack], ctx[LossSite], ctx[Selection]
-        region = plan_region(gm.graph, found.stem, found.heads)
-        assert region.values == found.values
+        region = ctx[TokenRegion]
         emit = Emitter(gm.graph, ctx.fake_mode)
         last, anchor = stack.blocks[-1].output, ctx[Candidates].anchor
         begin = region.stem.next
@@ -145,6 +144,7 @@ def _place_call(emit: Emitter, writer: RowWriter, call: Node, layout: Layout, hi
     _, weight, bias, *_ = call.args
     scale, softcap = call.args[7:9]
     place = call.next if writer.begin < call.next else writer.begin
+    readers = [user for user in readers if not user < place]  # not what rows are selected by
     with emit.before(place, origin):
         exact = [emit.method("detach", emit.item(call, i)) for i in range(PLACED)]
         operands = (labels_of(call), hidden, weight, bias, index, factors, scale, softcap)

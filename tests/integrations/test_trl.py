@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -36,6 +37,7 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_setup import chats, completions, model, preferences, texts, tokenizer, words
 
 from cggr_compile.integrations.fused_head import find_fused_head, replace_fused_head
+from cggr_compile.integrations.top_entropy import kept_by_entropy
 from cggr_compile.integrations.transformers import CGGRCallback
 from cggr_compile.runtime import FallbackWarning
 
@@ -212,6 +214,41 @@ def test_left_padding_between_generations(tmp_path, monkeypatch):
         assert ours == pytest.approx(stock, rel=1e-4, abs=1e-5)
     runtime = cggr_compile.runtime(trainer.model)
     assert len(runtime.reports) == 1 and runtime.metrics()["level"] == "routed"
+
+
+def test_rows_of_the_tokens_that_grpo_keeps(tmp_path):
+    """Half of the tokens by entropy, a slot for one of each completion: what TRL keeps beyond is counted."""
+    torch.manual_seed(0)
+    base = {"bf16": False, **BASE, "max_steps": 1, "output_dir": str(tmp_path)}
+    arguments = {"top_entropy_quantile": 0.5, "generation_kwargs": {"min_new_tokens": 6}}
+    callback = CGGRCallback(**EVERYTHING | {"max_selected": 1})
+    make = reinforce(GRPOTrainer, GRPOConfig, **arguments)
+    trainer = make(base, processing_class=tokenizer(), callbacks=[callback])
+    trainer.train()
+    figures, logs = cggr_compile.runtime(trainer.model).metrics(), trainer.state.log_history[0]
+    assert figures["level"] == "routed" and figures["tokens_selected"] == 2
+    # two completions of six tokens; of the candidates one or two are below the quantile
+    assert 6 <= figures["tokens_total"] <= 8 and figures["labels_overflow"] == figures["tokens_total"] - 2
+    assert 6 - 2 == logs["cggr/top_entropy_overflow"]
+
+
+def test_when_grpo_keeps_tokens_by_entropy_alone():
+    def options(kind=GRPOTrainer, processes=1, **given):
+        trainer = object.__new__(kind)
+        settings = {"top_entropy_quantile": 0.2, "beta": 0.0, "importance_sampling_level": "token", "tools": []}
+        trainer.__dict__ |= settings | {"accelerator": SimpleNamespace(num_processes=processes)} | given
+        return kept_by_entropy(trainer)
+
+    class OwnLoss(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, inputs)
+
+    assert options() == {"top_entropy_quantile": 0.2, "context": 0}
+    assert options(processes=2)["top_entropy_quantile"] == pytest.approx(0.25)
+    assert options(processes=2, top_entropy_quantile=0.9)["top_entropy_quantile"] == 1.0
+    others = [{"top_entropy_quantile": 1.0}, {"beta": 0.1}, {"importance_sampling_level": "sequence"}, {"tools": [len]}]
+    assert all(options(**other) is None for other in others)
+    assert options(kind=OwnLoss) is options(kind=RLOOTrainer) is None
 
 
 @pytest.mark.slow

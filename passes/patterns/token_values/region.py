@@ -74,15 +74,7 @@ def find_region(graph: Graph) -> TokenRegion | None:
     heads = _heads(graph)
     if not heads:
         return None
-    return plan_region(graph, _stem(graph, heads), heads)
-
-
-def plan_region(graph: Graph, stem: Node, heads: Sequence[Node]) -> TokenRegion:
-    """The region between a hidden state and the values that are computed of its heads.
-
-    Raises:
-        NoTokenValuesError: something of it does not work position by position.
-    """
+    stem = _stem(graph, heads)
     sizes = shape_of(stem)
     if len(sizes) == 2:  # flat
         sizes = (*shape_of(_last_of_rank(graph, ancestors([stem]), 3))[:2], sizes[1])
