@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.passes.fx import is_static
 from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
+from cggr_compile.passes.patterns import quantised
 from cggr_compile.passes.patterns.experts import GROUPED
 
 if TYPE_CHECKING:
@@ -26,13 +27,19 @@ EXPERTS = {"moe", "moe_clamped"}
 def weight_flops(graph: Graph) -> int:
     """Floating-point operations of the products that a weight is a factor of; an addition counts as one as well.
 
-    Experts count with the rows that are routed to them, and products of symbolic sizes not at all.
+    Experts count with the rows that are routed to them, and products of symbolic sizes not at all. Of an autograd
+    function the forward counts.
     """
     weights: set[Node] = set()
     total = 0
     for node in graph.nodes:
         if _is_weight(node, weights):
             weights.add(node)
+        elif quantised.is_quantised_product(node):
+            total += quantised.flops(node) if is_static(node) else 0
+        elif op_name(node) == "autograd_function_apply":
+            body: Any = node.args[0]
+            total += weight_flops(getattr(graph.owning_module, str(body.target)).graph)
         elif node.op in ("call_function", "call_method") and not weights.isdisjoint(node.all_input_nodes):
             total += _flops(node) if is_static(node, *node.all_input_nodes) else 0
     return total

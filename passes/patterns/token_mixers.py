@@ -9,6 +9,7 @@ from cggr_compile import compat
 from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, module_of, op_name, same_size, shape_of
+from cggr_compile.passes.patterns.quantised import is_quantised_product
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -26,7 +27,8 @@ _OURS = ("aten", "prims", "cggr")
 def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[int]) -> dict[Node, str]:
     """Nodes that pass the gradient of one position on to others although nothing is stopped there, with their modules.
 
-    Operators of other libraries count as such. Looked at are the given blocks and what comes before the first one.
+    Operators of other libraries count as such, but for products with quantised weights. Looked at are the given blocks
+    and what comes before the first one.
     """
     size = shape_of(stack.source)[1]
     found: dict[Node, str] = {}
@@ -55,7 +57,7 @@ def _mixes(node: Node, stack: LayerStack, length: Any) -> bool:
     if name in _ATTENTIONS or name in _LOOPS:
         return True
     if isinstance(node.target, compat.OpOverload) and node.target.namespace not in _OURS:
-        return True
+        return not is_quantised_product(node)
     source = next((n for n in node.all_input_nodes if n in stack.stream), None)
     if name == "cat":  # with an empty cache nothing moves
         axis = _token_axis(node, length)

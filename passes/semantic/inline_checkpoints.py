@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from cggr_compile import compat
@@ -115,9 +115,27 @@ def _inline(gm: GraphModule, call: Node, region: int | None = None) -> list[str]
         if node.target is torch.ops.higher_order.tag_activation_checkpoint:
             names += _inline(gm, node, region)
         elif node.op in CALLS:
-            node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
+            _tag(node, region)
             names.append(node.name)
+            if node.target is torch.ops.higher_order.autograd_function_apply:
+                _tag_forward(gm, node, region)
     return names
+
+
+def _tag(node: Node, region: int) -> None:
+    node.meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=region)
+
+
+def _tag_forward(gm: GraphModule, call: Node, region: int) -> None:
+    """Tag what an autograd function computes, in a copy: the captured graph has the same body."""
+    attribute: Any = call.args[0]
+    body = getattr(gm, str(attribute.target))
+    graph = Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    for node in graph.nodes:
+        if node.op in CALLS:
+            _tag(node, region)
+    setattr(gm, str(attribute.target), GraphModule(body, graph))
 
 
 def _adopt(gm: GraphModule, name: str, value: Any) -> str:

@@ -16,7 +16,7 @@ from cggr_compile.passes.patterns.token_mixers import token_mixers
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
-PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d"}
+PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "gemm_4bit.default"}
 
 
 class RouteGradient(SemanticPass):

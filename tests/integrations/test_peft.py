@@ -6,6 +6,8 @@ import copy
 
 import models
 import pytest
+import torch
+from four_bits import INSTALLED, pack
 from reference import Run, assert_same, backward, dense, hf_reference
 from training import check_against_reference, metrics, picks
 
@@ -13,6 +15,7 @@ import cggr_compile
 from cggr_compile import compat
 from cggr_compile.integrations.dora import trace_dora
 from cggr_compile.integrations.selective_training import SelectiveTraining
+from cggr_compile.passes.patterns.quantised import GEMM_4BIT
 
 peft = pytest.importorskip("peft")
 
@@ -43,6 +46,10 @@ def adapted(config, checkpointing):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
     models.randomise(model)
+    return attach(model)
+
+
+def attach(model):
     model.config.use_cache = False
     options = {"compiler": "eager", "fallback": "error", "selection": "random"}
     options |= {"scoring": "random", "launch_bound": "select"}
@@ -65,6 +72,40 @@ def test_adapters_of_the_head(kind):
     assert metrics(model)["level"] == "routed", metrics(model)
     want = hf_reference(model, batch, picks(model))
     assert_same(Run(dense(model, batch).loss, got.grads), Run(got.loss, want.grads))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("checkpointing"),
+        pytest.param("plain", marks=pytest.mark.slow),
+        pytest.param("nested", marks=[pytest.mark.slow, pytest.mark.skipif(not INSTALLED, reason="bitsandbytes")]),
+    ],
+)
+def test_base_in_four_bits(kind, caplog, monkeypatch):
+    """QLoRA: packed products are on every position by itself, and their gradient is that of the rows.
+
+    A checkpoint computes those of query, key and value again, and of the others selected rows.
+    """
+    parts, partition = [], compat.default_partition
+    monkeypatch.setattr(compat, "default_partition", lambda *a, **k: parts.append(partition(*a, **k)) or parts[-1])
+    model = peft.get_peft_model(pack(models.family("llama", num_hidden_layers=1), kind == "nested"), copy.deepcopy(KINDS["LoRA"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    if kind == "checkpointing":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()
+    attach(model)
+    batch = models.make_batch()
+    check_against_reference(model, batch)
+    ((_, last),) = parts
+    again = [node.meta["val"].shape[1] for node in last.graph.nodes if str(node.target) == GEMM_4BIT]
+    layers = model.config.num_hidden_layers if kind == "checkpointing" else 0
+    assert again.count(batch["input_ids"].shape[1]) == 3 * layers and len(again) == 6 * layers, again
+    (report,) = cggr_compile.runtime(model).reports
+    assert report.level == "routed" and not report.record("row_sparse").details["densified"]
+    assert "mixed without attention" not in caplog.text
 
 
 def test_dora_caches_and_is_copied_as_before(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import Captured
+from four_bits import pack
 from torch.utils.flop_counter import FlopCounterMode
 
 from cggr_compile.passes.analysis.flops import weight_flops
@@ -55,6 +56,15 @@ def test_ways_to_multiply(function, shape, products):
     ids, table = torch.arange(TOKENS), torch.randn(TOKENS, HIDDEN)
     graph = captured(lambda ids, table, w: function(table[ids], w), ids, table, matrices(*shape))
     assert weight_flops(graph) == products * 2 * TOKENS * math.prod(shape)
+
+
+def test_weights_in_four_bits():
+    """Of what is trained in front of them, inside of an autograd function, and of what is not."""
+    layer, x = pack(torch.nn.Sequential(torch.nn.Linear(HIDDEN, INNER, bias=False))), torch.randn(TOKENS, HIDDEN)
+    assert weight_flops(captured(layer, x)) == 2 * TOKENS * HIDDEN * INNER
+    graph = captured(lambda x, scale: layer(x * scale), x, torch.nn.Parameter(torch.ones(HIDDEN)))
+    assert any("autograd_function" in str(node.target) for node in graph.nodes)
+    assert weight_flops(graph) == 2 * TOKENS * HIDDEN * INNER
 
 
 def test_factors_of_two_types_under_autocast():

@@ -173,6 +173,18 @@ def views(x, w):
     return F.linear(z, w).view(4, 2)
 
 
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        square = x * x
+        ctx.save_for_backward(square)
+        return square * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3.0 * ctx.saved_tensors[0] * grad
+
+
 def programs(which: str):
     weight = torch.randn(4, 4, requires_grad=True)
 
@@ -187,7 +199,11 @@ def programs(which: str):
         y = checkpoint(lambda x: views(x, weight), x @ weight, use_reentrant=False)
         return y.sum()
 
-    return {"two in a row": two, "several outputs": outputs, "one inside another": unnested}[which]
+    def function(x):
+        return checkpoint(lambda x: Cubed.apply(x.sin()).cos(), x @ weight, use_reentrant=False).sum()
+
+    found = {"two in a row": two, "several outputs": outputs, "one inside another": unnested}
+    return {**found, "an autograd function": function}[which]
 
 
 def captured(which: str):
@@ -206,7 +222,7 @@ def captured(which: str):
     return graphs[0]
 
 
-@pytest.mark.parametrize("which", ["two in a row", "several outputs"])
+@pytest.mark.parametrize("which", ["two in a row", "several outputs", "an autograd function"])
 def test_tags_are_those_of_the_operator(which):
     _, inlined, result, _, theirs, ours = captured(which)
     assert result.matched and not inlined.graph.find_nodes(op="call_function", target=HOP)

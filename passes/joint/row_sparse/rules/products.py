@@ -11,6 +11,7 @@ from cggr_compile.passes.joint.row_sparse.layout import Layout
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
 from cggr_compile.passes.nodes import shape_of
+from cggr_compile.passes.patterns.quantised import GEMM_4BIT
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -71,3 +72,16 @@ class AddedProduct(Rule):
         if layout != ("BS", None) or len(shape_of(bias)) != 1 or not only_rows_wanted(at, node):
             return None
         return Call((bias, At(factor, layout), other), layout)  # type: ignore[arg-type]
+
+
+@rule(GEMM_4BIT)
+class QuantisedProduct(Rule):
+    """A product of rows with a weight that stays packed. Its gradient is one with the unpacked weight, an ``mm``."""
+
+    mixes = "features"
+
+    def recompute(self, at: Annotations, node: Node, layout: Layout) -> Call | None:
+        source, *others = node.args
+        if layout[-1] is not None or not only_rows_wanted(at, node):
+            return None
+        return Call((At(source, layout), *others), layout)  # type: ignore[arg-type]
