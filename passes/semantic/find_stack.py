@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, ref
 from cggr_compile.passes.facts import Attention, Block, LayerStack, LossSite
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
-from cggr_compile.passes.patterns.attention import find_attention
+from cggr_compile.passes.patterns.attention import find_attention, further_keys
 from cggr_compile.passes.patterns.tail import tail_start
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _find(gm: GraphModule, site: LossSite) -> LayerStack:
         if attentions:
             break
     else:
-        raise _no_attention(gm)
+        raise _no_attention(gm, stream)
     spine = [n for n in spine if _has_shape(n, *shape)]
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     boundaries = _boundaries(spine, attentions, place)
@@ -176,11 +177,17 @@ def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
     return floats[:1]
 
 
-def _no_attention(gm: GraphModule) -> NoLayerStackError:
+def _no_attention(gm: GraphModule, stream: Collection[Node]) -> NoLayerStackError:
     """Why no attention was found."""
     opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
     if opaque:
         return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
+    further = next((more for node in gm.graph.nodes if (more := further_keys(node, stream)) > 0), 0)
+    if further:
+        return NoLayerStackError(
+            f"its attention sees {further} keys that are no positions of the sequence: those of prefix tuning, or of a "
+            "cache with entries"
+        )
     hidden_in = sorted({str(n.target) for n in gm.graph.nodes if isinstance(n.target, compat.HigherOrderOperator)})
     if "tag_activation_checkpoint" in hidden_in:
         return NoLayerStackError(cause=Cause.CLOSED_CHECKPOINTS)

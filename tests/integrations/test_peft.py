@@ -49,9 +49,9 @@ def adapted(config, checkpointing):
     return attach(model)
 
 
-def attach(model):
+def attach(model, fallback="error"):
     model.config.use_cache = False
-    options = {"compiler": "eager", "fallback": "error", "selection": "random"}
+    options = {"compiler": "eager", "fallback": fallback, "selection": "random"}
     options |= {"scoring": "random", "launch_bound": "select"}
     assert SelectiveTraining(options).attach(model)
     return model
@@ -89,7 +89,9 @@ def test_base_in_four_bits(kind, caplog, monkeypatch):
     """
     parts, partition = [], compat.default_partition
     monkeypatch.setattr(compat, "default_partition", lambda *a, **k: parts.append(partition(*a, **k)) or parts[-1])
-    model = peft.get_peft_model(pack(models.family("llama", num_hidden_layers=1), kind == "nested"), copy.deepcopy(KINDS["LoRA"]))
+    model = peft.get_peft_model(
+        pack(models.family("llama", num_hidden_layers=1), kind == "nested"), copy.deepcopy(KINDS["LoRA"])
+    )
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -106,6 +108,17 @@ def test_base_in_four_bits(kind, caplog, monkeypatch):
     (report,) = cggr_compile.runtime(model).reports
     assert report.level == "routed" and not report.record("row_sparse").details["densified"]
     assert "mixed without attention" not in caplog.text
+
+
+def test_prefix_tuning_is_dense():
+    """Its keys and values are in front of every layer's, and no positions of the sequence."""
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = attach(peft.get_peft_model(models.family("llama", num_hidden_layers=1), config), fallback="silent")
+    batch = models.make_batch()
+    got = backward(model, model(**batch).loss)
+    figures = metrics(model)
+    assert figures["level"] == "dense" and "sees 4 keys that are no positions" in figures["fallback_reason"]
+    assert_same(got, dense(model, batch))
 
 
 def test_dora_caches_and_is_copied_as_before(monkeypatch):

@@ -46,6 +46,16 @@ def find_attention(node: Node, stream: Collection[Node], batch: Any, length: Any
     return Attention(adapter.kind, node, *tensors, key_axis, value_axis, *users, found.mask)
 
 
+def further_keys(node: Node, stream: Collection[Node]) -> int:
+    """How many keys the attention at ``node`` of Dynamo's graph has beside one for every query; 0: it is none."""
+    found = next((found for adapter in ADAPTERS if (found := adapter.recognise(node, stream)) is not None), None)
+    if found is None or found.query not in stream or found.value not in stream:
+        return 0
+    # a key may be transposed
+    keys, queries = (shape_of(tensor)[found.value_axis] for tensor in (found.value, found.query))
+    return keys - queries if isinstance(keys, int) and isinstance(queries, int) else 0
+
+
 def hidden_by(attention: Attention, stream: Collection[Node]) -> Hides | str | None:
     """What an attention of Dynamo's graph hides besides later keys; None: nothing, or why that cannot be read."""
     return next(adapter for adapter in ADAPTERS if adapter.kind == attention.kind).hides(attention, stream)
