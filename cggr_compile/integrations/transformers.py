@@ -162,7 +162,13 @@ def _obstacle(trainer: Any, module: Module) -> str:
             f"{type(trainer).__name__} computes the loss in place of the model's forward, by an autograd function over "
             "pieces of both models' logits, which no graph can hold"
         )
-    return label_smoothing.obstacle(trainer, _base(module)) if trainer.label_smoother is not None else ""
+    base = _base(module)
+    if type(base).__name__.endswith("ForSequenceClassification"):
+        return (
+            f"{type(base).__name__} computes values of whole sequences, at their last token, as reward models and "
+            "classifiers do: there are no losses of tokens to select among"
+        )
+    return label_smoothing.obstacle(trainer, base) if trainer.label_smoother is not None else ""
 
 
 def _is_json(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ pytest.importorskip("trl")
 from accelerate import Accelerator
 from datasets import Dataset
 from reference import Picks, Run, assert_same, context_rows, hard_mask, overall, routing
-from transformers import TrainerCallback
+from transformers import LlamaForSequenceClassification, TrainerCallback
 from trl import (
     DistillationConfig,
     DistillationTrainer,
@@ -28,6 +29,8 @@ from trl import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -269,6 +272,49 @@ def test_distillation_stays_as_it_is(tmp_path):
     stock = trained()
     assert stock[0]["loss"] > 0 and [entry["cggr/level"] for entry in ours] == ["dense"] * 2
     assert [entry["loss"] for entry in ours] == [entry["loss"] for entry in stock]
+
+
+def reward_model(base, **rest):
+    config = model().config
+    config.num_labels, config.pad_token_id = 1, tokenizer().pad_token_id
+    made = models.randomise(LlamaForSequenceClassification(config))
+    return RewardTrainer(made, RewardConfig(**base, max_length=16), train_dataset=preferences(), **rest)
+
+
+def experimental(name, data, **arguments):
+    def make(base, **rest):
+        module = importlib.import_module(f"trl.experimental.{name}")
+        kind, config = (getattr(module, f"{name.upper()}{what}") for what in ("Trainer", "Config"))
+        teacher = [models.randomise(model(), seed=2)] if name == "gkd" else []
+        return kind(model(), *teacher, args=config(**base, **arguments), train_dataset=data(), **rest)
+
+    return make
+
+
+OUTSIDE = "the compiled function returns linear .*, and the loss is computed outside of it"
+DENSE = {
+    "orpo": (experimental("orpo", preferences, max_length=16), OUTSIDE),
+    "cpo": (experimental("cpo", preferences, max_length=16), OUTSIDE),
+    "gkd": (experimental("gkd", chats, max_length=24, max_new_tokens=4), OUTSIDE),
+    "reward": (reward_model, "LlamaForSequenceClassification computes values of whole sequences"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DENSE)
+def test_dense_with_the_reason(kind, tmp_path):
+    make, reason = DENSE[kind]
+    base, logs = {**BASE, "max_steps": 1, "bf16": False, "output_dir": str(tmp_path)}, []
+    callback = CGGRCallback(**{**EVERYTHING, "fallback": "warn"})
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        trainer = make(base, processing_class=tokenizer(), callbacks=callbacks)
+        with pytest.warns(FallbackWarning, match=reason) if callbacks else contextlib.nullcontext():
+            trainer.train()
+        logs.append(trainer.state.log_history[0])
+    assert logs[1]["cggr/level"] == "dense" and logs[0]["loss"] > 0
+    for name in ("loss", "grad_norm"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=1e-5)
 
 
 class FirstGradient(TrainerCallback):
