@@ -12,6 +12,8 @@ from cggr_compile.integrations.selective_training import SelectiveTraining
 
 # With several processes TRL takes the quantile over the tokens of all, a graph over its own: more rows make up for it.
 MARGIN = 1.25
+# Of a GRPO trainer: what computes the values of a batch, and what makes a mask of the entropies.
+VALUES, MASK = "_get_per_token_logps_and_entropies", "get_high_entropy_mask"
 
 
 def kept_by_entropy(trainer: Any) -> dict[str, Any] | None:
@@ -28,8 +30,7 @@ def kept_by_entropy(trainer: Any) -> dict[str, Any] | None:
     if base is None or not isinstance(trainer, base) or trainer.top_entropy_quantile == 1.0:
         return None
     kind = type(trainer)
-    own = ("_compute_loss", "get_high_entropy_mask", "_get_per_token_logps_and_entropies")
-    if any(getattr(kind, name) is not getattr(base, name) for name in own):
+    if any(getattr(kind, name) is not getattr(base, name) for name in ("_compute_loss", VALUES, MASK)):
         return None
     if trainer.beta != 0.0 or trainer.importance_sampling_level != "token" or getattr(trainer, "tools", None):
         return None
@@ -44,11 +45,11 @@ class KeptTokens:
 
     def __init__(self, trainer: Any, training: SelectiveTraining) -> None:
         self._training = training
-        self._values, self._mask = trainer._get_per_token_logps_and_entropies, trainer.get_high_entropy_mask
+        self._values, self._mask = getattr(trainer, VALUES), getattr(trainer, MASK)
         self._length = 0
         self._missed: Tensor | None = None  # int64 []
-        trainer._get_per_token_logps_and_entropies = self._seen
-        trainer.get_high_entropy_mask = self._counted
+        setattr(trainer, VALUES, self._seen)
+        setattr(trainer, MASK, self._counted)
 
     def missed(self) -> int:
         """How many, in all steps so far. Waits for the device."""
