@@ -21,12 +21,14 @@ from cggr_compile.data_parallel import agreement_for, hand_back
 from cggr_compile.diagnose import at_compiled_call, find_cause
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.options import AUTO, Options
+from cggr_compile.passes.joint.reshard_after_forward import ReshardAfterForward
 from cggr_compile.passes.semantic.make_sizes_static import has_symbolic_sizes
 from cggr_compile.registry import registry
 from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.schedule import round_up, rungs
+from cggr_compile.sharding import sharding_of
 from cggr_compile.training_graph import is_training
 from cggr_compile.variant_dispatcher import Key, VariantDispatcher
 
@@ -41,7 +43,9 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     """
     configuration = Configuration.of(options, mode, inputs)
     resolver = RuntimeResolver(gm, inputs)
-    runtime = resolver.runtime
+    runtime, sharding = resolver.runtime, sharding_of(resolver.module)
+    if sharding is not None and not sharding.reshard_after_forward:
+        configuration = configuration.without(ReshardAfterForward.name)
     if configuration.notice:
         runtime.notify(configuration.notice)
     training, refusal = is_training(gm, inputs)

@@ -53,7 +53,7 @@ class CompiledVariant:
         if self._selective:
             self._compile_selective(variant, inputs)
         else:
-            self._compiled = lower_dense(variant.graph, inputs, variant.configuration)
+            self._compiled = lower_dense(variant.graph, inputs, variant.configuration, variant.report, variant.dump)
 
     def run(self, call: Call, args: Sequence[Any]) -> Any:
         """One call of the captured graph: the user's results."""

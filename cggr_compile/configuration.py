@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cggr_compile import compat
@@ -51,6 +51,11 @@ class Configuration:
             notice = f"CUDA graphs do nothing here: the compiler is {engine}"
             patches[compat.CUDA_GRAPHS] = False
         return cls(options, engine, patches, notice)
+
+    def without(self, name: str) -> Configuration:
+        """The same, with an optional pass switched off."""
+        options = replace(self.options, disable_passes=(*self.options.disable_passes, name))
+        return replace(self, options=options)
 
     @property
     def pays_launches(self) -> bool:

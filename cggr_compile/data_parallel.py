@@ -20,6 +20,7 @@ from torch.nn import Module
 from cggr_compile import compat
 from cggr_compile.agreement import Agreement
 from cggr_compile.causes import Cause
+from cggr_compile.sharding import sharding_of
 
 _SEEDS_APART = 0x1F3D5B79  # odd: no two ranks have the same
 Refusal = tuple[Cause, str]
@@ -53,7 +54,7 @@ def agreement_for(module: Module | None) -> Agreement | None:
     """What the processes decide together by that run the step under capture, ``module``'s; None if there are none."""
     if not _initialized():
         return None
-    found = compat.ddp_group() or (None if module is None else compat.fsdp_group(module))
+    found = compat.ddp_group() or (None if module is None else _sharded_group(module) or compat.fsdp_group(module))
     if found is None or len(found[1]) < 2:
         return None
     model, ranks = found
@@ -62,6 +63,11 @@ def agreement_for(module: Module | None) -> Agreement | None:
     _agreements[digest] += 1
     name = f"{digest}/{_agreements[digest]}"
     return Agreement(compat.default_store(), ranks, torch.distributed.get_rank(), name)
+
+
+def _sharded_group(module: Module) -> tuple[Module, list[int]] | None:
+    sharding = sharding_of(module)
+    return None if sharding is None else (module, sharding.ranks)
 
 
 def _initialized() -> bool:

@@ -83,7 +83,7 @@ def shard(
             full = part._parameters[name]
             assert full is not None
             if full not in spread:
-                local = distribute_tensor(full.detach(), mesh, _placements(full, mesh.ndim))
+                local = distribute_tensor(full.detach(), mesh, _placements(full, mesh))
                 spread[full] = Parameter(local, requires_grad=full.requires_grad)
             part._parameters[name] = spread[full]
         for name, buffer in part._buffers.items():
@@ -122,10 +122,10 @@ def _checked(model: Any, mesh: Any, reshard_after_forward: Any, mp_policy: Any) 
     return Sharding(mesh, reshard_after_forward, policy.param_dtype, policy.reduce_dtype or policy.param_dtype)
 
 
-def _placements(parameter: Tensor, axes: int) -> list[Placement]:
-    """A number is copied: it has no axis to be cut along."""
-    last = Shard(0) if parameter.dim() else Replicate()
-    return [*[Replicate()] * (axes - 1), last]
+def _placements(parameter: Tensor, mesh: DeviceMesh) -> list[Placement]:
+    """A number is copied, as it has no axis to be cut along; so is everything where one process has all of it."""
+    last = Shard(0) if parameter.dim() and mesh.size(mesh.ndim - 1) > 1 else Replicate()
+    return [*[Replicate()] * (mesh.ndim - 1), last]
 
 
 def _sharded_class(kind: type, names: tuple[str, ...], sharding: Sharding) -> type:

@@ -1,4 +1,4 @@
-"""Hangs the optimising passes into AOTAutograd: through Inductor's hook, or through the partitioner."""
+"""Hangs the optimising passes into AOTAutograd: through Inductor's hooks, or through the partitioner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.fx import Graph, GraphModule
 
 from cggr_compile import compat
 from cggr_compile.options import Options
-from cggr_compile.pipeline import calls_our_operators, run_joint_passes
+from cggr_compile.passes.collectives import schedule_collectives
+from cggr_compile.pipeline import calls_our_operators, run_dense_passes, run_joint_passes
 from cggr_compile.report import GraphDump, GraphReport
 
 
@@ -30,7 +31,25 @@ def source_digest() -> str:
 
 def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
     """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
-    return _pre_pass(lambda graph: run_joint_passes(graph, options, report, dump), passes_key(options, report))
+    return _pass(
+        lambda graph: run_joint_passes(graph, options, report, dump),
+        passes_key(options, report),
+        compat.user_joint_passes(),
+    )
+
+
+def dense_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
+    """The same for a graph that is not rewritten: where parameters are gathered is all that there is to optimise."""
+    return _pass(
+        lambda graph: run_dense_passes(graph, options, report, dump),
+        passes_key(options, report),
+        compat.user_joint_passes(),
+    )
+
+
+def collectives_pass() -> Any:
+    """One pass object for Inductor's ``post_grad_custom_post_pass``: ours behind whatever the user had set there."""
+    return _pass(schedule_collectives, (), compat.user_post_grad_passes(), last=True)
 
 
 def passes_key(options: Options, report: GraphReport) -> tuple[str, str]:
@@ -42,17 +61,22 @@ def passes_key(options: Options, report: GraphReport) -> tuple[str, str]:
 
 def source_key() -> Any:
     """A ``joint_custom_pre_pass`` that changes nothing: it puts our sources into the key of Inductor's cache."""
-    return _pre_pass(lambda graph: None, ())
+    return _pass(lambda graph: None, (), compat.user_joint_passes())
 
 
-def _pre_pass(ours: Callable[[Graph], None], key: tuple[str, ...]) -> Any:
-    others = compat.user_joint_passes()
+def _pass(
+    ours: Callable[[Graph], None],
+    key: tuple[str, ...],
+    others: tuple[Callable[..., Any], ...],
+    *,
+    last: bool = False,
+) -> Any:
+    """``others``: the user's own; ours run before them or, if ``last``, behind them."""
 
-    class JointPrePass(compat.custom_graph_pass()):  # type: ignore[misc]
+    class Pass(compat.custom_graph_pass()):  # type: ignore[misc]
         def __call__(self, graph: Graph) -> None:
-            ours(graph)
-            for other in others:
-                other(graph)
+            for one in (*others, ours) if last else (ours, *others):
+                one(graph)
 
         def uuid(self) -> Any:
             keys = [getattr(other, "uuid", lambda: None)() for other in others]
@@ -60,7 +84,7 @@ def _pre_pass(ours: Callable[[Graph], None], key: tuple[str, ...]) -> Any:
                 return None  # an unkeyed pass of the user: no caching
             return (source_digest(), *key, *keys)
 
-    return JointPrePass()
+    return Pass()
 
 
 def holds_our_operators(gm: GraphModule) -> bool:
@@ -68,11 +92,14 @@ def holds_our_operators(gm: GraphModule) -> bool:
     return any(calls_our_operators(module.graph) for module in gm.modules() if isinstance(module, GraphModule))
 
 
-def partition_with_passes(options: Options, report: GraphReport, dump: GraphDump) -> Callable[..., Any]:
-    """A partition function that runs the passes over the joint graph first."""
+def partition_with_passes(
+    options: Options, report: GraphReport, dump: GraphDump, *, dense: bool = False
+) -> Callable[..., Any]:
+    """A partition function that runs the passes over the joint graph first; ``dense``: of one that is not rewritten."""
+    run = run_dense_passes if dense else run_joint_passes
 
     def partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> Any:
-        run_joint_passes(joint.graph, options, report, dump)
+        run(joint.graph, options, report, dump)
         return compat.default_partition(joint, inputs, **kwargs)
 
     return partition

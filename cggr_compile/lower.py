@@ -10,7 +10,14 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.configuration import Configuration
 from cggr_compile.engine import Engine
-from cggr_compile.joint import holds_our_operators, joint_pre_pass, partition_with_passes, source_key
+from cggr_compile.joint import (
+    collectives_pass,
+    dense_pre_pass,
+    holds_our_operators,
+    joint_pre_pass,
+    partition_with_passes,
+    source_key,
+)
 from cggr_compile.options import Options
 from cggr_compile.report import GraphDump, GraphReport
 
@@ -19,14 +26,21 @@ from cggr_compile.report import GraphDump, GraphReport
 MAX_FUSION_PAIRS = 16
 
 
-def lower_dense(gm: GraphModule, inputs: list[Any], configuration: Configuration) -> Callable[..., Any]:
+def lower_dense(
+    gm: GraphModule, inputs: list[Any], configuration: Configuration, report: GraphReport, dump: GraphDump
+) -> Callable[..., Any]:
     """Compile a graph that trains on every position, or does not train. A compiler may change the graph."""
+    options, sharded = configuration.options, any(map(compat.is_sharded, inputs))
     if configuration.engine == "eager":
+        if sharded and report.training:
+            return compat.aot_eager(gm, inputs, partition_with_passes(options, report, dump, dense=True))
         return gm.forward
     patches = dict(configuration.patches)
-    if holds_our_operators(gm):  # a layer of ours, or lowered experts: the cache key must know our sources
+    if sharded:
+        patches["joint_custom_pre_pass"] = dense_pre_pass(options, report, dump)
+    elif holds_our_operators(gm):  # a layer of ours, or lowered experts: the cache key must know our sources
         patches["joint_custom_pre_pass"] = source_key()
-    return compat.compile_fx(gm, inputs, patches)
+    return compat.compile_fx(gm, inputs, {**_collectives(inputs), **patches})
 
 
 def lower_selective(
@@ -42,4 +56,12 @@ def lower_selective(
     if engine == "eager":
         return compat.aot_eager(gm, inputs, partition_with_passes(options, report, dump))
     passes = {"joint_custom_pre_pass": joint_pre_pass(options, report, dump)}
-    return compat.compile_fx(gm, inputs, {**compat.fusion_limit(MAX_FUSION_PAIRS), **patches, **passes})
+    settings = {**compat.fusion_limit(MAX_FUSION_PAIRS), **_collectives(inputs)}
+    return compat.compile_fx(gm, inputs, {**settings, **patches, **passes})
+
+
+def _collectives(inputs: list[Any]) -> dict[str, Any]:
+    """Inductor's settings for a graph that gathers its parameters; the user's own go before them."""
+    if not any(map(compat.is_sharded, inputs)):
+        return {}
+    return {**compat.IN_PLACE, "post_grad_custom_post_pass": collectives_pass()}

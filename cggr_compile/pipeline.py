@@ -21,6 +21,7 @@ from cggr_compile.passes.joint.add_table_rows import AddTableRows
 from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
 from cggr_compile.passes.joint.merge_products import MergeProducts
 from cggr_compile.passes.joint.merge_sums import MergeSums
+from cggr_compile.passes.joint.reshard_after_forward import ReshardAfterForward
 from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.passes.semantic.align_targets import AlignTargets
@@ -90,6 +91,7 @@ PASSES: tuple[GraphPass, ...] = (
     AddTableRows(),
     MaterializeRotaryTables(),
     ResolveMarkers(),
+    ReshardAfterForward(),
 )
 
 
@@ -214,9 +216,20 @@ def run_joint_passes(graph: Graph, options: Options, report: GraphReport, dump: 
     """
     if not calls_our_operators(graph):
         return
+    _run(joint_passes(options), graph, options, report, dump)
+
+
+def run_dense_passes(graph: Graph, options: Options, report: GraphReport, dump: GraphDump) -> None:
+    """The same for a joint graph that was not rewritten: those passes that are for every graph."""
+    _run([p for p in joint_passes(options) if p.dense], graph, options, report, dump)
+
+
+def _run(
+    passes: Sequence[JointPass], graph: Graph, options: Options, report: GraphReport, dump: GraphDump
+) -> None:
     owner = graph.owning_module
     assert owner is not None
-    for joint_pass in joint_passes(options):
+    for joint_pass in passes:
         if joint_pass.name in options.disable_passes:
             report.passes.append(PassRecord(joint_pass.name, joint_pass.stage, False, SWITCHED_OFF))
             continue

@@ -77,9 +77,14 @@ class SemanticPass(GraphPass):
 
 
 class JointPass(GraphPass):
-    """A pass over AOTAutograd's joint graph (ATen), before the partitioner. Must be exact."""
+    """A pass over AOTAutograd's joint graph (ATen), before the partitioner. Must be exact.
+
+    Attributes:
+        dense: whether it has a turn in graphs that the semantic passes left alone, too.
+    """
 
     stage = "joint"
+    dense: ClassVar[bool] = False
 
     def enabled(self, options: Options) -> bool:
         """Whether it has a turn."""

@@ -22,6 +22,7 @@
 | ``launches.py`` | launches of Triton kernels from a lowering |
 | ``cuda_graphs.py`` | CUDA graphs, Inductor's and our own |
 | ``ddp.py`` | how DistributedDataParallel cuts what Dynamo captures, and its processes |
+| ``collectives.py`` | collectives inside of graphs, sharded tensors |
 | ``fsdp.py`` | the processes of FSDP2, and where all processes have met |
 | ``devices.py`` | what the processor, the compiler and the accelerator can do |
 | ``trace_log.py`` | PyTorch's structured trace log |
@@ -36,6 +37,7 @@ from __future__ import annotations
 
 from cggr_compile.compat.callers import Caller, caller
 from cggr_compile.compat.checkpoints import CHECKPOINT_CONTEXT, checkpoint_of, next_checkpoint_id
+from cggr_compile.compat.collectives import ALL_GATHER, ALL_REDUCE, IN_PLACE, REDUCE_SCATTER, WAIT, is_sharded
 from cggr_compile.compat.cuda_graphs import (
     apply_function,
     cuda_graphs_restart,
@@ -75,6 +77,7 @@ from cggr_compile.compat.inductor import (
     inductor_option_names,
     sort_stably,
     user_joint_passes,
+    user_post_grad_passes,
     uses_cuda_graphs,
 )
 from cggr_compile.compat.launches import launch

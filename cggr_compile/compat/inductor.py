@@ -52,9 +52,18 @@ def fusion_limit(pairs: int) -> dict[str, int]:
 
 def user_joint_passes() -> tuple[Callable[..., Any], ...]:
     """The pass or passes the user set as ``torch._inductor.config.joint_custom_pre_pass``."""
+    return _user_passes("joint_custom_pre_pass")
+
+
+def user_post_grad_passes() -> tuple[Callable[..., Any], ...]:
+    """The pass or passes the user set as ``torch._inductor.config.post_grad_custom_post_pass``."""
+    return _user_passes("post_grad_custom_post_pass")
+
+
+def _user_passes(setting: str) -> tuple[Callable[..., Any], ...]:
     from torch._inductor import config
 
-    value = config.joint_custom_pre_pass
+    value = getattr(config, setting)
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
