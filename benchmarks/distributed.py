@@ -19,13 +19,14 @@ import datetime
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from arguments import add_run_arguments, check_run_arguments, items
-from distributed_arms import ARMS
+from distributed_arms import ARMS, DEFAULT_ARMS
 from distributed_results import rich_table
 from distributed_run import DistributedRun
 from machine import describe
@@ -39,9 +40,11 @@ DEFAULT_SHAPES = {"cpu": ["cpu-384"], "cuda": ["1b-8x1024", "1b-4x4096", "135m-1
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=items(allowed=SHAPES), help=f"comma-separated, of: {', '.join(SHAPES)}")
-    parser.add_argument("--arms", type=items(allowed=ARMS), default=list(ARMS), help=f"of: {', '.join(ARMS)}")
+    parser.add_argument("--arms", type=items(allowed=ARMS), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
     ratios = "min_tokens_ratio of the selective arms, each in (0, 1)"
     parser.add_argument("--ratios", type=items(float), default=[0.25, 0.05], help=ratios)
+    parser.add_argument("--time-limit", type=float, help="seconds after which no arm and no round is begun")
+    parser.add_argument("--one-by-one", action="store_true", help="measure an arm, free it, go on: for large models")
     add_run_arguments(parser, json=Path("runs/benchmarks/distributed.json"))
     args = parser.parse_args(argv)
     args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
@@ -58,6 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Runs every shape, in every process; the document as it is in the file."""
+    begin = time.monotonic()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # compiling takes minutes, and not equally long in all processes
@@ -70,7 +74,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     try:
         for shape in args.shapes:
-            DistributedRun(shape, args, document, say).run()
+            DistributedRun(shape, args, document, say, begin).run()
     finally:
         first = dist.get_rank() == 0
         dist.destroy_process_group()

@@ -26,14 +26,22 @@ import cggr_compile
 class DistributedRun:
     """One shape; its result is appended to ``document``, which rank 0 saves as it grows.
 
+    ``begin``: the monotonic clock when the program began, which ``--time-limit`` counts from.
+
     A sample is the slowest process's. ``unreduced`` and ``reduced`` are forward and backward without the optimizer,
     which has nothing to do where gradients are not reduced; ``step`` has it.
     """
 
     def __init__(
-        self, name: str, args: argparse.Namespace, document: dict[str, Any], say: Callable[[str], None]
+        self,
+        name: str,
+        args: argparse.Namespace,
+        document: dict[str, Any],
+        say: Callable[[str], None],
+        begin: float,
     ) -> None:
         self.name, self.args, self.document, self.say = name, args, document, say
+        self.begin = begin
         self.shape, self.device = SHAPES[name], args.device
         self.dtype = getattr(torch, args.dtype or self.shape.dtype)
         ids, labels = make_batch(self.shape, device=self.device)
@@ -55,15 +63,42 @@ class DistributedRun:
 
     def run(self) -> None:
         torch._dynamo.reset()
+        chosen = [
+            (arm, ratio) for arm in self.args.arms for ratio in (self.args.ratios if arm in SELECTIVE else [None])
+        ]
         with torch._dynamo.config.patch(recompile_limit=MOST_RECOMPILES):
-            for arm in self.args.arms:
-                for ratio in self.args.ratios if arm in SELECTIVE else [None]:
-                    self.attempt(arm if ratio is None else f"{arm} {ratio:g}", self.warm_up, arm, ratio)
-            for done in range(self.args.repeats):
-                for label in list(self.built):
-                    self.attempt(label, self.measure)
-                self.result["rounds"], self.result["load"] = done + 1, os.getloadavg()
-                self.save()
+            for arm, ratio in chosen:
+                label = arm if ratio is None else f"{arm} {ratio:g}"
+                if self.late():
+                    self.records[label] = {"status": "left out", "arm": arm, "ratio": ratio, "error": "no time left"}
+                    continue
+                self.attempt(label, self.warm_up, arm, ratio)
+                if self.args.one_by_one:
+                    self.rounds()
+                    self.built.clear()
+                    self.free()
+            if not self.args.one_by_one:
+                self.rounds()
+
+    def rounds(self) -> None:
+        for done in range(self.args.repeats):
+            if self.late():
+                break
+            for label in list(self.built):
+                self.attempt(label, self.measure)
+            self.result["rounds"], self.result["load"] = done + 1, os.getloadavg()
+            self.save()
+
+    def late(self) -> bool:
+        """Whether the time is up, by the first process's clock."""
+        answer = [self.args.time_limit is not None and time.monotonic() - self.begin > self.args.time_limit]
+        dist.broadcast_object_list(answer, src=0)
+        return answer[0]
+
+    def free(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     def attempt(self, label: str, part: Callable[..., None], *arguments: Any) -> None:
         """``part(label)``; where it fails in any process, the arm is over in all."""
@@ -79,8 +114,7 @@ class DistributedRun:
             error = next(filter(None, errors))
             self.records[label] = {"traceback": "", **self.records.get(label, {}), "status": "failed", "error": error}
             self.built.pop(label, None)
-            gc.collect()
-            torch.cuda.empty_cache()
+            self.free()
             self.say(f"{self.name} {label}: {error}")
         self.save()
 
@@ -106,6 +140,7 @@ class DistributedRun:
         record: dict[str, Any] = {"status": "ok", "arm": arm, "ratio": ratio, "compile_s": seconds, "loss": float(loss)}
         if arm in SELECTIVE:
             record["metrics"] = cggr_compile.runtime(built.model).metrics()
+        record["sent"] = built.sent
         self.records[label] = {**record, "held_mb": built.held_mb, "peak_mb": None, "samples": {}}
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -119,11 +154,12 @@ class DistributedRun:
     def measure(self, label: str) -> None:
         built, record = self.built[label], self.records[label]
         times = {"step": self.period(lambda: self.step(built))}
-        if built.reduce is not None:
+        if built.reduce is not None and built.unreduced is not None:
             times["reduced"] = self.period(lambda: self.passes(built))
             times["unreduced"] = self.period(lambda: self.passes(built, reduce=False))
             self.passes(built)  # what was not reduced is
             built.optimizer.zero_grad()
+        if built.reduce is not None:
             times["reduction"] = self.period(built.reduce)
         slowest = torch.tensor(list(times.values()), dtype=torch.float64)
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -145,7 +181,7 @@ class DistributedRun:
         return milliseconds(before, after)
 
     def passes(self, built: Built, *, reduce: bool = True) -> torch.Tensor:
-        with nullcontext() if reduce else built.unreduced():
+        with built.around(), nullcontext() if reduce or built.unreduced is None else built.unreduced():
             loss = built.step(*self.batch)
             loss.backward()
         return loss.detach()

@@ -134,7 +134,10 @@ def _sharded_class(kind: type, names: tuple[str, ...], sharding: Sharding) -> ty
 
 
 def _reader(name: str, sharding: Sharding) -> Any:
-    axes, param_dtype, reduce_dtype = sharding.mesh.ndim, sharding.param_dtype, sharding.reduce_dtype
+    mesh, param_dtype, reduce_dtype = sharding.mesh, sharding.param_dtype, sharding.reduce_dtype
+    everywhere = [Replicate()] * mesh.ndim
+    # every process has the gradient of its own batch's loss: the mean is what the loss of all batches has
+    of_each = [Partial("avg") if mesh.size(axis) > 1 else Replicate() for axis in range(mesh.ndim)]
 
     def read(module: Module) -> Tensor | None:
         stored: Any = module._parameters[name]
@@ -142,12 +145,11 @@ def _reader(name: str, sharding: Sharding) -> Any:
             return stored  # type: ignore[no-any-return]
         floating = stored.is_floating_point()
         gathered = stored.redistribute(
-            placements=[Replicate()] * axes,
+            placements=everywhere,
             forward_dtype=param_dtype if floating else None,
             backward_dtype=reduce_dtype if floating else None,
         )
-        # every process has the gradient of its own batch's loss: the mean is what the loss of all batches has
-        full: Tensor = gathered.to_local(grad_placements=[Partial("avg")] * axes)
+        full: Tensor = gathered.to_local(grad_placements=of_each)
         return full
 
     return read

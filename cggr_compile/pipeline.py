@@ -224,9 +224,7 @@ def run_dense_passes(graph: Graph, options: Options, report: GraphReport, dump: 
     _run([p for p in joint_passes(options) if p.dense], graph, options, report, dump)
 
 
-def _run(
-    passes: Sequence[JointPass], graph: Graph, options: Options, report: GraphReport, dump: GraphDump
-) -> None:
+def _run(passes: Sequence[JointPass], graph: Graph, options: Options, report: GraphReport, dump: GraphDump) -> None:
     owner = graph.owning_module
     assert owner is not None
     for joint_pass in passes:

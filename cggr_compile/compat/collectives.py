@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 
-
 def _operator(name: str) -> Any:
     """None in a PyTorch that is built without collectives."""
     return getattr(getattr(torch.ops._c10d_functional, name, None), "default", None)

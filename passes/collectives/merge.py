@@ -89,9 +89,7 @@ def _groups(collectives: Iterable[Node], by: Any) -> list[list[Node]]:
 
 def _columns(emit: Emitter, table: Node, widths: list[int]) -> list[Node]:
     ends = torch.tensor(widths).cumsum(0).tolist()
-    return [
-        emit.call(aten.slice.Tensor, table, 1, end - width, end) for width, end in zip(widths, ends, strict=True)
-    ]
+    return [emit.call(aten.slice.Tensor, table, 1, end - width, end) for width, end in zip(widths, ends, strict=True)]
 
 
 def _reshaped(emit: Emitter, part: Node, like: Node) -> Node:
