@@ -8,7 +8,7 @@ ddp                the same with ``backend="cggr"``, which asks for the whole gr
 fsdp-dense         ``fully_shard`` at the root, the whole model compiled.
 fsdp               the same with ``backend="cggr"``.
 fsdp-blocks-dense  ``fully_shard`` for every block and the root, every block compiled by itself (torchtitan's way).
-shard              ``cggr_compile.distributed.shard`` and ``backend="cggr"``: gathers and reductions inside of the graph.
+shard              ``cggr_compile.distributed.shard`` and ``backend="cggr"``: gathers and reductions inside the graph.
 shard-dense        the same at ratio 1.0, on every token.
 shard-kept         `shard` with ``reshard_after_forward=False``: the backward pass gathers nothing.
 shard-inductor     `shard` with Inductor's own bucketing and overlap of collectives instead of ours.

@@ -65,7 +65,8 @@ def shard(
         reshard_after_forward: whether the full parameters are freed behind the forward pass, and gathered once more by
             the backward pass. Otherwise they are kept. ``backend="cggr"`` does it; without it they are always kept.
         mp_policy: ``param_dtype`` is what parameters are gathered and used in, ``reduce_dtype`` what gradients are
-            reduced in (by default in ``param_dtype``); gradients have the stored parameter's dtype. Inputs are not cast.
+            reduced in (by default in ``param_dtype``). Gradients have the stored parameter's dtype. Inputs are not
+            cast.
 
     Returns:
         ``model``. The modules with parameters have classes of their own, which derive from what they were.

@@ -24,6 +24,7 @@ from cggr_compile.passes.joint.merge_sums import MergeSums
 from cggr_compile.passes.joint.reshard_after_forward import ReshardAfterForward
 from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
+from cggr_compile.passes.joint.sum_before_reducing import SumBeforeReducing
 from cggr_compile.passes.semantic.align_targets import AlignTargets
 from cggr_compile.passes.semantic.check_labels import CheckLabels
 from cggr_compile.passes.semantic.choose_selection import ChooseSelection
@@ -88,6 +89,7 @@ PASSES: tuple[GraphPass, ...] = (
     RowSparseBackward(),
     MergeProducts(),
     MergeSums(),
+    SumBeforeReducing(),
     AddTableRows(),
     MaterializeRotaryTables(),
     ResolveMarkers(),

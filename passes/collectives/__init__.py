@@ -1,7 +1,7 @@
 """Where the collectives of a forward or backward graph stand: steps that Inductor takes as its last ones over ATen.
 
-They change no value. Which collectives there are, and in which order, must be the same in every process, so nothing here
-depends on a measurement.
+They change no value. Which collectives there are, and in which order, must be the same in every process, so nothing
+here depends on a measurement.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cggr_compile import compat
 from cggr_compile.passes.collectives.common import finishing, gathers, nbytes, reductions, wait_of
 from cggr_compile.passes.fx import ancestors, in_order
 
