@@ -78,19 +78,20 @@ class CapturedReference:
                     return "its cross-entropy is inside of a checkpoint"
                 if any(not torch.equal(*pair) for pair in zip(before, _generators(device), strict=True)):
                     return "it draws random numbers"
-                if not evaluation.candidates:
-                    return "no position has a label"
                 roots = [results[i] for i in ours.places]
                 for i, root in zip(ours.places, roots, strict=True):
                     if not differentiable(root):
                         return math.inf, f"output {i}, which has no gradient in the captured graph"
                 leaves = [fresh[i] for i in self.kept if differentiable(fresh[i])]
                 start = [torch.full_like(root, scale) for root in roots]
+                # also without a label: other processes may have some, and wait for this one's part of the gradients
                 grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
+                if not evaluation.candidates:
+                    return "no position has a label"
             except torch.OutOfMemoryError:
                 return "its logits and activations of all positions do not fit into memory"
         names = [name for name, i in zip(self.names, self.kept, strict=True) if differentiable(fresh[i])]
-        return _largest_error(ours, [root.detach() for root in roots], list(grads), names)
+        return _largest_error(ours, [root.detach() for root in roots], list(map(compat.local_part, grads)), names)
 
     def _evaluation(self, ours: ProbeRun) -> _Evaluation | _GatedEvaluation:
         if self.heads is None:

@@ -24,6 +24,8 @@ _FLOAT16_SCALE = 4096.0
 class ProbeRun:
     """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument.
 
+    Of a sharded argument it is this process's part of the gradient that all have.
+
     ``places``: which of the graph's outputs are differentiable.
     """
 
@@ -76,10 +78,13 @@ class GradientProbe:
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-        return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], list(grads), places)
+            grads = [compat.local_part(grad) for grad in grads]
+        return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], grads, places)
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
+
+        As in :class:`ProbeRun`.
 
         With CUDA graphs they have to be read before the next compiled call, which may overwrite them.
 
@@ -96,7 +101,7 @@ class GradientProbe:
             start = [torch.full_like(root, self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, materialize_grads=True)
         restart()  # or this, and the step behind it, is a chain of graphs to record
-        return list(grads)
+        return [compat.local_part(grad) for grad in grads]
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from typing import Any
 import ddp_cases
 import decision_cases
 import fsdp_cases
+import shard_cases
 import torch
 import torch.distributed as dist
 
@@ -49,7 +50,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=LIMIT)
     dist._DEFAULT_FIRST_BUCKET_BYTES = ddp_cases.BUCKET
     results = {}
-    for cases in (ddp_cases, decision_cases, fsdp_cases):
+    for cases in (ddp_cases, decision_cases, fsdp_cases, shard_cases):
         for case in chosen_of(cases, chosen):
             began = time.monotonic()
             results[case] = attempt(cases.run, case, rank, folder)

@@ -37,7 +37,15 @@ from __future__ import annotations
 
 from cggr_compile.compat.callers import Caller, caller
 from cggr_compile.compat.checkpoints import CHECKPOINT_CONTEXT, checkpoint_of, next_checkpoint_id
-from cggr_compile.compat.collectives import ALL_GATHER, ALL_REDUCE, IN_PLACE, REDUCE_SCATTER, WAIT, is_sharded
+from cggr_compile.compat.collectives import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    IN_PLACE,
+    REDUCE_SCATTER,
+    WAIT,
+    is_sharded,
+    local_part,
+)
 from cggr_compile.compat.cuda_graphs import (
     apply_function,
     cuda_graphs_restart,

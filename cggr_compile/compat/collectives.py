@@ -30,3 +30,8 @@ def is_sharded(tensor: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Any) -> Any:
+    """This process's part of a ``DTensor``; anything else as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor

@@ -69,7 +69,7 @@ def once(factory: pytest.TempPathFactory, kind: str) -> Results:
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """Of the quick cases of ddp_cases.py, decision_cases.py and fsdp_cases.py, by case and rank."""
+    """Of the quick cases of ddp_cases.py, decision_cases.py, fsdp_cases.py and shard_cases.py, by case and rank."""
     return once(tmp_path_factory, "quick")
 
 

@@ -8,31 +8,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from ddp_cases import WORLD, build
-from reference import Run, assert_same, backward, hf_reference
+from ranks import averaged, distance, same
+from reference import backward, hf_reference
 
 import cggr_compile
-
-
-def averaged(found, numbers=(0,), prepare=lambda model: model) -> dict[str, torch.Tensor]:
-    """Of both ranks and all ``numbers``, at what each has picked; gradients of several steps add up."""
-    total: dict[str, torch.Tensor] = {}
-    for rank in range(WORLD):
-        for number, chosen in zip(numbers, found[rank]["picks"], strict=True):
-            model = prepare(build())
-            for name, grad in hf_reference(model, cases.batch(rank, number), chosen).grads.items():
-                total[name] = total.get(name, 0) + grad.float() / WORLD
-    return total
-
-
-def same(got, want):
-    assert_same(Run(torch.zeros(()), got), Run(torch.zeros(()), want))
-
-
-def distance(got, want):
-    return (
-        sum(float((got[n] - g).square().sum()) for n, g in want.items()) ** 0.5
-        / sum(float(g.square().sum()) for g in want.values()) ** 0.5
-    )
 
 
 @pytest.mark.parametrize(
