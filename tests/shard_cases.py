@@ -10,7 +10,6 @@ import models
 import torch
 import torch.distributed.checkpoint as checkpoint
 from ddp_cases import WORLD, build
-from decision_cases import MEASURED
 from fsdp_cases import CLIP, HALF, OPTIONS, batch, full, steps
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -19,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 import cggr_compile
 from cggr_compile.distributed import as_stored, shard
-from cggr_compile.shared_readback import LAG
 
 EMBEDDING = 3  # an odd number of rows: the last process has fewer
 
@@ -135,16 +133,6 @@ def every_token(rank: int) -> dict[str, Any]:
     }
 
 
-def measured(rank: int) -> dict[str, Any]:
-    model = sharded(build())
-    model.compile(backend=models.backend(), options=MEASURED)
-    runtime = cggr_compile.runtime(model)
-    for number in range(3 * LAG + 4):
-        model(**models.make_batch(seed=10 * rank + number)).loss.backward()
-        model.zero_grad()
-    return {"added": runtime.metrics()["added_variance"], "ratio": runtime.metrics()["ratio"]}
-
-
 CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "shard, saved": trained_and_saved,
     "shard, tied": lambda rank: compiled(rank, tied),
@@ -157,12 +145,11 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "shard, of copies": lambda rank: compiled(rank, dimensions=(WORLD, 1)),
     "shard, two axes": lambda rank: compiled(rank, dimensions=(1, WORLD)),
     "shard, verified": lambda rank: compiled(rank, options={**OPTIONS, "verify": True}),
-    "shard, measured": measured,
     "shard, Inductor": lambda rank: compiled(rank, tied, options={**OPTIONS, "compiler": "inductor"}),
 }
 SLOW = (
     *("shard, another backend", "shard, kept", "shard, mixed precision", "shard, of copies", "shard, two axes"),
-    *("shard, verified", "shard, measured", "shard, Inductor"),
+    *("shard, verified", "shard, Inductor"),
 )
 
 

@@ -21,6 +21,7 @@ aten = torch.ops.aten
 # beside views and elementwise operators: what lays tensors out anew
 LAYOUTS = frozenset(
     {
+        aten._to_copy.default,
         aten.cat.default,
         aten.clone.default,
         aten.constant_pad_nd.default,

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 REDUCTIONS = frozenset({compat.REDUCE_SCATTER, compat.ALL_REDUCE} - {None})
 # a sum of these is one of the sum, apart from rounding
 LINEAR = REDUCTIONS | {
+    aten._to_copy.default,
     aten.reshape.default,
     aten.slice.Tensor,
     aten.view.default,
