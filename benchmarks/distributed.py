@@ -4,7 +4,9 @@ The arms (see distributed_arms.py) take turns, one step each in every round; a f
 the slowest process's. Peak memory is one process's: parameters, the optimizer's state, and the most that a step adds
 (CUDA only). Scaling is the step of one process by itself over the step of all, on as many tokens each. The reduction is
 timed by itself, and as what it adds to forward and backward beside the same without it (``no_sync``,
-``set_requires_gradient_sync(False)``): the rest of it is hidden. FSDP's gathering of parameters is not part of it.
+``set_requires_gradient_sync(False)``): the rest of it is hidden. FSDP's gathering of parameters is not part of it, and
+where collectives are inside of the graph only the reduction by itself is timed. The last column is the step of many
+cards on paper (``--cards``, ``--gbps``).
 
 Rank 0 writes the JSON file after every arm and every round.
 
@@ -43,6 +45,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", type=items(allowed=ARMS), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
     ratios = "min_tokens_ratio of the selective arms, each in (0, 1)"
     parser.add_argument("--ratios", type=items(float), default=[0.25, 0.05], help=ratios)
+    parser.add_argument("--cards", type=int, default=64, help="of the step on paper")
+    parser.add_argument("--gbps", type=float, default=50.0, help="gigabytes a second that each of these cards sends")
     parser.add_argument("--time-limit", type=float, help="seconds after which no arm and no round is begun")
     parser.add_argument("--one-by-one", action="store_true", help="measure an arm, free it, go on: for large models")
     add_run_arguments(parser, json=Path("runs/benchmarks/distributed.json"))
@@ -89,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         if "machine" in document:
             console.print(machine_line(document["machine"]), highlight=False)
         for result in document["results"]:
-            console.print(rich_table(result))
+            console.print(rich_table(result, args.cards, args.gbps))
     records = [arm for document in documents for result in document["results"] for arm in result["arms"].values()]
     return int(any(record["status"] != "ok" for record in records))
 

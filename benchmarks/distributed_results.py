@@ -10,7 +10,18 @@ from results import NONE, text
 from rich.markup import escape
 from rich.table import Table
 
-COLUMNS = ("arm", "step ms", "× dense", "tokens/s", "peak MB", "scaling %", "reduction ms", "exposed ms", "hidden %")
+COLUMNS = (
+    "arm",
+    "step ms",
+    "× dense",
+    "tokens/s",
+    "peak MB",
+    "scaling %",
+    "reduction ms",
+    "exposed ms",
+    "hidden %",
+    "on paper ms",
+)
 
 
 def figures(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -49,8 +60,31 @@ def times_faster(result: Mapping[str, Any], label: str) -> float | None:
     return min(dense) / result["arms"][label]["step"] if dense else None
 
 
-def rich_table(result: Mapping[str, Any]) -> Table:
-    """A row per arm; what one process does, and tokens a second of all."""
+def planned(result: Mapping[str, Any], label: str, cards: int, gbps: float) -> float | None:
+    """The step in milliseconds on ``cards`` cards, each with a batch like this one, on paper; None without figures.
+
+    What a card computes is the step without other processes. What it sends takes ``bytes * (cards - 1) / cards /
+    bandwidth``: gradients once (a whole gradient is reduced, then spread: twice), gathered parameters once for each
+    pass. Of that, the share is hidden that was hidden here, and never more than the computation takes: all of it
+    without such a measurement, which is the least that the step can be.
+
+    Args:
+        gbps: what a card sends, in gigabytes a second.
+    """
+    record, share = result["arms"][label], scaling(result, label)
+    if share is None or record["arm"].startswith("alone"):
+        return None
+    alone, sent = share * record["step"], record["sent"]
+    whole = record["arm"].startswith("ddp")
+    total = sent["reduced"] * (2 if whole else 1) + sent["gathered_forward"] + sent["gathered_backward"]
+    communication = total * (cards - 1) / cards / gbps / 1e6
+    hidden = record.get("hidden")
+    hideable = communication * (1.0 if hidden is None else min(max(hidden, 0.0), 1.0))
+    return float(alone + communication - min(hideable, alone))
+
+
+def rich_table(result: Mapping[str, Any], cards: int = 64, gbps: float = 50.0) -> Table:
+    """A row per arm; what one process does, and tokens a second of all. ``cards``, ``gbps``: see :func:`planned`."""
     layers = f", {result['layers']} layers" if result["layers"] else ""
     title = f"{result['shape']}{layers}, {result['dtype']}, {result['world']} processes, {result['rounds']} rounds"
     table = Table(title=title, title_justify="left", caption_justify="left")
@@ -77,6 +111,8 @@ def rich_table(result: Mapping[str, Any]) -> Table:
             text(record.get("reduction"), "{:.1f}"),
             text(record.get("exposed"), "{:.1f}"),
             text(None if hidden is None else 100 * hidden, "{:.0f}"),
+            text(planned(result, label, cards, gbps), "{:.1f}"),
         )
+    notes.append(f"on paper: {cards} cards that send {gbps:g} GB/s each (--cards, --gbps)")
     table.caption = escape("\n".join(notes))
     return table

@@ -20,7 +20,8 @@ class Cause(enum.Enum):
     # The graph is a piece of the training step.
     FSDP_BLOCKS = (
         "FSDP wraps {count} modules inside of the model, and its hooks cut the graph at each: wrap the root only "
-        "(fully_shard(model) without fully_shard of its blocks), and compile the root"
+        "(fully_shard(model) without fully_shard of its blocks), or, where all parameters at once do not fit, call "
+        "cggr_compile.distributed.shard(model, mesh) instead; and compile the root"
     )
     ONE_BLOCK = (
         "this graph is a part of a model, compiled by itself: it turns one hidden state into another, and has neither "

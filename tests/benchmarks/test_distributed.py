@@ -16,13 +16,15 @@ pytest.importorskip("transformers")
 import distributed
 import distributed_arms
 import distributed_results
-from distributed_results import figures, rich_table, scaling, times_faster
+from distributed_results import figures, planned, rich_table, scaling, times_faster
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def record(arm: str, step: float, ratio: float | None = None, **more: Any) -> dict[str, Any]:
-    return {"status": "ok", "arm": arm, "ratio": ratio, "step": step, "peak_mb": 100.0, "held_mb": 50.0, **more}
+    sent = {"reduced": 10**9, "gathered_forward": 0, "gathered_backward": 0}
+    common = {"peak_mb": 100.0, "held_mb": 50.0, "sent": sent}
+    return {"status": "ok", "arm": arm, "ratio": ratio, "step": step, **common, **more}
 
 
 RESULT: dict[str, Any] = {
@@ -65,9 +67,20 @@ def test_table_has_a_row_per_arm() -> None:
     cells = [list(column.cells) for column in table.columns]
     rows = {row[0]: row[1:] for row in zip(*cells, strict=True)}
     assert list(rows) == list(RESULT["arms"])
-    assert rows["ddp 0.25"] == ("6.0", "2.00", "33333", "150", "83.3", "4.0", "1.0", "75")
-    assert rows["alone 0.25"][2] == "20000" and rows["fsdp 0.25"] == ("–",) * 8
+    assert rows["ddp 0.25"] == ("6.0", "2.00", "33333", "150", "83.3", "4.0", "1.0", "75", "39.4")
+    assert rows["alone 0.25"][2] == "20000" and rows["fsdp 0.25"] == ("–",) * 9
     assert "fsdp 0.25 failed: out of memory" in str(table.caption)
+
+
+def test_many_cards_on_paper() -> None:
+    # 2 GB at 1 TB/s, half of it not sent with two cards: 1 ms, three quarters of it hidden
+    assert planned(RESULT, "ddp 0.25", 2, 1000.0) == pytest.approx(5.0 + 0.25)
+    assert planned(RESULT, "ddp 0.25", 64, 100.0) == pytest.approx(5.0 + 19.6875 - 5.0), "no more than it computes"
+    assert planned(RESULT, "ddp-dense", 2, 1000.0) == pytest.approx(10.0), "not measured: all of it hidden"
+    sent = {"reduced": 10**9, "gathered_forward": 10**9, "gathered_backward": 10**9}
+    sharded = {**RESULT, "arms": {**RESULT["arms"], "shard 0.25": record("shard", 5.5, 0.25, sent=sent)}}
+    assert planned(sharded, "shard 0.25", 64, 100.0) == pytest.approx(5.0 + 29.53125 - 5.0)
+    assert planned(RESULT, "alone 0.25", 2, 1.0) is None
 
 
 def test_needs_torchrun(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +103,15 @@ def test_command_measures_every_arm(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     (result,) = json.loads(path.read_text())["results"]
     assert result["world"] == 2 and result["rounds"] == 2
-    assert [arm["arm"] for arm in result["arms"].values()] == list(distributed_arms.ARMS)
+    assert [arm["arm"] for arm in result["arms"].values()] == list(distributed_arms.DEFAULT_ARMS)
     for arm in result["arms"].values():
         assert arm["status"] == "ok" and arm["step"] > 0 and arm["held_mb"] > 0, arm
-        assert arm["arm"].startswith("alone") or (arm["reduction"] > 0 and len(arm["samples"]["unreduced"]) == 2)
+        assert arm["arm"].startswith("alone") or arm["reduction"] > 0
+        if arm["arm"].startswith(("ddp", "fsdp")):
+            assert len(arm["samples"]["unreduced"]) == 2
         if arm["arm"] in distributed_arms.SELECTIVE:
             assert arm["metrics"]["matched"] and arm["metrics"]["ratio"] == 0.25
     # a sharded model's parameters are spread, a replicated one's are not
-    assert result["arms"]["fsdp-dense"]["held_mb"] < 0.6 * result["arms"]["ddp-dense"]["held_mb"]
+    for sharded in ("fsdp-dense", "shard-dense", "shard 0.25"):
+        assert result["arms"][sharded]["held_mb"] < 0.6 * result["arms"]["ddp-dense"]["held_mb"]
     assert "ddp 0.25" in run.stdout and distributed_results.COLUMNS[0] in run.stdout

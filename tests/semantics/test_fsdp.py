@@ -107,3 +107,4 @@ def test_per_block_it_is_dense_and_says_what_helps(results):
         same(one["grads"], want)
         (warned,) = one["warned"]
         assert "FSDP wraps 1 modules inside of the model" in warned and "wrap the root only" in warned
+        assert "cggr_compile.distributed.shard(model, mesh)" in warned
