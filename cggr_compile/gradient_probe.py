@@ -78,8 +78,8 @@ class GradientProbe:
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, scale * self.scale) for root in roots]
             grads = torch.autograd.grad(roots, leaves, start, allow_unused=True)
-            grads = [compat.local_part(grad) for grad in grads]
-        return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], grads, places)
+            parts = [compat.local_part(grad) for grad in grads]
+        return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], parts, places)
 
     def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
