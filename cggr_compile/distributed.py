@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.nn import Module, Parameter
 from torch.nn.parallel import DistributedDataParallel
 
+from cggr_compile import compat
 from cggr_compile.sharding import RECORD, Sharding, sharding_of
 
 __all__ = ["as_stored", "shard"]
@@ -79,17 +80,18 @@ def shard(
     spread: dict[Parameter, Parameter] = {}  # a parameter may be in several places
     classes: dict[tuple[type, tuple[str, ...]], type] = {}
     for part in list(model.modules()):
-        names = tuple(name for name, parameter in part._parameters.items() if parameter is not None)
+        parameters, buffers = compat.own_parameters(part), compat.own_buffers(part)
+        names = tuple(name for name, parameter in parameters.items() if parameter is not None)
         for name in names:
-            full = part._parameters[name]
+            full = parameters[name]
             assert full is not None
             if full not in spread:
                 local = distribute_tensor(full.detach(), mesh, _placements(full, mesh))
                 spread[full] = Parameter(local, requires_grad=full.requires_grad)
-            part._parameters[name] = spread[full]
-        for name, buffer in part._buffers.items():
+            parameters[name] = spread[full]
+        for name, buffer in buffers.items():
             if buffer is not None and not buffer.is_meta:
-                part._buffers[name] = buffer.to(mesh.device_type)
+                buffers[name] = buffer.to(mesh.device_type)
         if names:
             kind = type(part)
             if (kind, names) not in classes:
@@ -141,7 +143,7 @@ def _reader(name: str, sharding: Sharding) -> Any:
     of_each = [Partial("avg") if mesh.size(axis) > 1 else Replicate() for axis in range(mesh.ndim)]
 
     def read(module: Module) -> Tensor | None:
-        stored: Any = module._parameters[name]
+        stored: Any = compat.own_parameters(module)[name]
         if _stored or stored is None:
             return stored  # type: ignore[no-any-return]
         floating = stored.is_floating_point()

@@ -6,7 +6,7 @@
 | ``graph_breaks.py`` | where and why a graph ends before the captured function does |
 | ``callers.py`` | who runs a compiled graph: the module, the captured frame |
 | ``sources.py`` | Dynamo's names of graph inputs and modules, and guards on a module's mode |
-| ``modules.py`` | what ``torch.compile`` makes of a module, copies that share its state |
+| ``modules.py`` | what ``torch.compile`` makes of a module, copies that share its state, what it stores |
 | ``operators.py`` | what a node can call: operators with their schemas, higher-order operators |
 | ``modes.py`` | calls in a graph that change grad mode, autocast, inference mode or a level of vmap |
 | ``sizes.py`` | symbolic sizes |
@@ -114,6 +114,8 @@ from cggr_compile.compat.modules import (
     forward_hooks,
     is_compiled,
     original_module,
+    own_buffers,
+    own_parameters,
     plain_call,
     remove_forward_hook,
     set_compiled_call,

@@ -55,3 +55,15 @@ def with_child(module: torch.nn.Module, name: str, child: torch.nn.Module) -> to
     vars(copied)["_modules"] = {**module._modules, name: child}
     vars(copied).pop("_compiled_call_impl", None)
     return copied
+
+
+def own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | None]:
+    """What a module itself stores as parameters, by name: past properties of its class."""
+    stored: dict[str, torch.nn.Parameter | None] = module._parameters
+    return stored
+
+
+def own_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """The same of its buffers."""
+    stored: dict[str, torch.Tensor | None] = module._buffers
+    return stored
