@@ -48,7 +48,7 @@ def run_cases(folder: Path, kind: str) -> None:
         for rank in range(WORLD)
     ]
     try:
-        errors = [process.communicate(timeout=240)[1].decode()[-3000:] for process in processes]
+        errors = [process.communicate(timeout=400)[1].decode()[-3000:] for process in processes]
     finally:
         for process in processes:
             process.kill()
