@@ -9,6 +9,7 @@ import torch
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.passes.base import JointPass, PassResult
 from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.joint.selections import JointSelection, find_selections, selection_of
 from cggr_compile.passes.nodes import fake_value
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class ResolveMarkers(JointPass):
         selected = zeros[B, S].scatter(1, rows, keep)
         dk = where(selected[:, None, :, None], dk2, 0.0)
 
-    Where ``cggr.scale_selected_grads(rows, factors)`` stands, dk is multiplied with the factors as well.
+    Where ``cggr.scale_selected_grads(rows, factors)`` stands, dk is multiplied with the factors as well. Of several
+    selections it is the one that dk comes from.
     """
 
     name = "resolve_markers"
@@ -45,29 +47,23 @@ class ResolveMarkers(JointPass):
         backward = graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected_backward.default)
         if not forward and not backward:
             return PassResult(False, "no markers")
-        gathers = graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
-        if not gathers:
-            raise UnresolvedMarkerError(
-                "the joint graph has detach_unselected markers but no cggr::gather_rows to take rows from"
-            )
         for node in forward:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        hidden, rows, keep = (n for n in gathers[0].args if isinstance(n, torch.fx.Node))
-        factors = grad_factors(graph)
-        emit = Emitter(graph, fake_value(gathers[0]).fake_mode, key="val")
-        with emit.before(gathers[0], self.name):
-            shape = [emit.size(hidden, 0), emit.size(hidden, 1)]
-            device = fake_value(hidden).device
-            blank = emit.call(aten.full.default, shape, False, dtype=torch.bool, device=device)
-            selected = emit.call(aten.scatter.src, blank, 1, rows, keep)
-            factor = None
-            if factors is not None:
-                blank = emit.call(aten.full.default, shape, 0.0, dtype=torch.float32, device=device)
-                factor = emit.call(aten.scatter.src, blank, 1, rows, factors)
+        selections = find_selections(graph)
+        masks: dict[JointSelection, tuple[Node, Node | None]] = {}
         for node in backward:
+            selection = selection_of(node, selections)
+            if selection is None:
+                raise UnresolvedMarkerError(
+                    "the joint graph has a detach_unselected marker whose gradient comes from no cggr::gather_rows, or "
+                    "from one of several"
+                )
+            emit = Emitter(graph, fake_value(node).fake_mode, key="val")
+            if selection not in masks:
+                masks[selection] = self._masks(emit, selection)
             with emit.before(node, self.name):
-                stopped = _mask(emit, node, selected, factor)
+                stopped = _mask(emit, node, *masks[selection])
             node.replace_all_uses_with(stopped)
             graph.erase_node(node)
         for node in graph.find_nodes(op="call_function", target=torch.ops.cggr.scale_selected_grads.default):
@@ -75,11 +71,19 @@ class ResolveMarkers(JointPass):
             graph.erase_node(node)
         return PassResult(True, f"{len(backward)} markers resolved", {"markers": len(backward)})
 
-
-def grad_factors(graph: Graph) -> Node | None:
-    """What the markers' gradients are multiplied with at the selected rows, float32 [B, K]; None for 1."""
-    found = graph.find_nodes(op="call_function", target=torch.ops.cggr.scale_selected_grads.default)
-    return found[0].all_input_nodes[1] if found else None
+    def _masks(self, emit: Emitter, selection: JointSelection) -> tuple[Node, Node | None]:
+        """Which positions are selected, bool [B, S], and what their gradients are multiplied with, float32 [B, S]."""
+        gather = next(n for n in selection.keep.users if n.target is torch.ops.cggr.gather_rows.default)
+        hidden: Any = gather.args[0]
+        with emit.before(gather, self.name):
+            shape = [emit.size(hidden, 0), emit.size(hidden, 1)]
+            device = fake_value(hidden).device
+            blank = emit.call(aten.full.default, shape, False, dtype=torch.bool, device=device)
+            selected = emit.call(aten.scatter.src, blank, 1, selection.rows, selection.keep)
+            if selection.factors is None:
+                return selected, None
+            blank = emit.call(aten.full.default, shape, 0.0, dtype=torch.float32, device=device)
+            return selected, emit.call(aten.scatter.src, blank, 1, selection.rows, selection.factors)
 
 
 def weighed(emit: Emitter, grad: Node, factors: Node) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from cggr_compile.passes.joint.row_sparse.annotations import Annotations
 from cggr_compile.passes.joint.row_sparse.placement import place_early
 from cggr_compile.passes.joint.row_sparse.stages import separate, stages
 from cggr_compile.passes.joint.row_sparse.values import RowValues
+from cggr_compile.passes.joint.selections import JointSelection, find_selections
 from cggr_compile.passes.nodes import shape_of
 from cggr_compile.passes.patterns.attention import is_attention
 
@@ -48,42 +50,75 @@ class RowSparseBackward(JointPass):
     optional = True
 
     def __call__(self, graph: Graph) -> PassResult:
-        seeds = graph.find_nodes(op="call_function", target=ops.scatter_rows.default)
-        if not seeds:
+        selections = find_selections(graph)
+        if not selections:
             return PassResult(False, "no cggr::scatter_rows in the joint graph")
-        if len({seed.args[1:] for seed in seeds}) > 1:
+        if len(selections) > 1 and not _apart(graph, selections):
             return PassResult(False, "several selections in one joint graph")
-        seed = seeds[0]
-        _, rows, keep, length = seed.args
-        if not is_static(seed, rows) or not isinstance(length, int):
+        if not all(is_static(one.seeds[0], one.rows) and isinstance(one.length, int) for one in selections):
             return PassResult(False, "symbolic sizes: the backward stays dense (mark the sizes static to change that)")
-        nodes = list(graph.nodes)
-        at = Annotations(shape_of(seed)[0], length, shape_of(rows)[1], backward=descendants(seeds))
-        at.annotate(nodes[nodes.index(seed) :])
-        places = _places(at, nodes)
-        rv = RowValues(graph, rows, keep, at)
-        with rv.emit.before(seed, self.name):
-            rv.rows = rv.emit.call(ops.fusion_barrier.default, rows)
-        rv.stage = stages(nodes[: nodes.index(seed)], rows)
-        for node, plan in at.plans.items():
-            with rv.emit.before(node, self.name):
-                plan.apply(rv, node)
-        graph.eliminate_dead_code()
-        separate(rv, set(graph.nodes).difference(nodes))
-        place_early(graph, set(graph.nodes).difference(nodes))
-        densified: Counter[str] = Counter()
-        for node, count in at.densified.items():
-            densified[str(node.target)] += count
-        reason = f"{len(at.layouts)} values on rows, {densified.total()} made dense again"
-        if at.dense_attention:
-            named = ", ".join(f"{count} × {why}" for why, count in at.dense_attention.items())
-            reason += f"; dense attention: {named}"
+        found = _Found()
+        for selection in selections:
+            _carry(graph, selection, len(selections) == 1, found)
         details = {
-            "densified": dict(densified),
-            "densified_at": places,
-            "dense_attention": dict(at.dense_attention),
+            "densified": dict(found.densified),
+            "densified_at": found.places,
+            "dense_attention": dict(found.dense_attention),
         }
-        return PassResult(True, reason, details)
+        return PassResult(True, str(found), details)
+
+
+@dataclass
+class _Found:
+    """What came of all selections."""
+
+    values: int = 0
+    densified: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str | None]] = field(default_factory=dict)
+    dense_attention: Counter[str] = field(default_factory=Counter)
+
+    def add(self, at: Annotations, places: dict[str, list[str | None]]) -> None:
+        self.values += len(at.layouts)
+        for node, count in at.densified.items():
+            self.densified[str(node.target)] += count
+        for operator, each in places.items():
+            self.places.setdefault(operator, []).extend(each)
+        self.dense_attention += at.dense_attention
+
+    def __str__(self) -> str:
+        text = f"{self.values} values on rows, {self.densified.total()} made dense again"
+        if not self.dense_attention:
+            return text
+        named = ", ".join(f"{count} × {why}" for why, count in self.dense_attention.items())
+        return f"{text}; dense attention: {named}"
+
+
+def _apart(graph: Graph, selections: list[JointSelection]) -> bool:
+    """Whether the gradient of one selection alone comes to every place where gradient ends."""
+    markers = graph.find_nodes(op="call_function", target=ops.detach_unselected_backward.default)
+    return all(sum(marker in one.backward for one in selections) == 1 for marker in markers)
+
+
+def _carry(graph: Graph, selection: JointSelection, alone: bool, found: _Found) -> None:
+    """Carry the rows of one selection through the graph; ``alone``: there is no other one."""
+    seed, rows = selection.seeds[0], selection.rows
+    nodes, backward = list(graph.nodes), descendants(selection.seeds)
+    at = Annotations(shape_of(seed)[0], selection.length, shape_of(rows)[1], backward=backward)
+    behind = nodes[nodes.index(seed) :]
+    at.annotate(behind if alone else [node for node in behind if node in backward])
+    places = _places(at, nodes)
+    rv = RowValues(graph, rows, selection.keep, at)
+    rv.factors = selection.factors
+    with rv.emit.before(seed, RowSparseBackward.name):
+        rv.rows = rv.emit.call(ops.fusion_barrier.default, rows)
+    rv.stage = stages(nodes[: nodes.index(seed)], rows)
+    for node, plan in at.plans.items():
+        with rv.emit.before(node, RowSparseBackward.name):
+            plan.apply(rv, node)
+    graph.eliminate_dead_code()
+    separate(rv, set(graph.nodes).difference(nodes))
+    place_early(graph, set(graph.nodes).difference(nodes))
+    found.add(at, places)
 
 
 def _places(at: Annotations, nodes: Sequence[Node]) -> dict[str, list[str | None]]:

@@ -38,6 +38,7 @@ class RowValues:
 
     def __init__(self, graph: Graph, rows: Node, keep: Node, at: Annotations) -> None:
         self.graph, self.rows, self.keep, self.at = graph, rows, keep, at
+        self.factors: Node | None = None  # what markers multiply the gradient of the rows with
         self.batch, self.length, self.slots = at.batch, at.length, at.slots
         self.emit = Emitter(graph, fake_value(rows).fake_mode, key="val")
         self.sparse: dict[Node, Rows] = {}

@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.passes.joint.resolve_markers import ResolveMarkers
+from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 
 ops = torch.ops.cggr
 
@@ -62,6 +63,47 @@ def test_idempotent():
     gm, _ = joint()
     ResolveMarkers()(gm.graph)
     assert not ResolveMarkers()(gm.graph).matched
+
+
+def two_selections(mixed: bool = False):
+    """Two hidden states with rows, factors and a marker each; ``mixed``: the second is computed from the first."""
+
+    def program(x, y, rows, keep, factors, tangents):
+        a, b = (torch.cumsum(ops.detach_unselected(h, 1), 1) for h in (x, y))
+        scaled = ops.scale_selected_grads(rows[1], factors)
+        outs = [ops.gather_rows(a, rows[0], keep), ops.gather_rows(a + b if mixed else b, scaled, keep)]
+        return torch.autograd.grad(outs, (x, y), tangents)
+
+    x, y = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    rows, keep = torch.tensor([[[1, 4], [2, 0]], [[3, 5], [1, 2]]]), torch.tensor([[True, True], [True, False]])
+    factors = torch.tensor([[2.0, 3], [4, 5]])
+    arguments = (x, y, [*rows], keep, factors, [torch.randn(2, 2, 4) for _ in range(2)])
+    return make_fx(program, tracing_mode="fake")(*arguments), arguments
+
+
+@pytest.mark.parametrize("on_rows", [False, True])
+def test_every_marker_gets_the_rows_of_its_own_forward(on_rows):
+    gm, (x, y, rows, keep, factors, tangents) = two_selections()
+    if on_rows:
+        result = RowSparseBackward()(gm.graph)
+        assert result.matched, result.reason
+    ResolveMarkers()(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    got = gm(x, y, rows, keep, factors, tangents)
+    for grad, hidden, own, weigh, tangent in zip(got, (x, y), rows, (None, factors), tangents, strict=True):
+        leaf = hidden.detach().requires_grad_()
+        ops.gather_rows(torch.cumsum(leaf, 1), own, keep).backward(tangent)
+        ones = keep.float() if weigh is None else keep * weigh
+        mask = torch.zeros(2, 6).scatter_add(1, own, ones)
+        torch.testing.assert_close(grad, leaf.grad * mask[..., None])
+
+
+def test_gradient_of_several_selections_is_not_told_apart():
+    """Then nothing is carried on rows."""
+    gm, _ = two_selections(mixed=True)
+    result = RowSparseBackward()(gm.graph)
+    assert not result.matched and result.reason == "several selections in one joint graph"
 
 
 def test_markers_without_rows_raise():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
-from cggr_compile.passes.joint.resolve_markers import grad_factors, weighed
+from cggr_compile.passes.joint.resolve_markers import weighed
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
 from cggr_compile.passes.nodes import shape_of
@@ -46,7 +46,8 @@ class DetachUnselected(Rule):
 
         def make(rv: RowValues, rows: Node) -> Node:
             values = rows if known else rv.zero_unused_slots(rows, layout)
-            factors = grad_factors(rv.graph)
-            return values if factors is None else weighed(rv.emit, values, rv.on_slots(factors, layout, values))
+            if rv.factors is None:
+                return values
+            return weighed(rv.emit, values, rv.on_slots(rv.factors, layout, values))
 
         return Call((At(grad, layout),), layout, make)
