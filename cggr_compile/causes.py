@@ -90,9 +90,9 @@ class Cause(enum.Enum):
     )
 
     SEVERAL_FORWARDS = (
-        "the loss is computed from {count} forwards of a model with gradient, and one selection cannot serve several: "
-        "put the batches together and call the model once (torch.cat), or run those that need no gradient under "
-        "torch.no_grad()"
+        "{what} combines the logits of several forwards with gradient, each of which has a selection of its own: "
+        "combine their losses, or the values of their positions; put the batches together and call the model once "
+        "(torch.cat); or run a forward that needs no gradient under torch.no_grad()"
     )
 
     # The layers.

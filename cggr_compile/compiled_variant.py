@@ -16,9 +16,9 @@ from cggr_compile.dense_layers import dense_layers
 from cggr_compile.gradient_probe import GradientProbe, written_inputs
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.lower import lower_dense, lower_selective
-from cggr_compile.passes.facts import LayerStack, Outputs
+from cggr_compile.passes.facts import Block, LayerStack, Outputs
 from cggr_compile.passes.nodes import fake_value
-from cggr_compile.passes.step_interface import STATE, split
+from cggr_compile.passes.step_interface import STATE, Form
 from cggr_compile.pipeline import copy_module
 from cggr_compile.replay import Replay
 from cggr_compile.report import GraphDump, Verification
@@ -68,7 +68,7 @@ class CompiledVariant:
             if self._scheduled or call.runtime.agreement is not None:  # other processes' steps go on
                 call.advance()
             results = self._compiled(*args)
-        outputs, others = split(results, self._returns)
+        outputs, others = self._returns.split(results)
         others = others.clone() if self._overwritten else others
         call.record(self.report, others)
         if self._doublings:
@@ -106,7 +106,10 @@ class CompiledVariant:
                 lambda: resolver.runtime,
                 lambda why: resolver.runtime.notify(why),
             )
-        blocks, dense = variant.ctx[LayerStack].blocks, variant.ctx[Outputs].dense_blocks
+        blocks, dense = list[Block](), set[int]()
+        for stack, found in zip(variant.ctx.every(LayerStack), variant.ctx.every(Outputs), strict=True):
+            dense |= {len(blocks) + i for i in found.dense_blocks}
+            blocks += stack.blocks
         if message := dense_layers(report, options, blocks, dense):
             resolver.runtime.warn(message)
         if options.verify:
@@ -135,7 +138,8 @@ class CompiledVariant:
                 patches,
             )
         steps = variant.ctx.options.verify
-        return Verifier(self._compiled, reference, semantic, self._device, steps, variant.captured)
+        probe = GradientProbe(semantic, self._device, self._returns)
+        return Verifier(self._compiled, reference, probe, steps, variant.captured)
 
     def _verify(self, call: Call, args: Sequence[Any]) -> None:
         verifier, failure = self._verifier, None
@@ -162,4 +166,5 @@ def nothing_to_verify(runtime: Runtime, report: Any, why: str) -> None:
 
 def _probe(variant: GraphVariant, inputs: Sequence[Any]) -> GradientProbe:
     device = next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad)
-    return GradientProbe(variant.graph, device, variant.ctx[Outputs].objective)
+    objective = sorted({place for outputs in variant.ctx.every(Outputs) for place in outputs.objective})
+    return GradientProbe(variant.graph, device, Form(), objective)

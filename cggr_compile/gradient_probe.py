@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.nodes import fake_value
-from cggr_compile.passes.step_interface import SELECTIVE, split
+from cggr_compile.passes.step_interface import Form
 
 # Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
 _FLOAT16_SCALE = 4096.0
@@ -22,15 +22,16 @@ _FLOAT16_SCALE = 4096.0
 
 @dataclass(frozen=True)
 class ProbeRun:
-    """Selected positions, their weights, differentiable outputs, the gradient of every differentiable argument.
+    """Selected positions and their weights, of each forward; differentiable outputs; the gradient of every
+    differentiable argument.
 
     Of a sharded argument it is this process's part of the gradient that all have.
 
     ``places``: which of the graph's outputs are differentiable.
     """
 
-    selected: Tensor
-    weights: Tensor
+    selected: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
     outputs: list[Tensor]
     grads: list[Tensor | None]
     places: list[int]
@@ -44,6 +45,7 @@ class GradientProbe:
     Args:
         graph: the rewritten graph, which takes and returns what ``step_interface`` says; or a dense one, for
             :meth:`gradient`.
+        returns: what :meth:`run` finds behind the user's results.
         objective: positions of the outputs that :meth:`gradient` differentiates.
 
     Attributes:
@@ -52,8 +54,8 @@ class GradientProbe:
         names: of the graph's inputs.
     """
 
-    def __init__(self, graph: GraphModule, device: torch.device, objective: Sequence[int] = ()) -> None:
-        self.device, self._objective = device, objective
+    def __init__(self, graph: GraphModule, device: torch.device, returns: Form, objective: Sequence[int] = ()) -> None:
+        self.device, self._returns, self._objective = device, returns, objective
         inputs = graph.graph.find_nodes(op="placeholder")
         self.names = [compat.source_name(node) for node in inputs]
         self._written = written_inputs(graph)
@@ -71,7 +73,7 @@ class GradientProbe:
         """
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)
-            outputs, others = split(function(*fresh, state.clone()), SELECTIVE)
+            outputs, others = self._returns.split(function(*fresh, state.clone()))
             others = others.clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
             places = [i for i, out in enumerate(outputs) if differentiable(out) and out.numel()]
             roots = [outputs[i] for i in places]

@@ -13,8 +13,8 @@ from cggr_compile import compat
 from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.configuration import Configuration
 from cggr_compile.passes.base import FirstBatches, GraphContext
-from cggr_compile.passes.facts import ObservedRouter, Slots, StaticSizes
-from cggr_compile.passes.step_interface import OBSERVING, SELECTIVE
+from cggr_compile.passes.facts import Figures, Slots, StaticSizes
+from cggr_compile.passes.step_interface import Form
 from cggr_compile.pipeline import rewrite
 from cggr_compile.report import GraphDump, GraphReport
 
@@ -28,6 +28,7 @@ class GraphVariant:
         ctx: what the passes found.
         training: whether it is a training step's.
         selective: whether it trains on selected positions.
+        returns: what it returns behind the user's results.
         static: set if its sizes are numbers now.
         captured: the graph before the passes, if it is to be verified.
     """
@@ -39,6 +40,7 @@ class GraphVariant:
     dump: GraphDump
     training: bool
     selective: bool
+    returns: Form
     static: StaticSizes | None
     captured: CapturedReference | None
 
@@ -78,21 +80,14 @@ class GraphVariant:
         graph = rewrite(gm, ctx, report, dump) if rewritable else gm
         selective = report.matched
         captured = CapturedReference(gm, graph, inputs, ctx) if options.verify and selective else None
-        static = ctx.get(StaticSizes) if graph is not gm else None
-        return cls(configuration, graph, ctx, report, dump, report.training, selective, static, captured)
-
-    @property
-    def returns(self) -> tuple[str, ...]:
-        """What the graph returns behind the user's results; see ``step_interface``."""
-        if self.selective:
-            return SELECTIVE
-        return () if self.ctx.get(ObservedRouter) is None else OBSERVING
+        static, figures = (ctx.get(StaticSizes), ctx.get(Figures)) if graph is not gm else (None, None)
+        returns = Form() if figures is None else figures.form
+        return cls(configuration, graph, ctx, report, dump, report.training, selective, returns, static, captured)
 
     @property
     def doublings(self) -> int:
         """How often its slots may be doubled, with ``growth`` of another variant."""
-        slots = self.ctx.get(Slots) if self.selective else None
-        return 0 if slots is None else slots.doublings
+        return max((slots.doublings for slots in self.ctx.every(Slots)), default=0) if self.selective else 0
 
     def pin_sizes(self) -> None:
         """Let Dynamo guard the sizes that have become numbers."""

@@ -30,6 +30,7 @@ from cggr_compile.passes.semantic.check_labels import CheckLabels
 from cggr_compile.passes.semantic.choose_selection import ChooseSelection
 from cggr_compile.passes.semantic.classify_outputs import ClassifyOutputs
 from cggr_compile.passes.semantic.detach_outputs import DetachOutputs
+from cggr_compile.passes.semantic.find_forwards import FindForwards
 from cggr_compile.passes.semantic.find_loss import FindLoss
 from cggr_compile.passes.semantic.find_stack import FindStack
 from cggr_compile.passes.semantic.find_token_values import FindTokenValues
@@ -43,6 +44,7 @@ from cggr_compile.passes.semantic.lower_values import LowerValues
 from cggr_compile.passes.semantic.make_sizes_static import MakeSizesStatic
 from cggr_compile.passes.semantic.observe_router import ObserveRouter
 from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
+from cggr_compile.passes.semantic.return_figures import ReturnFigures
 from cggr_compile.passes.semantic.rewrite_loss import RewriteLoss
 from cggr_compile.passes.semantic.rewrite_values import RewriteValues
 from cggr_compile.passes.semantic.route_gradient import RouteGradient
@@ -64,6 +66,7 @@ PASSES: tuple[GraphPass, ...] = (
     Functionalize(),
     LowerExperts(),
     SpellLosses(),
+    FindForwards(),
     FindLoss(),
     SplitReductions(),
     LowerValues(),
@@ -82,6 +85,7 @@ PASSES: tuple[GraphPass, ...] = (
     InsertRouter(),
     ObserveRouter(),
     SelectRows(),
+    ReturnFigures(),
     RewriteLoss(),
     RewriteValues(),
     RouteGradient(),
@@ -176,7 +180,7 @@ def rewrite(
             report.passes.append(PassRecord(graph_pass.name, graph_pass.stage, False, off))
             continue
         ctx.running = graph_pass
-        record = run_pass(graph_pass, work.graph, report, lambda p=graph_pass: p(work, ctx))  # type: ignore[misc]
+        record = run_pass(graph_pass, work.graph, report, lambda p=graph_pass: apply(p, work, ctx))  # type: ignore[misc]
         ctx.running = None
         if record.cause is Cause.INTERNAL_ERROR and graph_pass.name == InsertRouter.name:
             ctx.restart(begin)
@@ -196,12 +200,38 @@ def rewrite(
         report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
     report.matched, report.cause, report.ratio = True, None, float(ctx.options.ratio)
-    report.gradient, report.selection = ctx[Routing].gradient, ctx.options.selection
+    exact = any(routing.gradient == "exact" for routing in ctx.every(Routing))
+    report.gradient, report.selection = "exact" if exact else "routed", ctx.options.selection
     told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
     told += [report.record(ChooseSelection.name)] if ctx.options.selection != asked else []
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
+
+
+def apply(graph_pass: SemanticPass, gm: GraphModule, ctx: GraphContext) -> PassResult:
+    """Run a pass, for each of the graph's forwards where it looks at one."""
+    if graph_pass.whole_graph:
+        return graph_pass(gm, ctx)
+    results = []
+    for forward in ctx.forwards:
+        with ctx.of(forward):
+            results.append(graph_pass(gm, ctx))
+        if results[-1].cause is not None:  # all forwards are rewritten, or none
+            return results[-1]
+    return _together(results)
+
+
+def _together(results: Sequence[PassResult]) -> PassResult:
+    """What a pass did to several forwards, as one result."""
+    first, *others = results
+    if not others:
+        return first
+    reason = f"in each of {len(results)} forwards: {first.reason}"
+    if any(other.reason != first.reason for other in others):
+        reason = "; ".join(f"forward {number}: {result.reason}" for number, result in enumerate(results, 1))
+    details = {f"forward {number}": result.details for number, result in enumerate(results, 1) if result.details}
+    return PassResult(any(result.matched for result in results), reason, details)
 
 
 def calls_our_operators(graph: Graph) -> bool:

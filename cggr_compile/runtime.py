@@ -50,9 +50,11 @@ class Runtime:
     Attributes:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
             positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
-            slots). None before the first, or at ratio 1.0.
+            slots). None before the first, or at ratio 1.0. A tuple of such, in the order of the step's forwards, where
+            one graph trains on several.
         weights: float32 [B, K], what the loss at each of these positions counted: the loss was their weighted sum,
-            divided by the number of candidates if it is a mean. 0 for an unused slot; None where ``selected`` is.
+            divided by the number of candidates if it is a mean. 0 for an unused slot; None, or a tuple, where
+            ``selected`` is.
         options: the options of the last compilation.
         reports: a GraphReport per graph compiled for this model.
     """
@@ -60,8 +62,8 @@ class Runtime:
     def __init__(self) -> None:
         self.options = Options()
         self.reports: list[GraphReport] = []
-        self.selected: Tensor | None = None
-        self.weights: Tensor | None = None
+        self.selected: Tensor | tuple[Tensor, ...] | None = None
+        self.weights: Tensor | tuple[Tensor, ...] | None = None
         self._stats: Tensor | None = None
         self._overflow = Overflow()
         self._growth = SlotGrowth()
@@ -91,6 +93,8 @@ class Runtime:
 
     def metrics(self) -> dict[str, Any]:
         """Figures of the last training forward. Besides ``verify``, the only thing that waits for the device.
+
+        Where one graph trains on several forwards the figures are those of all of them together.
 
         Keys: step; ratio of the graph that ran: ``min_tokens_ratio`` or the rung of the schedule, 1.0 where every token
         is trained on (None before the first); token_ratio = tokens_selected / tokens_total; tokens_selected;
@@ -283,9 +287,9 @@ class Runtime:
         """A training forward has run, and the graph has returned this besides the user's results."""
         self._last = report
         self._stale.seen()
-        selected, stats = returned.selected, returned.stats
-        self.selected, self.weights, self._stats = selected, returned.weights, stats
-        if selected is not None and stats is not None:
+        self.selected, self.weights = (_only(values) for values in (returned.selected, returned.weights))
+        self._stats = stats = returned.stats
+        if returned.selected:
             for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
                 (self.warn if notice.alarm else self.notify)(notice.text)
         if stats is not None and self.options.dynamic_threshold:
@@ -356,6 +360,11 @@ class Runtime:
         if message not in self._warned:
             self._warned.add(message)
             log.warning(message)
+
+
+def _only(values: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...] | None:
+    """That of the only forward; those of several; None if there is none."""
+    return values if len(values) > 1 else next(iter(values), None)
 
 
 def _level(report: GraphReport | None, matched: bool) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from cggr_compile import compat
 from cggr_compile.call import Call
@@ -59,8 +59,8 @@ class Verifier:
     the others wait for its gradients until it ends.
 
     Args:
-        ours, dense: compiled forms of ``graph`` with the row-sparse pass and without it.
-        graph: the rewritten graph, which takes and returns what ``step_interface`` says.
+        ours, dense: compiled forms of one rewritten graph with the row-sparse pass and without it.
+        probe: of the rewritten graph.
         steps: how many to compare; True for all.
         captured: the graph before the passes; dropped after the first step.
     """
@@ -69,14 +69,13 @@ class Verifier:
         self,
         ours: Callable[..., Any],
         dense: Callable[..., Any],
-        graph: GraphModule,
-        device: torch.device,
+        probe: GradientProbe,
         steps: int,
         captured: CapturedReference | None = None,
     ) -> None:
-        self.ours, self.dense, self.device, self.captured = ours, dense, device, captured
+        self.ours, self.dense, self.probe, self.captured = ours, dense, probe, captured
+        self.device = device = probe.device
         self.remaining = math.inf if steps is True else steps
-        self.probe = GradientProbe(graph, device)
         epsilons = [torch.finfo(dtype).eps for dtype in self.probe.dtypes]
         if device.type == "cuda" and compat.multiplies_in_tf32():
             epsilons.append(_TF32_EPSILON)
@@ -136,8 +135,9 @@ class Verifier:
         """
         dense = self.probe.run(self.dense, args, state)
         other = self.probe.run(self.dense, args, state, _OTHER_SCALE)
-        same_weights = torch.allclose(dense.weights, ours.weights, rtol=self.tolerance / 2, atol=0.0)
-        if not torch.equal(dense.selected, ours.selected) or not same_weights:
+        same = all(map(torch.equal, dense.selected, ours.selected))
+        close = partial(torch.allclose, rtol=self.tolerance / 2, atol=0.0)
+        if not same or not all(map(close, dense.weights, ours.weights)):
             return "rounding of the router's scores changed the selection (not so with selection='random')"
         names, figures = [], []
         for i, values in enumerate(zip(ours.outputs, dense.outputs, other.outputs, strict=True)):

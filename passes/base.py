@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -60,6 +62,7 @@ class SemanticPass(GraphPass):
         uses: those that it reads where there are any.
         provides: those that it leaves.
         analysis: whether it leaves the graph alone.
+        whole_graph: whether it has one turn for all forwards of a graph; others have one for each of them.
     """
 
     stage = "semantic"
@@ -67,6 +70,7 @@ class SemanticPass(GraphPass):
     uses: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
     analysis: ClassVar[bool] = False
+    whole_graph: ClassVar[bool] = False
 
     def enabled(self, ctx: GraphContext) -> bool:
         """Whether it has a turn. At ratio 1.0 only what leaves the mathematics alone has one."""
@@ -105,6 +109,10 @@ class GraphContext:
     ``ctx[LayerStack]`` is the fact of that type, ``ctx.get(LayerStack)`` None where there is none, ``ctx.add(stack)``
     leaves one. While a pass runs, it gets the facts that it declares.
 
+    Where a graph has several forwards (``split``), each has facts of its own besides those of the graph:
+    ``with ctx.of(forward):`` the context is that of one of ``ctx.forwards``. ``ctx.every(LayerStack)`` has the facts of
+    all.
+
     Attributes:
         options: at this graph's ratio.
         example_inputs: the arguments of the call that Dynamo captures.
@@ -128,26 +136,60 @@ class GraphContext:
     warnings: list[str] = field(default_factory=list)
     running: SemanticPass | None = None
     _facts: dict[type, Any] = field(default_factory=dict)
+    _own: list[dict[type, Any]] = field(default_factory=list)  # facts of each forward, where there are several
+    _here: int | None = None
 
     def __getitem__(self, kind: type[Fact]) -> Fact:
         self._check_reads(kind)
-        fact: Fact = self._facts[kind]
+        fact: Fact = self._seen(self._here)[kind]
         return fact
 
     def get(self, kind: type[Fact]) -> Fact | None:
         """The fact of this type, None if no pass has left one."""
         self._check_reads(kind)
-        return self._facts.get(kind)
+        return self._seen(self._here).get(kind)
+
+    def every(self, kind: type[Fact]) -> list[Fact]:
+        """The facts of this type, of every forward that has one."""
+        self._check_reads(kind)
+        return [facts[kind] for facts in map(self._seen, self.forwards) if kind in facts]
+
+    @property
+    def forwards(self) -> range:
+        """The forwards of the graph by their numbers, in order. One, unless it was split."""
+        return range(max(1, len(self._own)))
+
+    @property
+    def forward(self) -> int:
+        """The number of the forward whose context this is now."""
+        return self._here or 0
+
+    @contextmanager
+    def of(self, forward: int) -> Iterator[None]:
+        """Meanwhile the facts are those of one of ``forwards``, and of the graph."""
+        outer, self._here = self._here, forward if self._own else None
+        try:
+            yield
+        finally:
+            self._here = outer
+
+    def split(self, facts: Sequence[object]) -> None:
+        """The graph has several forwards. ``facts``: the first of each."""
+        self._own = [{} for _ in facts]
+        for forward, fact in enumerate(facts):
+            with self.of(forward):
+                self.add(fact)
 
     def add(self, fact: object) -> None:
         """Leave a fact, in place of one of its type."""
         if self.running is not None and type(fact) not in self.running.provides:
             raise UndeclaredFactError(f"{self.running.name} does not say that it provides {type(fact).__name__}")
-        self._facts[type(fact)] = fact
+        facts = self._facts if self._here is None else self._own[self._here]
+        facts[type(fact)] = fact
 
     def restart(self, begin: GraphContext) -> None:
         """Be as ``begin`` was, a copy from before the first pass: nothing found, and nothing said."""
-        vars(self).update(vars(begin), running=None, notices=[], warnings=[], _facts={})
+        vars(self).update(vars(begin), running=None, notices=[], warnings=[], _facts={}, _own=[], _here=None)
 
     @property
     def dense(self) -> bool:
@@ -158,6 +200,10 @@ class GraphContext:
     def observing(self) -> bool:
         """Whether the schedule depends on the router's figures."""
         return self.scheduled and self.options.dynamic_threshold
+
+    def _seen(self, forward: int | None) -> Mapping[type, Any]:
+        """The facts of the graph, and those of one of its forwards."""
+        return self._facts if forward is None or not self._own else ChainMap(self._own[forward], self._facts)
 
     def _check_reads(self, kind: type) -> None:
         declared = self.running

@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from cggr_compile.passes.patterns.token_values.layout import Layout
     from cggr_compile.passes.patterns.token_values.masks import Way
     from cggr_compile.passes.patterns.token_values.program import Taken
+    from cggr_compile.passes.step_interface import Form
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One of several forwards of a graph: what is computed from embeddings of its own, to a loss or values of its own.
+
+    Attributes:
+        embeddings: nodes that its hidden states begin with; see ``patterns/forwards.py``.
+        others: those of the other forwards.
+    """
+
+    embeddings: frozenset[Node]
+    others: frozenset[Node]
 
 
 @dataclass(frozen=True)
@@ -284,7 +298,8 @@ class Selection:
         rows: int64 [B, K], distinct positions; the selected ones first and sorted, then unused slots.
         keep: bool [B, K], False for an unused slot.
         weights: float32 [B, K], what the loss of each counts; see ``cggr::row_weights``.
-        state: the graph input (seed, step), int64 [2].
+        public: int64 [B, K], the positions, -1 for an unused slot: what the runtime keeps.
+        state: (seed, step), int64 [2]: the graph input, with another seed and step for each of several forwards.
         stats: float32 [5] or [8], see ``cggr::stats``.
         gradient: the rows that carry gradient; None where they are the same.
     """
@@ -292,6 +307,7 @@ class Selection:
     rows: Node
     keep: Node
     weights: Node
+    public: Node
     state: Node
     stats: Node
     gradient: GradientRows | None = None
@@ -335,6 +351,13 @@ class NoRouter:
     """Why there is no router, though the options ask for one."""
 
     why: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How many weights, positions and figures the graph returns behind the user's results."""
+
+    form: Form
 
 
 @dataclass(frozen=True)

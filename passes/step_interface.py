@@ -12,10 +12,6 @@ from torch.fx import Graph, Node
 from cggr_compile import compat
 
 STATE = "cggr_state"
-# What a graph returns, by the order in which it does, where it trains on selected positions.
-SELECTIVE = ("weights", "selected", "stats")
-# ... and where it trains on all of them, but the router is observed.
-OBSERVING = ("stats",)
 
 
 @dataclass(frozen=True)
@@ -23,35 +19,62 @@ class StepOutputs:
     """What a graph returns behind the user's results: nodes while it is built, tensors when it runs.
 
     Attributes:
-        weights: float32 [B, K], what the loss of each selected position counts.
-        selected: int64 [B, K], the positions, -1 for an unused slot.
-        stats: float32, the figures of ``cggr::stats``.
+        weights: of each forward that trains on selected positions, float32 [B, K], what the loss of each counts.
+        selected: of each of these, int64 [B, K], the positions, -1 for an unused slot.
+        stats: float32, the figures of ``cggr::stats``, of all forwards together; None where there are none.
     """
 
-    weights: Any = None
-    selected: Any = None
+    weights: tuple[Any, ...] = ()
+    selected: tuple[Any, ...] = ()
     stats: Any = None
 
     def append_to(self, graph: Graph) -> None:
         """Let a graph return these nodes behind what it returns."""
         output = graph.output_node()
         results: Any = output.args[0]
-        output.args = ((*results, *(node for node in vars(self).values() if node is not None)),)
+        output.args = ((*results, *self._flat()),)
+
+    @property
+    def form(self) -> Form:
+        """How many there are."""
+        return Form(len(self.selected), self.stats is not None)
 
     def clone(self) -> StepOutputs:
         """Copies, for results that the next step overwrites."""
-        return StepOutputs(**{name: None if value is None else value.clone() for name, value in vars(self).items()})
+        return self.form.of([value.clone() for value in self._flat()])
+
+    def _flat(self) -> list[Any]:
+        return [*self.weights, *self.selected, *([] if self.stats is None else [self.stats])]
 
 
-def split(results: Sequence[Any], names: Sequence[str]) -> tuple[list[Any], StepOutputs]:
-    """The user's results, and the others by their names (``SELECTIVE``, ``OBSERVING`` or none)."""
-    users = len(results) - len(names)
-    return list(results[:users]), StepOutputs(**dict(zip(names, results[users:], strict=True)))
+@dataclass(frozen=True)
+class Form:
+    """How many results a graph returns behind the user's.
+
+    Attributes:
+        selections: the number of forwards that train on selected positions; 0 where all positions are trained on.
+        stats: whether there are figures.
+    """
+
+    selections: int = 0
+    stats: bool = False
+
+    def of(self, values: Sequence[Any]) -> StepOutputs:
+        """These results by their names."""
+        n = self.selections
+        return StepOutputs(tuple(values[:n]), tuple(values[n : 2 * n]), values[2 * n] if self.stats else None)
+
+    def split(self, results: Sequence[Any]) -> tuple[list[Any], StepOutputs]:
+        """The user's results, and the others."""
+        users = len(results) - 2 * self.selections - self.stats
+        return list(results[:users]), self.of(results[users:])
 
 
-def add_state_input(graph: Graph, fake_mode: Any, device: torch.device) -> Node:
-    """The last input, int64 [2] on ``device``: seed and step, which random selections depend on."""
-    last = list(graph.find_nodes(op="placeholder"))[-1]
+def state_input(graph: Graph, fake_mode: Any, device: torch.device) -> Node:
+    """The last input, int64 [2] on ``device``: seed and step, which random selections depend on. Added if need be."""
+    last: Node = list(graph.find_nodes(op="placeholder"))[-1]
+    if last.target == STATE:
+        return last
     with graph.inserting_after(last):
         state = graph.placeholder(STATE)
     with fake_mode:

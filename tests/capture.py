@@ -13,7 +13,7 @@ from cggr_compile import compat
 from cggr_compile.options import Options
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.nodes import op_name
-from cggr_compile.pipeline import copy_module, semantic_passes
+from cggr_compile.pipeline import apply, copy_module, semantic_passes
 
 
 class Captured:
@@ -39,7 +39,7 @@ class Captured:
                 continue
             before = self.operators()
             self.ctx.running = graph_pass
-            result = self.results[graph_pass.name] = graph_pass(self.gm, self.ctx)
+            result = self.results[graph_pass.name] = apply(graph_pass, self.gm, self.ctx)
             self.ctx.running = None
             self.gm.graph.lint()
             if graph_pass.analysis or not result.matched:

@@ -24,6 +24,7 @@ STAGES = [
         "check_labels",
         "insert_router",
         "select_rows",
+        "return_figures",
         "rewrite_loss",
         "route_gradient",
         "detach_outputs",

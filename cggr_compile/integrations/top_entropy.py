@@ -63,7 +63,7 @@ class KeptTokens:
         kept: Tensor = self._mask(entropies, *args, **kwargs)
         runtime = self._training.runtime
         rows = None if runtime is None else runtime.selected
-        if torch.is_grad_enabled() and rows is not None and len(rows) == len(kept):
+        if torch.is_grad_enabled() and isinstance(rows, Tensor) and len(rows) == len(kept):
             # a completion's token has its values at the position in front of it
             first = self._length - kept.shape[1] - 1
             places = torch.where(rows < first, self._length, rows - first).clamp(max=kept.shape[1])

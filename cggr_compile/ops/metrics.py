@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cggr_compile.ops.library import define_composite
 
 STAT_NAMES = ("tokens_selected", "tokens_total", "avg_confidence", "avg_entropy", "avg_difficulty")
+_TOTAL = STAT_NAMES.index("tokens_total")
 
 # where three more figures begin, of graphs with gradient rows that carry no loss: see ``cggr::gradient_rows``
 GRADIENT = len(STAT_NAMES)
@@ -40,8 +42,22 @@ def stats_reference(
     return figures if counts is None else torch.cat([figures, counts.float()])
 
 
+def join_stats_reference(stats: list[Tensor]) -> Tensor:
+    """The figures of several forwards as those of one: float32 [5], or [8] if some have gradient rows without loss.
+
+    Numbers of tokens are summed, averages weighted by the candidates.
+    """
+    if any(each.shape[0] > GRADIENT for each in stats):  # in the others every row that carries gradient carries loss
+        stats = [each if each.shape[0] > GRADIENT else pad(torch.cat([each, each[:1]]), (0, 2)) for each in stats]
+    table = torch.stack(stats)
+    sums, candidates = table.sum(0), table[:, _TOTAL : _TOTAL + 1]
+    averages = (table * candidates).sum(0) / sums[_TOTAL].clamp(min=1)
+    return torch.cat([sums[: _TOTAL + 1], averages[_TOTAL + 1 : GRADIENT], sums[GRADIENT:]])
+
+
 stats = define_composite(
     "stats(Tensor keep, Tensor valid, Tensor? top1, Tensor? entropy, Tensor? difficulty, Tensor? counts=None) "
     "-> Tensor",
     stats_reference,
 )
+join_stats = define_composite("join_stats(Tensor[] stats) -> Tensor", join_stats_reference)

@@ -11,8 +11,8 @@ import torch
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import Candidates, LayerStack, Padding
-from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.facts import Candidates, Forward, LayerStack, LossSite, Padding
+from cggr_compile.passes.fx import Emitter, ancestors
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention import hidden_by
 from cggr_compile.passes.patterns.attention.base import Hides
@@ -103,6 +103,8 @@ def _is_rotated(node: Node, ctx: GraphContext) -> bool:
 def _per_token(node: Node, ctx: GraphContext) -> bool:
     """Whether an input has an entry for every position of the stream: [B or 1, S]."""
     shape, stream = shape_of(node), shape_of(ctx[LayerStack].source)
+    if ctx.get(Forward) is not None and node not in ancestors([ctx[LossSite].hidden, ctx[Candidates].valid]):
+        return False  # it may be another forward's
     if len(shape) != 2 or not same_size(shape[1], stream[1]) or fake_value(node).requires_grad:
         return False
     return same_size(shape[0], stream[0]) or same_size(shape[0], 1)

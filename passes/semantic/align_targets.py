@@ -15,7 +15,7 @@ from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, TokenVal
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.semantic.final_entropy import final_entropy
-from cggr_compile.passes.semantic.value_candidates import ValueCandidates
+from cggr_compile.passes.semantic.value_candidates import ValueCandidates, streams
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
@@ -64,7 +64,7 @@ class AlignTargets(SemanticPass):
             late = f"; not known yet: {'; '.join(dict.fromkeys(found.unknown))}" if found.unknown else ""
             return PassResult(True, f"candidates: positions whose values may have a gradient{late}")
         assert loss.target is not None
-        if obstacle := hoist.obstacle(loss.target, loss.loss, stack.stream):
+        if obstacle := hoist.obstacle(loss.target, loss.loss, streams(ctx)):
             return refused(Cause.LATE_LABELS, what=obstacle)
         start = stack.tail_start + loss.start
         rest = _positions_after(ctx, start)

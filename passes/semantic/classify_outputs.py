@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Block, LayerStack, LossSite, OutputKind, Outputs, TokenValues
+from cggr_compile.passes.facts import Block, Forward, LayerStack, LossSite, OutputKind, Outputs, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
 from cggr_compile.passes.patterns.experts import GROUPED
@@ -40,7 +40,7 @@ class ClassifyOutputs(SemanticPass):
 
     name = "classify_outputs"
     needs = (LossSite, LayerStack)
-    uses = (TokenValues,)
+    uses = (Forward, TokenValues)
     provides = (Outputs,)
     analysis = True
 
@@ -50,6 +50,9 @@ class ClassifyOutputs(SemanticPass):
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         results: Any = gm.graph.output_node().args[0]
         found = {i: node for i, node in enumerate(results) if hasattr(node, "meta") and differentiable(node)}
+        if (forward := ctx.get(Forward)) is not None:  # what is computed from another one alone is that one's
+            elsewhere = descendants(forward.others) - descendants(forward.embeddings)
+            found = {i: node for i, node in found.items() if node not in elsewhere}
         stack = ctx[LayerStack]
         kinds = _kinds(gm.graph, found, ctx[LossSite], stack)
         kept = list(dict.fromkeys(found[i] for i, kind in kinds.items() if kind == "kept"))

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from cggr_compile.causes import Cause
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LossSite, NoSingleLoss
+from cggr_compile.passes.facts import Forward, LossSite, NoSingleLoss
+from cggr_compile.passes.fx import descendants, in_order
 from cggr_compile.passes.nodes import differentiable, op_name
 from cggr_compile.passes.patterns.head import returned_logits
 from cggr_compile.passes.patterns.loss import NotALanguageModelLossError, is_cross_entropy, read_loss_site
@@ -29,6 +30,7 @@ class FindLoss(SemanticPass):
     """
 
     name = "find_loss"
+    uses = (Forward,)
     provides = (LossSite, NoSingleLoss)
     analysis = True
 
@@ -36,7 +38,9 @@ class FindLoss(SemanticPass):
         return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        losses = [node for node in gm.graph.nodes if is_cross_entropy(node)]
+        forward = ctx.get(Forward)
+        inside = gm.graph.nodes if forward is None else in_order(gm.graph, descendants(forward.embeddings))
+        losses = [node for node in inside if is_cross_entropy(node)]
         try:
             if not losses:
                 raise NotALanguageModelLossError("", Cause.NO_LOSS)

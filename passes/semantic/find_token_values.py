@@ -6,18 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LossSite, LoweredValues, NoSingleLoss, TokenValues
+from cggr_compile.passes.facts import Forward, LossSite, LoweredValues, NoSingleLoss, TokenValues
 from cggr_compile.passes.nodes import op_name, shape_of
 from cggr_compile.passes.patterns.head import read_head, returned_logits
 from cggr_compile.passes.patterns.loss import NotALanguageModelLossError, scale_and_softcap
 from cggr_compile.passes.patterns.token_values.classes import classes_of_values
+from cggr_compile.passes.patterns.token_values.heads import head_input
 from cggr_compile.passes.patterns.token_values.masks import own_masks, ways
-from cggr_compile.passes.patterns.token_values.region import (
-    NoTokenValuesError,
-    TokenRegion,
-    find_region,
-    head_input,
-)
+from cggr_compile.passes.patterns.token_values.region import NoTokenValuesError, TokenRegion, find_region
 from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values
 
 if TYPE_CHECKING:
@@ -44,7 +40,7 @@ class FindTokenValues(SemanticPass):
     """
 
     name = "find_token_values"
-    uses = (LossSite, NoSingleLoss, LoweredValues)
+    uses = (Forward, LossSite, NoSingleLoss, LoweredValues)
     provides = (LossSite, TokenValues, TokenRegion)
     analysis = True
 
@@ -56,7 +52,7 @@ class FindTokenValues(SemanticPass):
             return PassResult(False, "the loss is one cross-entropy")
         no_single = ctx[NoSingleLoss].refusal
         try:
-            region = find_region(gm.graph)
+            region = find_region(gm.graph, ctx.get(Forward))
             if region is None or not (region.values or region.splits):
                 return no_single
             lowered = ctx.get(LoweredValues)

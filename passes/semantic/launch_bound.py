@@ -11,7 +11,7 @@ from cggr_compile.passes.analysis.modes import modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
 from cggr_compile.passes.facts import LayerStack
 from cggr_compile.passes.fx import is_static
-from cggr_compile.passes.nodes import fake_value
+from cggr_compile.passes.nodes import fake_value, shape_of
 
 # Measured on an H100 and its host (135M Llama, 5 and 30 layers): a training step without CUDA graphs takes at least
 # this long, however little its kernels do.
@@ -32,6 +32,7 @@ class LaunchBound(SemanticPass):
     name = "launch_bound"
     needs = (LayerStack,)
     analysis = True
+    whole_graph = True
     optional = True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
@@ -39,13 +40,15 @@ class LaunchBound(SemanticPass):
             return PassResult(False, "launches do not count: not on CUDA, or CUDA graphs")
         if ctx.options.launch_bound == "select":
             return PassResult(False, "launch_bound='select': not estimated")
-        blocks = ctx[LayerStack].blocks
-        layers, output = len(blocks), blocks[0].output
-        if not is_static(output):
+        stacks = [stack.blocks for stack in ctx.every(LayerStack)]
+        layers, output = sum(map(len, stacks)), stacks[0][0].output
+        if not is_static(*(blocks[0].output for blocks in stacks)):
             return PassResult(False, "symbolic sizes: not estimated")
         stream = fake_value(output)
-        batch, length, hidden = stream.shape
-        flops = 3.0 * weight_flops(gm.graph) + 7.0 * layers * batch * length**2 * hidden
+        flops = 3.0 * weight_flops(gm.graph)
+        for blocks in stacks:
+            batch, length, hidden = shape_of(blocks[0].output)
+            flops += 7.0 * len(blocks) * batch * length**2 * hidden
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
         width = modes_of(gm.graph)[output].product_dtype(stream).itemsize
         arithmetic = flops / (processors * TFLOPS_PER_SM[2 if width <= 2 else 4] * 1e9)

@@ -10,7 +10,7 @@ from cggr_compile.passes.analysis.effects import memory, overlap
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import has_effect
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LossSite, LoweredValues
+from cggr_compile.passes.facts import Forward, LossSite, LoweredValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.token_values.classes import classes_of_values
@@ -49,7 +49,7 @@ class LowerValues(SemanticPass):
     """
 
     name = "lower_values"
-    uses = (LossSite,)
+    uses = (Forward, LossSite)
     provides = (LoweredValues,)
     optional = True
 
@@ -57,7 +57,7 @@ class LowerValues(SemanticPass):
         if ctx.get(LossSite) is not None:
             return PassResult(False, "the loss is one cross-entropy")
         try:
-            region = find_region(gm.graph)
+            region = find_region(gm.graph, ctx.get(Forward))
         except NoTokenValuesError:
             region = None
         if region is None or not region.values or region.splits:

@@ -10,7 +10,6 @@ import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Candidates, NoRouter, ObservedRouter, RouterScores
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.step_interface import StepOutputs
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -21,7 +20,7 @@ class ObserveRouter(SemanticPass):
 
         stats = cggr.stats(valid, valid, top1, entropy, difficulty)
 
-    as the last graph output. Loss and gradients stay the user's.
+    Loss and gradients stay the user's.
     """
 
     name = "observe_router"
@@ -40,6 +39,5 @@ class ObserveRouter(SemanticPass):
         with emit.before(candidates.anchor, self.name):
             measured = (router.top1, router.entropy, router.difficulty)
             stats = emit.call(torch.ops.cggr.stats.default, candidates.valid, candidates.valid, *measured)
-        StepOutputs(stats=stats).append_to(gm.graph)
         ctx.add(ObservedRouter(stats))
-        return PassResult(True, "the router's figures are returned beside the unmodified loss")
+        return PassResult(True, "the router's figures are computed beside the unmodified loss")

@@ -75,7 +75,9 @@ class RouteGradient(SemanticPass):
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         rows, gradient = ctx[Selection].rows, ctx[Selection].gradient
-        gathers = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
+        own = rows if gradient is None else gradient.rows
+        every = emit.graph.find_nodes(op="call_function", target=torch.ops.cggr.gather_rows.default)
+        gathers = [gather for gather in every if own in gather.all_input_nodes]
         with emit.before(gathers[0], self.name):
             factors = emit.method("sqrt", ctx[Selection].weights)  # a token's weight is 1/p
             if gradient is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import (
     Candidates,
     ExtraRows,
+    Forward,
     LayerStack,
     LossSite,
     NoRouter,
@@ -26,13 +28,15 @@ from cggr_compile.passes.facts import (
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.semantic.context_rows import more_rows, share_of
-from cggr_compile.passes.step_interface import StepOutputs, add_state_input
+from cggr_compile.passes.step_interface import state_input
 from cggr_compile.selections.record import SlotRequest
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
 ops = torch.ops.cggr
+# Added to seed and step: no run of the user's comes to these two.
+_OTHER_FORWARD = 0x2545F491
 
 
 class SelectRows(SemanticPass):
@@ -43,8 +47,7 @@ class SelectRows(SemanticPass):
         weights = cggr.row_weights(rows, keep, valid, p)                     # 1 / p
         stats = cggr.stats(keep, valid, top1, entropy, difficulty)
 
-    ``cggr_state`` is a new graph input (seed, step); ``weights``, ``where(keep, rows, -1)`` and ``stats`` become the
-    last three graph outputs.
+    ``cggr_state`` is a new graph input (seed, step). Each of several forwards draws by a seed of its own.
 
     Where positions carry gradient though the loss does not select them, context in front of those that it selects
     (the option ``context``) or what is trained there (``ExtraRows``), there are G slots for all of them::
@@ -57,7 +60,7 @@ class SelectRows(SemanticPass):
 
     name = "select_rows"
     needs = (LossSite, LayerStack, Candidates, Routing)
-    uses = (RouterScores, NoRouter, ExtraRows, Padding, Slots)
+    uses = (Forward, RouterScores, NoRouter, ExtraRows, Padding, Slots)
     provides = (Selection,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
@@ -66,10 +69,12 @@ class SelectRows(SemanticPass):
         options = _without_scores(ctx, unrouted.why) if unrouted else ctx.options
         valid = candidates.valid
         device = fake_value(valid).device
-        state = add_state_input(gm.graph, ctx.fake_mode, device)
+        state = state_input(gm.graph, ctx.fake_mode, device)
         at_most = ctx.get(Slots) or Slots(options.most_slots, options.most_gradient_slots)
         emit = Emitter(gm.graph, ctx.fake_mode)
         with emit.before(candidates.anchor, self.name):
+            if ctx.forward:
+                state = emit.call(operator.add, state, ctx.forward * _OTHER_FORWARD)
             slots = share_of(emit, emit.size(valid, 1), at_most.loss)
             mask, probabilities = _select(emit, ctx, options, state, slots)
             packed = emit.call(ops.pack_rows.default, mask, slots)
@@ -79,8 +84,7 @@ class SelectRows(SemanticPass):
             more = more_rows(emit, ctx, (mask, rows, keep), slots, at_most)
             stats = emit.call(ops.stats.default, keep, valid, *measured, *more.counts)
             public = emit.call(torch.where, keep, rows, -1)
-        StepOutputs(weights, public, stats).append_to(gm.graph)
-        ctx.add(Selection(rows, keep, weights, state, stats, more.rows))
+        ctx.add(Selection(rows, keep, weights, public, state, stats, more.rows))
         if not options.selection_record.sampled:
             ctx.notices.append(
                 f"selection={options.selection!r} trains on a biased sample: selecting the hardest tokens, without "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LossSite
+from cggr_compile.passes.facts import Forward, LossSite
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, Layout
@@ -40,7 +40,7 @@ class SplitReductions(SemanticPass):
     """
 
     name = "split_reductions"
-    uses = (LossSite,)
+    uses = (Forward, LossSite)
 
     def enabled(self, ctx: GraphContext) -> bool:
         return not ctx.dense or ctx.observing
@@ -51,7 +51,7 @@ class SplitReductions(SemanticPass):
         emit, found = Emitter(gm.graph, ctx.fake_mode), list[str]()
         while True:
             try:
-                region = find_region(gm.graph)
+                region = find_region(gm.graph, ctx.get(Forward))
             except NoTokenValuesError:
                 break  # find_token_values says so
             if region is None or not region.splits:

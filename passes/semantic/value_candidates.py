@@ -35,6 +35,11 @@ def candidates_of_first_batch(gm: GraphModule, ctx: GraphContext) -> Tensor | st
     return FirstBatch(gm, ctx).computed(make, place)
 
 
+def streams(ctx: GraphContext) -> frozenset[Node]:
+    """What is not to be computed any earlier, whatever depends on it: the residual streams of all forwards."""
+    return frozenset().union(*(stack.stream for stack in ctx.every(LayerStack)))
+
+
 class ValueCandidates:
     """Emits candidates in front of a place of the graph.
 
@@ -112,7 +117,7 @@ class ValueCandidates:
 
     def _brought(self, taken: Taken) -> Node | None:
         node = taken.node
-        if obstacle := self.hoist.obstacle(node, node, self.ctx[LayerStack].stream):
+        if obstacle := self.hoist.obstacle(node, node, streams(self.ctx)):
             self.unknown.append(obstacle)
             return None
         found = self.hoist.bring(self.emit, node, self.origin)

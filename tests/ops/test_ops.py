@@ -52,6 +52,7 @@ def test_opcheck_all():
         (ops.gradient_rows.default, (rows, keep, None, torch.randint(0, 9, (2, 8)), 6, 8)),
         (ops.stats.default, (keep, valid, *stats[:3])),
         (ops.stats.default, (keep, valid, *stats[:3], torch.tensor([5, 0, 2]))),
+        (ops.join_stats.default, ([torch.rand(5), torch.rand(8)],)),
         (ops.detach_unselected.default, (hidden.detach(), 1)),
         (ops.scale_selected_grads.default, (rows, torch.rand(2, rows.shape[1]))),
     ]
@@ -108,6 +109,16 @@ def test_stats_end_with_the_counts_of_gradient_rows():
     keep, valid = torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     out = ops.stats(keep, valid, None, None, None, torch.tensor([9, 0, 3]))
     assert out.shape == (len(STAT_NAMES) + 3,) and out[GRADIENT:].tolist() == [9.0, 0.0, 3.0]
+
+
+def test_figures_of_several_forwards():
+    """Numbers are summed, averages weighted by the candidates. Where no others carry gradient, those with loss do."""
+    one, other = torch.tensor([2.0, 10, 0.5, 3, 1]), torch.tensor([4.0, 30, 0.1, 1, 2])
+    assert torch.equal(ops.join_stats([one]), one)
+    torch.testing.assert_close(ops.join_stats([one, other]), torch.tensor([6.0, 40, 0.2, 1.5, 1.75]))
+    wide = ops.join_stats([torch.cat([one, torch.tensor([5.0, 1, 7])]), other])
+    torch.testing.assert_close(wide, torch.tensor([6.0, 40, 0.2, 1.5, 1.75, 9, 1, 7]))
+    assert torch.equal(ops.join_stats([torch.zeros(5), torch.zeros(5)]), torch.zeros(5))
 
 
 def test_el2n_formula():

@@ -205,17 +205,3 @@ def test_what_mixes_tokens_stays_dense(loss: Any) -> None:
     assert not metrics(model)["matched"] and UNSUPPORTED[loss] in metrics(model)["fallback_reason"]
     torch.manual_seed(0)
     assert_same(got, backward(model, loss(model(IDS)).square().mean()))
-
-
-def test_two_forwards_with_gradient_stay_dense() -> None:
-    model = Model()
-
-    def score(ids: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(ids).transpose(1, 2), ids, reduction="none").sum(1)
-
-    def step() -> torch.Tensor:
-        return -F.logsigmoid(score(IDS) - score(IDS.flip(1))).mean()
-
-    got = backward(model, compiled(step, min_tokens_ratio=RATIO, fallback="silent")())
-    assert "2 forwards of a model" in metrics(model)["fallback_reason"]
-    assert_same(got, backward(model, step()))

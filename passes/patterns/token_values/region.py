@@ -11,19 +11,18 @@ import torch
 from cggr_compile.causes import Cause
 from cggr_compile.passes.base import refused
 from cggr_compile.passes.fx import ancestors, descendants
-from cggr_compile.passes.nodes import differentiable, fake_value, op_name, same_size, shape_of
-from cggr_compile.passes.patterns.head import is_head, read_head
+from cggr_compile.passes.nodes import differentiable, fake_value, op_name, shape_of
+from cggr_compile.passes.patterns.forwards import embeddings, mixed
+from cggr_compile.passes.patterns.token_values.heads import find_heads, head_input
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, FLAT, Layout
 from cggr_compile.passes.patterns.token_values.planner import NotByPositionError, Planned, Planner, whole_layout
 from cggr_compile.passes.patterns.token_values.rules.along import SPLIT
-from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values
 from cggr_compile.passes.patterns.token_values.rules.losses import read_loss
 
 if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
-# What only logits go into: one of these makes a product a head.
-_OF_LOGITS = {"softmax", "log_softmax", "logsumexp", "cross_entropy", "cross_entropy_loss", "exp", "logcumsumexp"}
+    from cggr_compile.passes.facts import Forward
 
 
 class NoTokenValuesError(Exception):
@@ -65,13 +64,19 @@ class TokenRegion:
         return tuple(dict.fromkeys(n for n in operands if n not in self.planner.found and differentiable(n)))
 
 
-def find_region(graph: Graph) -> TokenRegion | None:
+def find_region(graph: Graph, forward: Forward | None = None) -> TokenRegion | None:
     """The region of a graph that has heads, None if it has none.
+
+    Args:
+        forward: that of one of several forwards.
 
     Raises:
         NoTokenValuesError: something of it does not work position by position.
     """
-    heads = _heads(graph)
+    heads = find_heads(graph)
+    if forward is not None:
+        own = embeddings(graph)
+        heads = [head for head in heads if not forward.embeddings.isdisjoint(own[head])]
     if not heads:
         return None
     stem = _stem(graph, heads)
@@ -83,66 +88,26 @@ def find_region(graph: Graph) -> TokenRegion | None:
     layout = whole_layout(*sizes)
     if len(shape_of(stem)) == 2:
         layout = replace(layout, axes=(FLAT, FEATURE))
-    return _region(graph, stem, heads, Planner(graph, stem, layout, frozenset(heads)))
+    region = _region(graph, stem, heads, Planner(graph, stem, layout, frozenset(heads)))
+    if forward is not None:
+        _check_alone(region, forward)
+    return region
 
 
-def _heads(graph: Graph) -> list[Node]:
-    """Products whose value reaches an operator for logits, and no other such product."""
-    found = [n for n in graph.nodes if differentiable(n) and (is_head_of_values(n) or _is_head_of_logits(n))]
-    of_heads = descendants(found, only=differentiable)
-    last = []
-    for head in found:
-        behind = descendants([head], only=differentiable)
-        others = any(other in behind for other in found if other is not head)
-        if not others and not _leads_back(head, behind, of_heads):
-            last.append(head)
-    return last
-
-
-def _leads_back(head: Node, behind: set[Node], of_heads: set[Node]) -> bool:
-    """Whether what is computed of a head goes into a hidden state: a router of experts is such a product, too."""
-    width = shape_of(head_input(head))[-1]
-    for node in behind:
-        shape = shape_of(node)
-        if len(shape) > 1 and same_size(shape[-1], width):
-            beside = (n for n in node.all_input_nodes if n not in of_heads and differentiable(n))
-            if any(len(shape_of(n)) > 1 and same_size(shape_of(n)[-1], width) for n in beside):
-                return True
-    return False
-
-
-def _is_head_of_logits(head: Node) -> bool:
-    if not is_head(head) or len(shape_of(head)) < 2:
-        return False
-    todo, seen = [(head, shape_of(head)[-1])], {head}
-    while todo:
-        node, classes = todo.pop()
-        for user in node.users:
-            if user in seen or not differentiable(user):
-                continue
-            if op_name(user) in _OF_LOGITS:
-                return True
-            value = fake_value(user)
-            parts = value if isinstance(value, (tuple, list)) else (value,)
-            has_classes = any(isinstance(part, torch.Tensor) and classes in part.shape for part in parts)
-            if has_classes or _sliced(user):
-                seen.add(user)
-                todo.append((user, classes if has_classes else shape_of(user)[-1]))
-    return False
-
-
-def _sliced(node: Node) -> bool:
-    """Logits of a padded vocabulary: its last entries are cut off."""
-    return op_name(node) in ("getitem", "narrow") and len(shape_of(node)) == len(shape_of(node.all_input_nodes[0])) > 0
+def _check_alone(region: TokenRegion, forward: Forward) -> None:
+    """Nothing with an axis over the vocabulary is computed with another forward, detached or not."""
+    others = descendants(forward.others)
+    for node in (*region.logits, *region.values, *region.splits):
+        if node in others:
+            raise NoTokenValuesError(f"{op_name(node)!r} ({node})", Cause.SEVERAL_FORWARDS)
 
 
 def _stem(graph: Graph, heads: list[Node]) -> Node:
     """The last value [B, S, H] that all heads are computed from."""
-    sources = [ancestors([head_input(head)]) for head in heads]
-    roots = [frozenset(n for n in source if op_name(n) == "embedding" and differentiable(n)) for source in sources]
-    if any(root.isdisjoint(roots[0]) for root in roots[1:] if root or roots[0]):
-        raise NoTokenValuesError("", Cause.SEVERAL_FORWARDS, count=len({*roots}))
-    common = set.intersection(*sources)
+    own = embeddings(graph)
+    if mixed(own[head] for head in heads):
+        raise NoTokenValuesError("one cross-entropy", Cause.SEVERAL_FORWARDS)
+    common = set.intersection(*(ancestors([head_input(head)]) for head in heads))
     hidden = _last_of_rank(graph, common, 3)
     behind = common & descendants([hidden])
     batch, length, _ = shape_of(hidden)
@@ -157,11 +122,6 @@ def _last_of_rank(graph: Graph, nodes: Container[Node], rank: int) -> Node:
         if node in nodes and isinstance(value, torch.Tensor) and value.dim() == rank and differentiable(node):
             return node
     raise NoTokenValuesError("its logits are computed from no hidden state of shape [batch, sequence, hidden]")
-
-
-def head_input(head: Node) -> Node:
-    hidden: Any = head.args[0] if is_head_of_values(head) else read_head(head)[0]
-    return hidden  # type: ignore[no-any-return]
 
 
 def _region(graph: Graph, stem: Node, heads: Sequence[Node], planner: Planner) -> TokenRegion:

@@ -17,7 +17,7 @@ def test_figures_beside_an_unmodified_loss(decoder_step):
     passes = semantic_passes(captured.ctx)
     (loss,) = captured.gm.graph.output_node().args[0]
     want = captured.gm(*captured.inputs)[0]
-    assert captured.run("observe_router", passes).matched
+    assert captured.run("return_figures", passes).matched
     captured.check_shapes()
     outputs = captured.gm.graph.output_node().args[0]
     assert outputs == (loss, captured.ctx[ObservedRouter].stats)
@@ -32,7 +32,7 @@ def test_only_where_the_schedule_asks_for_it(decoder_step):
     captured = decoder_step({"min_tokens_ratio": 1.0, "dynamic_threshold": True})
     assert "observe_router" not in names(captured), "one ratio only"
     captured.ctx.scheduled = True
-    assert names(captured)[-3:] == ["align_targets", "insert_router", "observe_router"]
+    assert names(captured)[-4:] == ["align_targets", "insert_router", "observe_router", "return_figures"]
     captured = decoder_step({"min_tokens_ratio": 0.5, "dynamic_threshold": True})
     captured.ctx.scheduled = True
     assert "observe_router" not in names(captured), "the selection returns the figures"

@@ -21,7 +21,7 @@ SELECTIONS = [
 @pytest.mark.parametrize("ratio", [0.25, 0.3, 0.9])
 def test_rows(options, ratio, decoder_step):
     captured = decoder_step({**options, "min_tokens_ratio": ratio})
-    assert captured.run("select_rows").matched
+    assert captured.run("return_figures").matched
     captured.check_shapes()
     selection = captured.ctx[Selection]
     slots = {0.25: 4, 0.3: 5, 0.9: 15}[ratio]
