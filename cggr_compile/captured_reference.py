@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from cggr_compile import compat
 from cggr_compile.gradient_probe import GradientProbe, ProbeRun, differentiable
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack, LossSite, LoweredValues, StaticSizes, TokenValues
+from cggr_compile.passes.facts import FinalStates, LossSite, LoweredValues, StaticSizes, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, fake_value
 from cggr_compile.passes.patterns.token_values.layout import Layout
@@ -98,7 +98,7 @@ class CapturedReference:
 def _loss_of(ctx: GraphContext, forward: int) -> Callable[[Tensor, Tensor], _CrossEntropy | _Gate]:
     """What becomes of the loss of one forward, given the positions and weights of a step."""
     with ctx.of(forward):
-        site, begin = ctx[LossSite], ctx[LayerStack].tail_start + ctx[LossSite].start
+        site, begin = ctx[LossSite], ctx[FinalStates].tail_start + ctx[LossSite].start
         heads = ctx.get(LoweredValues) or ctx.get(TokenValues)
     return partial(_CrossEntropy, site, begin) if heads is None else partial(_Gate, heads, begin)
 

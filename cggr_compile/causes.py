@@ -104,7 +104,10 @@ class Cause(enum.Enum):
         "the blocks are inside activation checkpoints that stay closed: selective ones (context_fn), or any at ratio "
         "1.0; use checkpoint(..., use_reentrant=False) without context_fn"
     )
-    UNSUPPORTED_STACK = "unsupported model: {what}"
+    UNSUPPORTED_STACK = (
+        "unsupported layers: {what}; supported are blocks around a residual stream [batch, sequence, hidden], with one "
+        "attention each"
+    )
 
     # The labels, and the capture.
     LATE_LABELS = (
@@ -143,5 +146,6 @@ PIECES = frozenset(
         Cause.FLASH_ATTENTION,
         Cause.EXPERTS_LOOP,
         Cause.OUTPUT_HOOKS,
+        Cause.FUSED_HEAD,
     }
 )

@@ -76,9 +76,11 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
             growth=growth,
             first_batch=None if runtime.agreement is None else runtime.first_batch,
         )
-        if training and not every and not variant.selective:  # where the first cannot be rewritten, none can
-            if refusal is None and (found := find_cause(gm.graph, report.cause)) is not None:
-                report.refuse(*found)
+        first_refused = training and not every and not variant.selective  # where the first is, all are
+        wanting = refusal is None and (first_refused or report.level == "loss")
+        if wanting and (found := find_cause(gm.graph, report.cause)) is not None:
+            report.refuse(*found)
+        if first_refused:
             if runtime.agreement is not None and not any(r.matched for r in runtime.reports):
                 runtime.agreement.leave(f"this process trains on every token: {report.reason}")
             hand_back(report.cause, report.reason)
@@ -120,11 +122,10 @@ def _tell(inputs: Sequence[Any], variant: GraphVariant, runtime: Runtime) -> Non
     if variant.selective or (not variant.training and at_compiled_call()):
         trained = [weakref.ref(t) for t in inputs if isinstance(t, Tensor) and t.requires_grad]
         recompile_limit.watch(partial(_given_up, weakref.ref(runtime), trained, options))
-    if variant.training and not variant.selective:
-        if not variant.ctx.dense:
-            runtime.fall_back(report)
-        if options.verify:
-            nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
+    if variant.training and report.level != "routed" and not variant.ctx.dense:
+        runtime.fall_back(report)
+    if variant.training and not variant.selective and options.verify:
+        nothing_to_verify(runtime, report, f"the graph is not rewritten: {report.reason}")
 
 
 def _given_up(

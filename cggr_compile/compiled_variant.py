@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from cggr_compile import compat, lowerings, pass_records
 from cggr_compile.call import Call
+from cggr_compile.causes import Cause
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.gradient_probe import GradientProbe, written_inputs
 from cggr_compile.graph_variant import GraphVariant
@@ -65,7 +66,8 @@ class CompiledVariant:
         if self._selective:
             results = self._compiled(*args, call.state(self._device))
         else:
-            if self._scheduled or call.runtime.agreement is not None:  # other processes' steps go on
+            every_token = self._scheduled and self.report.cause is Cause.EVERY_TOKEN  # else a piece, beside the step's
+            if every_token or call.runtime.agreement is not None:  # other processes' steps go on
                 call.advance()
             results = self._compiled(*args)
         outputs, others = self._returns.split(results)
@@ -107,9 +109,12 @@ class CompiledVariant:
                 lambda why: resolver.runtime.notify(why),
             )
         blocks, dense = list[Block](), set[int]()
-        for stack, found in zip(variant.ctx.every(LayerStack), variant.ctx.every(Outputs), strict=True):
-            dense |= {len(blocks) + i for i in found.dense_blocks}
-            blocks += stack.blocks
+        for forward in variant.ctx.forwards:
+            with variant.ctx.of(forward):
+                stack, found = variant.ctx.get(LayerStack), variant.ctx[Outputs]
+            if stack is not None:
+                dense |= {len(blocks) + i for i in found.dense_blocks}
+                blocks += stack.blocks
         if message := dense_layers(report, options, blocks, dense):
             resolver.runtime.warn(message)
         if options.verify:

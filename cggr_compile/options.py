@@ -63,7 +63,8 @@ class Options:
             (:class:`cggr_compile.integrations.transformers.CGGRCallback` sets it). The entropies are the call's own:
             rows are chosen behind it, by what the loss sees. With ``selection="labels"`` those that find no slot are in
             ``metrics()["labels_overflow"]``.
-        router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8.
+        router_layers: blocks the router reads, 1..L; ``"full"`` for all of them; None for about L/8. Without a stack of
+            blocks it reads the final hidden states.
         router_precision: what the router's head computes in: the ``model``'s dtype (under autocast, its); ``bf16``;
             ``fp8``, 8-bit floats with a scale per token and per word of the vocabulary (fast on GPUs that multiply
             them, Ada and Hopper and later; elsewhere only rounded to them); or ``auto``: bf16 on a CPU that
@@ -73,7 +74,8 @@ class Options:
             attention; ``exact`` is the true gradient of the selected loss. ``auto`` is ``routed``, but ``exact`` for a
             model that trains something through positions which no label may select and which are not known (where
             they are known, as a soft prompt's are, they carry gradient under ``routed`` as well); see
-            :class:`cggr_compile.passes.semantic.trained_inputs.TrainedInputs`.
+            :class:`cggr_compile.passes.semantic.trained_inputs.TrainedInputs`. Without a stack of blocks the gradient
+            is exact below the head whatever this says, and ``kv_gradient``, ``kv_weight`` and ``context`` mean nothing.
         kv_gradient: where ``routed`` stops it: ``project`` at the input of the key and value projections (their
             weights still learn from every position), ``stop`` at the keys and values.
         kv_weight: what the gradient that ``routed`` lets through there, at a selected position, is multiplied with:
@@ -113,7 +115,8 @@ class Options:
             2402.17227). See :class:`cggr_compile.variance.VarianceMeter`.
         measure_every: steps from one measurement of that to the next; each costs three training steps.
         fallback: when a training graph cannot be rewritten: ``warn`` once with the reason, raise an ``error``,
-            or be ``silent``. The graph is compiled as it is in any case.
+            or be ``silent``. The graph is compiled as it is in any case. One without a stack of blocks, of which head
+            and loss alone are rewritten (the level "loss"), is told by ``warn`` and is no ``error``.
         launch_bound: on CUDA without CUDA graphs, where kernel launches and not arithmetic take the time, selecting
             tokens is no faster: there the graph stays ``dense``, with the reason, or tokens are ``select``-ed anyway.
         disable_passes: names of optional passes that do not run, such as ``("merge_sums",)``: to find out what one

@@ -16,7 +16,7 @@ from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.analysis.modes import has_effect
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import NoRouter, Routing
+from cggr_compile.passes.facts import NoLayerStack, NoRouter, Routing
 from cggr_compile.passes.joint.add_table_rows import AddTableRows
 from cggr_compile.passes.joint.materialize_rotary_tables import MaterializeRotaryTables
 from cggr_compile.passes.joint.merge_products import MergeProducts
@@ -33,6 +33,7 @@ from cggr_compile.passes.semantic.detach_outputs import DetachOutputs
 from cggr_compile.passes.semantic.find_forwards import FindForwards
 from cggr_compile.passes.semantic.find_loss import FindLoss
 from cggr_compile.passes.semantic.find_stack import FindStack
+from cggr_compile.passes.semantic.find_states import FindStates
 from cggr_compile.passes.semantic.find_token_values import FindTokenValues
 from cggr_compile.passes.semantic.functionalize import Functionalize
 from cggr_compile.passes.semantic.group_queries import GroupQueries
@@ -59,6 +60,7 @@ from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_cou
 log = logging.getLogger(__name__)
 
 SWITCHED_OFF = "switched off (disable_passes)"
+OF_LAYERS = "it works on the layers, and no stack of them was found"
 # Every pass, in order. ``check_order`` holds it to what the passes declare, at import.
 PASSES: tuple[GraphPass, ...] = (
     InlineCheckpoints(),
@@ -72,6 +74,7 @@ PASSES: tuple[GraphPass, ...] = (
     LowerValues(),
     FindTokenValues(),
     FindStack(),
+    FindStates(),
     ClassifyOutputs(),
     RecoverCausalMask(),
     GroupQueries(),
@@ -199,10 +202,15 @@ def rewrite(
         name = "the schedule's ratio" if ctx.scheduled else "min_tokens_ratio"
         report.refuse(Cause.EVERY_TOKEN, Cause.EVERY_TOKEN.says(name=name))
         return work
-    report.matched, report.cause, report.ratio = True, None, float(ctx.options.ratio)
+    report.level, report.cause, report.ratio = ctx.level, None, float(ctx.options.ratio)
     exact = any(routing.gradient == "exact" for routing in ctx.every(Routing))
     report.gradient, report.selection = "exact" if exact else "routed", ctx.options.selection
-    told = [report.record(name) for name in (FindStack.name, SelectRows.name)]
+    if report.level == "loss":
+        refusal = ctx.every(NoLayerStack)[0].refusal
+        assert refusal.cause is not None
+        report.refuse(refusal.cause, f"{FindStack.name}: {refusal.reason}")
+    found = FindStack.name if report.level == "routed" else FindStates.name
+    told = [report.record(name) for name in (found, SelectRows.name)]
     told += [report.record(ChooseSelection.name)] if ctx.options.selection != asked else []
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
@@ -212,14 +220,20 @@ def rewrite(
 def apply(graph_pass: SemanticPass, gm: GraphModule, ctx: GraphContext) -> PassResult:
     """Run a pass, for each of the graph's forwards where it looks at one."""
     if graph_pass.whole_graph:
-        return graph_pass(gm, ctx)
+        return _turn(graph_pass, gm, ctx)
     results = []
     for forward in ctx.forwards:
         with ctx.of(forward):
-            results.append(graph_pass(gm, ctx))
+            results.append(_turn(graph_pass, gm, ctx))
         if results[-1].cause is not None:  # all forwards are rewritten, or none
             return results[-1]
     return _together(results)
+
+
+def _turn(graph_pass: SemanticPass, gm: GraphModule, ctx: GraphContext) -> PassResult:
+    if graph_pass.level == "routed" and ctx.level != "routed":
+        return PassResult(False, OF_LAYERS)
+    return graph_pass(gm, ctx)
 
 
 def _together(results: Sequence[PassResult]) -> PassResult:

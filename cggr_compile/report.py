@@ -17,7 +17,10 @@ from cggr_compile.causes import Cause
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
 
+    from cggr_compile.passes.base import Level
+
 log = logging.getLogger(__name__)
+LEVELS = ("routed", "loss", "dense")
 
 
 @dataclass
@@ -81,9 +84,13 @@ class GraphReport:
 
     Attributes:
         index: counts the model's training graphs, and by themselves its inference graphs.
-        matched: whether the graph trains on selected positions.
+        level: how much of the training step is computed on selected positions: "routed", head, loss and the backward
+            pass through the layers; "loss", head and loss, where no stack of layers was found, and the gradient below
+            is that of the selected loss, exact; "dense", nothing.
         reason: what was found, or why it is not rewritten, in one sentence.
-        cause: which of the closed list :class:`cggr_compile.causes.Cause` that is; None exactly if it is rewritten.
+        cause: why the level is not "routed", of the closed list :class:`cggr_compile.causes.Cause`; None exactly if it
+            is.
+        obstacle: the text of the cause where the level is "loss": why the layers were not found, and what helps.
         ratio: share of the positions that it trains on; a schedule has one graph per ratio.
         gradient: what the option ``gradient`` came to in a graph that trains on selected positions, "routed" or
             "exact"; empty in others.
@@ -98,9 +105,10 @@ class GraphReport:
     training: bool
     compiler: str
     options: dict[str, Any]
-    matched: bool = False
+    level: Level = "dense"
     reason: str = ""
     cause: Cause | None = Cause.NOT_TRAINING
+    obstacle: str = ""
     ratio: float = 1.0
     gradient: str = ""
     selection: str = ""
@@ -109,21 +117,25 @@ class GraphReport:
     verification: Verification | None = None
 
     @property
-    def level(self) -> str:
-        """How much of the training step is computed on selected positions: "routed", or "dense" for nothing of it."""
-        return "routed" if self.matched else "dense"
+    def matched(self) -> bool:
+        """Whether the graph trains on selected positions."""
+        return self.level != "dense"
 
     def record(self, name: str) -> PassRecord | None:
         """What the pass of this name did; None if it did not get its turn."""
         return next((record for record in self.passes if record.name == name), None)
 
     def refuse(self, cause: Cause, reason: str) -> None:
-        """The graph is not rewritten: the cause, and its text."""
-        self.cause, self.reason = cause, reason
+        """The graph, or at the level "loss" the backward pass below the head, stays as it is: the cause, its text."""
+        self.cause = cause
+        if self.level == "loss":
+            self.obstacle = reason
+        else:
+            self.reason = reason
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: a cause is its name."""
-        return asdict(self, dict_factory=_with_names)
+        return {**asdict(self, dict_factory=_with_names), "matched": self.matched}
 
 
 def _with_names(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,19 +147,23 @@ class Explanation:
 
     Attributes:
         graphs: a GraphReport per graph.
-        matched: whether a training graph trains on selected positions.
-        reason: of the matched graph, or of the first training graph.
-        cause: its :class:`cggr_compile.causes.Cause`; None if it is matched, or there is no graph.
+        level: how much is computed on selected positions, "routed", "loss" or "dense"; see :class:`GraphReport`.
+        matched: whether a training graph trains on selected positions: whether the level is not "dense".
+        reason: of the graph with the most of it, or of the first training graph.
+        cause: why its level is not "routed", a :class:`cggr_compile.causes.Cause`; None if it is, or there is no graph.
+        obstacle: the text of the cause, where the level is "loss".
         passes: the PassRecords of that graph.
     """
 
     def __init__(self, graphs: list[GraphReport]) -> None:
         self.graphs = graphs
         training = [g for g in graphs if g.training]
-        chosen = next((g for g in training if g.matched), next(iter(training or graphs), None))
-        self.matched = chosen.matched if chosen else False
+        chosen = min(training, key=lambda g: LEVELS.index(g.level), default=next(iter(graphs), None))
+        self.level = chosen.level if chosen else "dense"
+        self.matched = self.level != "dense"
         self.reason = chosen.reason if chosen else "the call compiled no graph"
         self.cause = chosen.cause if chosen else None
+        self.obstacle = chosen.obstacle if chosen else ""
         self.passes = chosen.passes if chosen else []
 
     def __str__(self) -> str:
@@ -169,7 +185,8 @@ class Explanation:
             if graph.verification is not None:
                 console.print(f"verified: {graph.verification}", markup=False)
         named = f"{self.cause.name}: " if self.cause is not None else ""
-        console.print(f"matched: {self.matched} ({named}{self.reason})", markup=False)
+        why = f"{self.reason}; not routed: {named}{self.obstacle}" if self.obstacle else f"{named}{self.reason}"
+        console.print(f"matched: {self.matched}, level: {self.level} ({why})", markup=False)
         return console.export_text()
 
     __repr__ = __str__

@@ -103,9 +103,10 @@ class Runtime:
         None where every position does); scoring; selection; labels_overflow: tokens with a label that found no slot in
         any step so far (None unless the selection takes all of them, as ``labels`` does); context_overflow: positions
         that should carry gradient without being selected (context, those of a trained image projector) and found no
-        slot in any step so far (None without such); matched; level: "routed" if matched, else "dense" (None before the
-        first); fallback_reason (None if matched); verify_steps,
-        verify_max_error, verify_worst: steps that the option ``verify`` has compared, the largest error (None before
+        slot in any step so far (None without such); matched; level: "routed", "loss" (head and loss on the selected
+        positions, the gradient below them exact) or "dense" if not matched (None before the first); fallback_reason:
+        why the level is not "routed" (None if it is); verify_steps, verify_max_error, verify_worst: steps that the
+        option ``verify`` has compared, the largest error (None before
         the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
         None; stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
         has given up on the model's code (0 as long as it has not). Steps of a torch.optim.Optimizer are counted.
@@ -123,6 +124,8 @@ class Runtime:
         stale = self._stale.count
         reason = report.reason if report is not None else "; ".join(filter(None, (NOTHING, recompile_limit.given_up())))
         matched = report.matched if report is not None else False
+        if report is not None and matched:
+            reason = report.obstacle
         if self._given_up and (stale or report is None):
             matched, reason = False, self._given_up
         return {
@@ -137,7 +140,7 @@ class Runtime:
             "context_overflow": self._overflow.context(),
             "matched": matched,
             "level": _level(report, matched),
-            "fallback_reason": None if matched else reason,
+            "fallback_reason": reason or None,
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
@@ -329,14 +332,17 @@ class Runtime:
             self.options, self._last, self._observed = options, last, None
 
     def fall_back(self, report: GraphReport) -> None:
-        """Say once, as the options ask, that a training graph is compiled as it is."""
-        if self.options.fallback == "error":
-            raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {report.reason}")
+        """Say once, as the options ask, that a training graph is compiled as it is, or but for head and loss."""
+        partly = report.level == "loss"
+        why = report.obstacle if partly else report.reason
+        if self.options.fallback == "error" and not partly:
+            raise OptionError(f"the backend cannot rewrite this graph and fallback='error': {why}")
         if report.cause in PIECES and self.options.fallback != "silent":
-            if report.reason in _told or (report.cause is Cause.PLAIN_PYTHON and _told):
+            if why in _told or (report.cause is Cause.PLAIN_PYTHON and _told):
                 return
-            _told.add(report.reason)
-        self.warn(f"this training graph runs as it is: {report.reason}")
+            _told.add(why)
+        runs = "computes head and loss of the selected positions, all else of every one" if partly else "runs as it is"
+        self.warn(f"this training graph {runs}: {why}")
 
     def give_up(self, reason: str, options: Options, parameters: Iterable[Tensor]) -> None:
         """Dynamo compiles this model no more: what it has not compiled yet runs without the backend."""

@@ -6,7 +6,9 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from cggr_compile.passes.facts import LayerStack
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from cggr_compile.options import Options
 
 Fact = TypeVar("Fact")
+# How much of a training step is computed on selected positions: head, loss and the backward pass through the layers;
+# head and loss; nothing.
+Level = Literal["routed", "loss", "dense"]
 FirstBatches = Callable[[Any, Callable[[list[Any]], Any]], Any]
 
 
@@ -58,6 +63,7 @@ class SemanticPass(GraphPass):
     """A pass over the Dynamo graph.
 
     Attributes:
+        level: the least at which it has a turn: at ``loss`` there may be no LayerStack.
         needs: the facts that it reads; an earlier pass leaves each of them.
         uses: those that it reads where there are any.
         provides: those that it leaves.
@@ -66,6 +72,7 @@ class SemanticPass(GraphPass):
     """
 
     stage = "semantic"
+    level: ClassVar[Level] = "loss"
     needs: ClassVar[tuple[type, ...]] = ()
     uses: ClassVar[tuple[type, ...]] = ()
     provides: ClassVar[tuple[type, ...]] = ()
@@ -195,6 +202,12 @@ class GraphContext:
     def dense(self) -> bool:
         """True when every token is kept, so that the graph stays the user's."""
         return self.options.min_tokens_ratio == 1.0
+
+    @property
+    def level(self) -> Level:
+        """What the facts found so far are enough for."""
+        here = self.forwards if self._here is None else [self._here]
+        return "routed" if all(LayerStack in self._seen(forward) for forward in here) else "loss"
 
     @property
     def observing(self) -> bool:

@@ -78,22 +78,40 @@ class Block:
 
 
 @dataclass(frozen=True)
+class FinalStates:
+    """The hidden states that are the last to mix positions, and the position-wise tail from there to the head.
+
+    Attributes:
+        states: [B, S, H]; the output of the last block, where there is a stack of blocks.
+        tail: nodes from there (exclusive) to the head's input (inclusive), in order, such as the final norm; each
+            works on every position by itself.
+        tail_start: first position that the tail keeps (it may slice the sequence).
+        stream: every node that depends on the tokens and reaches the head.
+    """
+
+    states: Node
+    tail: tuple[Node, ...]
+    tail_start: int
+    stream: frozenset[Node]
+
+
+@dataclass(frozen=True)
 class LayerStack:
-    """The decoder: residual stream, blocks and the position-wise tail (final norm) before the head.
+    """The decoder: blocks around a residual stream, up to the final states.
 
     Attributes:
         source: first residual-stream node [B, S, H] (the embedding).
-        tail: nodes from the last block's output (exclusive) to the head's input (inclusive), in order; each
-            works on every position by itself.
-        tail_start: first position that the tail keeps (it may slice the sequence).
-        stream: every node that depends on the embedding and reaches the head.
     """
 
     source: Node
     blocks: tuple[Block, ...]
-    tail: tuple[Node, ...]
-    tail_start: int
-    stream: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class NoLayerStack:
+    """Why there is no stack of blocks: a refusal, if there are no final states either."""
+
+    refusal: PassResult
 
 
 @dataclass(frozen=True)

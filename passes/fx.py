@@ -57,6 +57,14 @@ def in_order(graph: Graph, nodes: set[Node] | frozenset[Node]) -> list[Node]:
     return [node for node in graph.nodes if node in nodes]
 
 
+def place_behind(node: Node) -> Node:
+    """The first node behind ``node`` in front of which calls can be put: the graph's inputs come first."""
+    place = node.next
+    while place.op == "placeholder":
+        place = place.next
+    return place
+
+
 def bottlenecks(ordered: Sequence[Node]) -> list[Node]:
     """Nodes of a sub-DAG, given in topological order, that every source-to-sink path goes through.
 

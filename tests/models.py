@@ -85,6 +85,9 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Llama4TextConfig",
         dict(num_local_experts=2, intermediate_size_mlp=64, head_dim=8, attention_chunk_size=8, **_LLAMA),
     ),
+    # rotates by angles out of a table that is a buffer
+    "gptj": ("GPTJConfig", dict(rotary_dim=4, **_GPT2, **_NO_DROPOUT)),
+    "codegen": ("CodeGenConfig", dict(rotary_dim=4, **_GPT2, **_NO_DROPOUT)),
     "bloom": ("BloomConfig", {"vocab_size": VOCAB, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
 }
 

@@ -20,7 +20,7 @@ BLOCKS = [SimpleNamespace(name=f"model.layers.{i}") for i in range(12)]
 
 def message(details, blocks=BLOCKS, **options):
     gradient = options.get("gradient", "routed")
-    report = GraphReport(0, True, "eager", Options(**options).as_dict(), matched=True, gradient=gradient)
+    report = GraphReport(0, True, "eager", Options(**options).as_dict(), level="routed", gradient=gradient)
     report.passes.append(PassRecord("row_sparse", "joint", True, "", details))
     return dense_layers(report, Options(**options), blocks)
 

@@ -55,12 +55,18 @@ def check_against_reference(model: nn.Module, batch: Batch, **mode: str) -> Run:
     return got
 
 
+def gradient_of(model: Any) -> str:
+    """What a step's gradient is at its level: without a stack of layers there is none to route."""
+    return "exact" if metrics(model)["level"] == "loss" else "routed"
+
+
 def assert_selected_or_dense(
     got: Run, model: nn.Module, batch: Batch, logits: Callable[[], Tensor], loss: Callable[[], Tensor]
 ) -> None:
     """``got`` is what the metrics claim: the selected loss as we define it, or the user's own."""
     if metrics(model)["matched"]:
-        assert_same(got, reference(model, logits, shift(batch["labels"]), picks(model)))
+        want = reference(model, logits, shift(batch["labels"]), picks(model), gradient=gradient_of(model))
+        assert_same(got, want)
     else:
         assert_same(got, backward(model, loss()))
 

@@ -27,7 +27,8 @@ class CGGRCallback(Callback):
     A batch behind which an optimizer steps ends a step of the runtime, whatever accumulates. Checkpoints hold the
     runtime's state, and resuming from them goes on from it. Every ``log_every_n_steps`` steps it logs ``cggr/ratio``,
     ``cggr/token_ratio``, ``cggr/labels_overflow``, ``cggr/context_overflow`` (see
-    :meth:`cggr_compile.Runtime.metrics`), of this process, and ``cggr/level``: 2 for routed, 0 for dense.
+    :meth:`cggr_compile.Runtime.metrics`), of this process, and ``cggr/level``: 2 for routed, 1 for loss,
+    0 for dense.
 
     Args:
         module: name of the inner model, as ``named_modules()`` has it; it has to compute the loss. None for the only

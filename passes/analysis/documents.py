@@ -11,7 +11,7 @@ import torch
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import Candidates, Forward, LayerStack, LossSite, Padding
+from cggr_compile.passes.facts import Candidates, FinalStates, Forward, LayerStack, LossSite, Padding
 from cggr_compile.passes.fx import Emitter, ancestors
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention import hidden_by
@@ -58,9 +58,9 @@ class Documents:
 
 def documents(graph: Graph, ctx: GraphContext) -> Documents:
     """How ``graph`` tells documents apart, by what is computed in front of the selection."""
-    anchor, stack = ctx[Candidates].anchor, ctx[LayerStack]
+    anchor, stream = ctx[Candidates].anchor, ctx[FinalStates].stream
     positions = tuple(node for node in graph.find_nodes(op="placeholder") if _counts_tokens(node, ctx))
-    found = [hidden_by(block.attention, stack.stream) for block in stack.blocks]
+    found = [hidden_by(block.attention, stream) for block in ctx[LayerStack].blocks]
     if any(hides is None for hides in found):
         return Documents(positions, (), "")
     unread = "; ".join(dict.fromkeys(hides for hides in found if isinstance(hides, str)))
@@ -89,7 +89,7 @@ def _counts_tokens(node: Node, ctx: GraphContext) -> bool:
 
 
 def _is_rotated(node: Node, ctx: GraphContext) -> bool:
-    todo, found, stream = [node], {node}, ctx[LayerStack].stream
+    todo, found, stream = [node], {node}, ctx[FinalStates].stream
     while todo:
         for user in todo.pop().users:
             if op_name(user) in _ROTARY:
@@ -102,7 +102,7 @@ def _is_rotated(node: Node, ctx: GraphContext) -> bool:
 
 def _per_token(node: Node, ctx: GraphContext) -> bool:
     """Whether an input has an entry for every position of the stream: [B or 1, S]."""
-    shape, stream = shape_of(node), shape_of(ctx[LayerStack].source)
+    shape, stream = shape_of(node), shape_of(ctx[FinalStates].states)
     if ctx.get(Forward) is not None and node not in ancestors([ctx[LossSite].hidden, ctx[Candidates].valid]):
         return False  # it may be another forward's
     if len(shape) != 2 or not same_size(shape[1], stream[1]) or fake_value(node).requires_grad:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cggr_compile import compat
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack
+from cggr_compile.passes.facts import FinalStates
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.mask_program import MaskProgram, Undecided
@@ -177,9 +177,9 @@ class FirstBatch:
 
     def __init__(self, gm: GraphModule, ctx: GraphContext) -> None:
         self.gm, self.ctx = gm, ctx
-        source = ctx[LayerStack].source
-        self.batch, self.length = shape_of(source)[:2]
-        self.device = fake_value(source).device
+        states = ctx[FinalStates].states
+        self.batch, self.length = shape_of(states)[:2]
+        self.device = fake_value(states).device
 
     def read(self, regions: Sequence[Region]) -> Tensor | str:
         """The regions as one mask, bool [B, S] on the CPU; or why that cannot be computed."""

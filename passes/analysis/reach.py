@@ -18,7 +18,7 @@ from cggr_compile.passes.analysis.positions import WHOLE, Holding, Region
 from cggr_compile.passes.analysis.products import PRODUCTS, WEIGHED
 from cggr_compile.passes.analysis.uses import RULES, Lookup, Place, Use, pointwise, table_of
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack, LossSite
+from cggr_compile.passes.facts import FinalStates, LayerStack, LossSite
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import differentiable, fake_value, op_name, same_size, shape_of
 
@@ -84,7 +84,7 @@ class _Walk:
         self.writes = list(_writes(gm))
         self.written = descendants(n for where, _, _ in self.writes for n in gm.graph.nodes if _in(n, where))
         texts = [n for n in self.place.before if self._reads_text(n)]
-        self.text = descendants(texts) if texts else stack.stream
+        self.text = descendants(texts) if texts else ctx[FinalStates].stream
 
     def run(self) -> Reach:
         found = Reach()

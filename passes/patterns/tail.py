@@ -1,4 +1,4 @@
-"""The position-wise tail between the last block and the head: checked once, copied onto other rows."""
+"""The position-wise tail between the final states and the head: checked once, copied onto other rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.analysis.modes import cast_as, modes_of
-from cggr_compile.passes.facts import LayerStack, LossSite, Selection
+from cggr_compile.passes.facts import FinalStates, Selection
 from cggr_compile.passes.fx import Emitter, layout_only
-from cggr_compile.passes.nodes import fake_value, op_name, shape_of
+from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.head import token_slice
 from cggr_compile.passes.patterns.row_wise import not_row_wise
 
@@ -23,13 +23,25 @@ if TYPE_CHECKING:
 
 def tail_start(tail: tuple[Node, ...], last: Node) -> int | str:
     """First position the tail keeps; or, as a string, why it does not work position by position."""
-    inside = {last, *tail}
+    between = "between the last block and the head"
+    batch, length = shape_of(last)[:2]
+    windows = {last: (0, length)}  # of each value: the first position that it has, and how many
     start = 0
     for node in tail:
+        read = [windows[n] for n in node.all_input_nodes if n in windows]
+        start, length = read[0] if read else (start, length)
+        if any(begin != start or not same_size(size, length) for begin, size in read):
+            return f"{node}, which reads positions of one place for another, {between}"
         if op_name(node) == "getitem" and (begin := token_slice(node)) is not None:
-            start += begin
-        elif why := not_row_wise(node, inside):
-            return f"{why} between the last block and the head"
+            start, length = start + begin, shape_of(node)[1]
+        elif why := not_row_wise(node, windows):
+            return f"{why} {between}"
+        shape = shape_of(node)
+        whole = len(shape) > 2 and same_size(shape[0], batch) and same_size(shape[1], length)
+        flat = len(shape) == 2 and same_size(shape[0], batch * length)
+        if shape and not whole and not flat:
+            return f"{node}, whose shape {list(shape)} has no row per position, {between}"
+        windows[node] = start, length
     return start
 
 
@@ -65,13 +77,12 @@ def _with_rank(emit: Emitter, rows: Node, like: Node, rank: int) -> Node:
 
 def copy_tail(
     emit: Emitter,
-    stack: LayerStack,
-    loss: LossSite,
+    final: FinalStates,
     source: Node,
     in_place: bool,
     replaced: Mapping[Node, Node] | None = None,
 ) -> dict[Node, Node]:
-    """Apply the tail to ``source`` [B, *, H] instead of the last block's output.
+    """Apply the tail to ``source`` [B, *, H] instead of the final states.
 
     Args:
         in_place: put each copy beside its original, in whose modes it then runs; or all of them where the emitter
@@ -81,9 +92,9 @@ def copy_tail(
     Returns:
         Where each original's value now comes from; the head's input is among the keys.
     """
-    mapping = {**(replaced or {}), stack.blocks[-1].output: source}
+    mapping = {**(replaced or {}), final.states: source}
     modes = modes_of(emit.graph)
-    for node in stack.tail:
+    for node in final.tail:
         inputs = [n for n in node.all_input_nodes if n in mapping]
         if op_name(node) == "getitem" or layout_only(node):
             mapping[node] = mapping[inputs[0]]  # all rows stay; leading axes do not matter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile import compat
@@ -24,7 +24,9 @@ _LOOPS = {"scan", "associative_scan", "while_loop", "triton_kernel_wrapper_funct
 _OURS = ("aten", "prims", "cggr")
 
 
-def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[int]) -> dict[Node, str]:
+def token_mixers(
+    stack: LayerStack, stream: Set[Node], markers: Collection[Node], blocks: Iterable[int]
+) -> dict[Node, str]:
     """Nodes that pass the gradient of one position on to others although nothing is stopped there, with their modules.
 
     Operators of other libraries count as such, but for products with quantised weights. Looked at are the given blocks
@@ -32,9 +34,9 @@ def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[
     """
     size = shape_of(stack.source)[1]
     found: dict[Node, str] = {}
-    for node in ancestors([stack.source]) & stack.stream - {stack.source}:
+    for node in ancestors([stack.source]) & stream - {stack.source}:
         # a prompt in front of the tokens moves them, at most; what an encoder mixes are no tokens, but images, say
-        if op_name(node) != "cat" and _on_tokens(node, size) and _mixes(node, stack, size):
+        if op_name(node) != "cat" and _on_tokens(node, size) and _mixes(node, stream, size):
             found[node] = module_of(node) or "the embedding"
     for i in blocks:
         block = stack.blocks[i]
@@ -42,23 +44,23 @@ def token_mixers(stack: LayerStack, markers: Collection[Node], blocks: Iterable[
         core = {attention.node, *descendants([attention.key_user]) & ancestors([attention.value_user])}
         inside = descendants([block.input], stop=[block.output, *markers]) & ancestors([block.output])
         for node in inside - core - {block.input, *markers, attention.value_user}:
-            if _mixes(node, stack, size):
+            if _mixes(node, stream, size):
                 found[node] = module_of(node) or block.name
     order = {node: i for i, node in enumerate(stack.source.graph.nodes)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
-def _mixes(node: Node, stack: LayerStack, length: Any) -> bool:
+def _mixes(node: Node, stream: Set[Node], length: Any) -> bool:
     name = op_name(node)
     if name in _CONVOLUTIONS:
         return any(size != 1 for size in shape_of(argument(node, 1, "weight"))[2:])
     if name in _PRODUCTS:
-        return sum(source in stack.stream for source in node.all_input_nodes) > 1
+        return sum(source in stream for source in node.all_input_nodes) > 1
     if name in _ATTENTIONS or name in _LOOPS:
         return True
     if isinstance(node.target, compat.OpOverload) and node.target.namespace not in _OURS:
         return not is_quantised_product(node)
-    source = next((n for n in node.all_input_nodes if n in stack.stream), None)
+    source = next((n for n in node.all_input_nodes if n in stream), None)
     if name == "cat":  # with an empty cache nothing moves
         axis = _token_axis(node, length)
         at = _axes(argument(node, 1, "dim", 0), len(shape_of(node)))

@@ -11,8 +11,8 @@ from cggr_compile.options import OptionError
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, TokenValues
-from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.facts import Candidates, FinalStates, LayerStack, LossSite, TokenValues
+from cggr_compile.passes.fx import Emitter, place_behind
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.semantic.final_entropy import final_entropy
 from cggr_compile.passes.semantic.value_candidates import ValueCandidates, streams
@@ -40,15 +40,15 @@ class AlignTargets(SemanticPass):
     """
 
     name = "align_targets"
-    needs = (LossSite, LayerStack)
-    uses = (TokenValues,)
+    needs = (LossSite, FinalStates)
+    uses = (LayerStack, TokenValues)
     provides = (Candidates,)
 
     def enabled(self, ctx: GraphContext) -> bool:
         return not ctx.dense or ctx.observing
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        stack, loss = ctx[LayerStack], ctx[LossSite]
+        final, loss = ctx[FinalStates], ctx[LossSite]
         if not fake_value(loss.loss).requires_grad:
             what = "a cross-entropy without gradient: it, or all below it, runs under no_grad"
             return refused(Cause.UNSUPPORTED_LOSS, what=what)
@@ -66,7 +66,7 @@ class AlignTargets(SemanticPass):
         assert loss.target is not None
         if obstacle := hoist.obstacle(loss.target, loss.loss, streams(ctx)):
             return refused(Cause.LATE_LABELS, what=obstacle)
-        start = stack.tail_start + loss.start
+        start = final.tail_start + loss.start
         rest = _positions_after(ctx, start)
         if rest is None:
             return refused(Cause.UNALIGNED_TARGETS)
@@ -84,8 +84,8 @@ class AlignTargets(SemanticPass):
 
 def _positions_after(ctx: GraphContext, start: int) -> int | None:
     """How many positions at the end of the sequence have no logit row, or None if that is no fixed number."""
-    rows = full = shape_of(ctx[LayerStack].blocks[-1].output)
-    for node in (*ctx[LayerStack].tail, *ctx[LossSite].chain):
+    rows = full = shape_of(ctx[FinalStates].states)
+    for node in (*ctx[FinalStates].tail, *ctx[LossSite].chain):
         if op_name(node) in ("transpose", "swapaxes", "permute", "mT"):
             break
         if len(shape_of(node)) == 3:
@@ -110,19 +110,25 @@ def _anchor(gm: GraphModule, ctx: GraphContext, after: Node) -> Node | None:
         return late.call.next
     modes = modes_of(gm.graph)
     nodes: list[Node] = list(gm.graph.nodes)
-    gather = ctx[LossSite].head if ctx.get(TokenValues) is None else ctx[LossSite].hidden.next
-    gather = ctx[LayerStack].tail[0] if ctx[LayerStack].tail else gather
+    gather = ctx[LossSite].head if ctx.get(TokenValues) is None else place_behind(ctx[LossSite].hidden)
+    gather = ctx[FinalStates].tail[0] if ctx[FinalStates].tail else gather
     places = nodes[nodes.index(after) + 1 : nodes.index(gather) + 1]
-    places = [node for node in places if not modes[node].inference and not modes[node].levels]
+    places = [
+        node for node in places if node.op != "placeholder" and not modes[node].inference and not modes[node].levels
+    ]
     recording = (node for node in places if modes[node].grad == modes[nodes[0]].grad)
     return next(recording, next(iter(places), None))
 
 
 def router_output(ctx: GraphContext) -> Node:
-    """The residual stream after the block that the router reads (default: about an eighth of the stack)."""
-    blocks, wanted = ctx[LayerStack].blocks, ctx.options.router_layers
-    if wanted == "full":
-        return blocks[-1].output
+    """The residual stream after the block that the router reads (default: about an eighth of the stack).
+
+    Without blocks there are the final states, whatever the option says.
+    """
+    stack, wanted = ctx.get(LayerStack), ctx.options.router_layers
+    if stack is None or wanted == "full":
+        return ctx[FinalStates].states
+    blocks = stack.blocks
     count = max(1, round(len(blocks) / 8)) if wanted is None else int(wanted)
     if count > len(blocks):
         raise OptionError(f"router_layers must be at most {len(blocks)}, the model's number of blocks, got {count}")

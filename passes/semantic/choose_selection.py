@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from cggr_compile.passes.analysis.documents import documents
 from cggr_compile.passes.analysis.positions import FirstBatch
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, Forward, LayerStack, LossSite, Padding, Slots, TokenValues
+from cggr_compile.passes.facts import (
+    Candidates,
+    FinalStates,
+    Forward,
+    LayerStack,
+    LossSite,
+    Padding,
+    Slots,
+    TokenValues,
+)
 from cggr_compile.passes.nodes import shape_of
 from cggr_compile.passes.semantic.context_rows import context_distance, number_of
 from cggr_compile.passes.semantic.final_entropy import final_entropy
@@ -37,7 +46,8 @@ NEEDS_SCORES = {"min_tokens_ratio": "auto", "dynamic_threshold": True, "scope": 
 class ChooseSelection(SemanticPass):
     """Settles which positions ``auto`` selects, and how many slots there are for them.
 
-    ``labels``, with context and without a router, where less than half of the first batch's positions have a label:
+    ``labels``, without a router and (where there are layers) with context, where less than half of the first batch's
+    positions have a label:
     slots for as many labels, and as much context, as its fullest sequence has, rounded up (:func:`rounded_up`). Where
     later batches have more, the slots are doubled (``ctx.growth``). Else ``importance``. Of several forwards the
     positions are counted together, and each has slots of its own. With ``top_entropy_quantile`` a share of the labels
@@ -47,8 +57,8 @@ class ChooseSelection(SemanticPass):
     """
 
     name = "choose_selection"
-    needs = (LossSite, LayerStack, Candidates)
-    uses = (Forward, Padding, TokenValues)
+    needs = (LossSite, FinalStates, Candidates)
+    uses = (LayerStack, Forward, Padding, TokenValues)
     provides = (Slots,)
     analysis = True
     whole_graph = True
@@ -64,13 +74,15 @@ class ChooseSelection(SemanticPass):
             return PassResult(True, f"importance: {why}")
         ctx.options = labelled = _labelled(options)
         told: dict[str, None] = {}
+        routed = ctx.level == "routed"
         for forward, own in zip(ctx.forwards, chosen, strict=True):
             with ctx.of(forward):
                 ctx.add(own)
-                length = shape_of(ctx[LayerStack].source)[1]
-            told[f"{own.loss} of {length} slots carry loss, {own.gradient} gradient"] = None
+                length = shape_of(ctx[FinalStates].states)[1]
+            told[f"{own.loss} of {length} slots carry loss" + (f", {own.gradient} gradient" if routed else "")] = None
         slots = "; ".join(told)
-        ctx.notices.append(f"selection='auto' is 'labels' here, with context {labelled.context_rows}: {why}; {slots}")
+        context = f", with context {labelled.context_rows}" if routed else ""
+        ctx.notices.append(f"selection='auto' is 'labels' here{context}: {why}; {slots}")
         numbers = [number for own in chosen for number in (own.loss, own.gradient)]
         return PassResult(True, f"labels: {why}; {slots}", {"slots": numbers})
 
@@ -103,7 +115,7 @@ def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[list[Slots] | None, str
     slots = []
     for number, forward in enumerate(ctx.forwards):
         with ctx.of(forward):
-            length = shape_of(ctx[LayerStack].source)[1]
+            length = shape_of(ctx[FinalStates].states)[1]
         if not isinstance(length, int):
             return None, _SYMBOLIC
         # a later batch of this process, of another shape, may need more
@@ -128,7 +140,7 @@ def _count(gm: GraphModule, ctx: GraphContext, options: Options) -> list[dict[st
     counted = []
     for forward, taken in zip(ctx.forwards, _entropy_shares(gm, ctx), strict=True):
         with ctx.of(forward):
-            if not isinstance(shape_of(ctx[LayerStack].source)[1], int):
+            if not isinstance(shape_of(ctx[FinalStates].states)[1], int):
                 return _SYMBOLIC
             labels = FirstBatch(gm, ctx).value(ctx[Candidates].valid)
         if isinstance(labels, str):
@@ -138,7 +150,8 @@ def _count(gm: GraphModule, ctx: GraphContext, options: Options) -> list[dict[st
         number = math.ceil(taken * int(labels.sum()))
         counted.append({"positions": labels.numel(), "labels": number, "loss": loss, "gradient": loss})
     few = 0 < sum(one["labels"] for one in counted) < FEW * sum(one["positions"] for one in counted)
-    reach = options.context_rows if few or ctx.first_batch is not None else 0  # else nothing asks for its context
+    wanted = few or ctx.first_batch is not None  # else nothing asks for its context
+    reach = options.context_rows if wanted and ctx.level == "routed" else 0
     if not reach:
         return counted
     for forward, one in zip(ctx.forwards, counted, strict=True):

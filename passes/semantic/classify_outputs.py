@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Block, Forward, LayerStack, LossSite, OutputKind, Outputs, TokenValues
+from cggr_compile.passes.facts import (
+    Block,
+    FinalStates,
+    Forward,
+    LayerStack,
+    LossSite,
+    OutputKind,
+    Outputs,
+    TokenValues,
+)
 from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
 from cggr_compile.passes.patterns.experts import GROUPED
@@ -39,8 +48,8 @@ class ClassifyOutputs(SemanticPass):
     """
 
     name = "classify_outputs"
-    needs = (LossSite, LayerStack)
-    uses = (Forward, TokenValues)
+    needs = (LossSite, FinalStates)
+    uses = (LayerStack, Forward, TokenValues)
     provides = (Outputs,)
     analysis = True
 
@@ -53,13 +62,14 @@ class ClassifyOutputs(SemanticPass):
         if (forward := ctx.get(Forward)) is not None:  # what is computed from another one alone is that one's
             elsewhere = descendants(forward.others) - descendants(forward.embeddings)
             found = {i: node for i, node in found.items() if node not in elsewhere}
-        stack = ctx[LayerStack]
-        kinds = _kinds(gm.graph, found, ctx[LossSite], stack)
+        stack = ctx.get(LayerStack)
+        blocks = stack.blocks if stack is not None else ()
+        kinds = _kinds(gm.graph, found, ctx[LossSite], ctx[FinalStates].stream, blocks)
         kept = list(dict.fromkeys(found[i] for i, kind in kinds.items() if kind == "kept"))
-        dense = _between(kept, stack.blocks)
+        dense = _between(kept, blocks)
         inside = [node for i, node in found.items() if kinds[i] in ("loss", "value", "part", "kept")]
         read = ancestors(inside, ctx[LossSite].ends)
-        every_position = any(block.attention.node in read for block in stack.blocks)
+        every_position = any(block.attention.node in read for block in blocks)
         values = ctx.get(TokenValues)
         every_position = every_position or (values is not None and values.everywhere)
         wanted = "loss" if "loss" in kinds.values() else "value"
@@ -68,32 +78,34 @@ class ClassifyOutputs(SemanticPass):
         details: dict[str, Any] = {kind: [str(found[i]) for i in kinds if kinds[i] == kind] for kind in kinds.values()}
         if not kept:
             return PassResult(False, "no output but the loss keeps a gradient", details)
-        names = [block.name for i, block in enumerate(stack.blocks) if i in dense]
+        names = [block.name for i, block in enumerate(blocks) if i in dense]
         details["dense_blocks"] = names
         reason = f"{_described(kept)} {'keeps its' if len(kept) == 1 else 'keep their'} exact gradient"
         if names:
             where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             reason += (
-                f": the backward of {where} ({len(names)} of {len(stack.blocks)} blocks) computes every position, "
+                f": the backward of {where} ({len(names)} of {len(blocks)} blocks) computes every position, "
                 "and no gradient is stopped there"
             )
             ctx.warnings.append(f"{reason}. Where no loss is computed from such an output, return it with .detach()")
         return PassResult(True, reason, details)
 
 
-def _kinds(graph: Graph, found: dict[int, Node], loss: LossSite, stack: LayerStack) -> dict[int, OutputKind]:
+def _kinds(
+    graph: Graph, found: dict[int, Node], loss: LossSite, stream: Set[Node], blocks: Sequence[Block]
+) -> dict[int, OutputKind]:
     returned = list(dict.fromkeys(found.values()))
     with_loss = descendants(loss.ends, only=differentiable)
     losses = with_loss.intersection(returned)
     logits = returned_logits(loss)
-    cache = _cache(graph, stack, returned)
-    ends = [block.output for block in stack.blocks]
+    cache = _cache(graph, blocks, returned)
+    ends = [block.output for block in blocks]
     sizes = {shape_of(argument(node, 1, "weight"))[0] for node in graph.nodes if op_name(node) in _EXPERTS}
 
     def is_part(node: Node) -> bool:
         shape = shape_of(node)
         if _is_one_number(node):
-            stops = [*loss.ends, *(n for n in stack.stream if n is not node)]
+            stops = [*loss.ends, *(n for n in stream if n is not node)]
         elif len(shape) in (1, 2) and shape[-1] in sizes:
             stops = [*loss.ends, *ends]
         else:
@@ -117,10 +129,10 @@ def _is_one_number(node: Node) -> bool:
     return all(isinstance(size, int) and size == 1 for size in shape_of(node))
 
 
-def _cache(graph: Graph, stack: LayerStack, returned: Sequence[Node]) -> set[Node]:
+def _cache(graph: Graph, blocks: Sequence[Block], returned: Sequence[Node]) -> set[Node]:
     """Those of ``returned`` that are keys and values of attentions, in any layout, where both are returned."""
     sides: dict[Node, set[tuple[int, str]]] = {}
-    for index, block in enumerate(stack.blocks):
+    for index, block in enumerate(blocks):
         for side, end in (("key", block.attention.key), ("value", block.attention.value)):
             path = descendants([block.input], stop=[end]) & ancestors([end])
             projected = descendants([n for n in path if op_name(n) in PRODUCTS], stop=[end]) & path

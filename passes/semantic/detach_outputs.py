@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import LayerStack, LossSite, Outputs
+from cggr_compile.passes.facts import FinalStates, LayerStack, LossSite, Outputs
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value
 
@@ -28,7 +28,8 @@ class DetachOutputs(SemanticPass):
     """
 
     name = "detach_outputs"
-    needs = (LossSite, LayerStack, Outputs)
+    needs = (LossSite, FinalStates, Outputs)
+    uses = (LayerStack,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         output = gm.graph.output_node()
@@ -64,5 +65,8 @@ class DetachOutputs(SemanticPass):
 
     def _empty(self, emit: Emitter, node: Node, ctx: GraphContext) -> Node:
         value = fake_value(node)
-        lead = [emit.size(ctx[LayerStack].source, 0), 0] if value.dim() == 3 else [0]
-        return emit.method("new_empty", ctx[LayerStack].source, [*lead, ctx[LossSite].vocab], dtype=value.dtype)
+        stack = ctx.get(LayerStack)
+        # not the last block's output, of which rows may be all that is computed
+        like = ctx[FinalStates].states if stack is None else stack.source
+        lead = [emit.size(like, 0), 0] if value.dim() == 3 else [0]
+        return emit.method("new_empty", like, [*lead, ctx[LossSite].vocab], dtype=value.dtype)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cggr_compile.passes.analysis.modes import modes_of
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import LayerStack, TokenValues
+from cggr_compile.passes.facts import FinalStates, TokenValues
 from cggr_compile.passes.patterns.token_values.layout import Layout
 from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values
 
@@ -35,7 +35,7 @@ def final_entropy(graph: Graph, ctx: GraphContext) -> FinalEntropy | str:
         return "the entropies are not those of one call of cggr_compile.token_log_probs, or of what is lowered to one"
     (call,) = values.heads
     modes = modes_of(graph)
-    nodes = [*ctx[LayerStack].tail, call.next]
+    nodes = [*ctx[FinalStates].tail, call.next]
     if any(modes[node].levels or not modes[node].records for node in nodes):
         return "the head runs without gradient, in inference mode or under torch.vmap"
     return FinalEntropy(call, values.head_layouts[0])

@@ -13,8 +13,9 @@ from torch.fx import Node
 from cggr_compile import compat
 from cggr_compile.causes import Cause
 from cggr_compile.passes.analysis.effects import mutated_operands
+from cggr_compile.passes.analysis.uses import table_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import Attention, Block, LayerStack, LossSite
+from cggr_compile.passes.facts import Attention, Block, FinalStates, LayerStack, LossSite, NoLayerStack
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention import find_attention, further_keys
@@ -33,7 +34,7 @@ class NoLayerStackError(Exception):
 
 
 class FindStack(SemanticPass):
-    """Records residual stream, blocks and tail in ``ctx[LayerStack]``; changes nothing.
+    """Records the blocks in ``ctx[LayerStack]`` and what follows in ``ctx[FinalStates]``; changes nothing.
 
     The residual stream is what every path from the embedding to the head goes through. Between two attentions
     the last such node is a block boundary::
@@ -42,12 +43,14 @@ class FindStack(SemanticPass):
         a0 = x0 + attention(norm(x0))           # on every path, but no boundary: the MLP follows
         x1 = a0 + mlp(norm(a0))                 # output of block 0, input of block 1
         ...
-        logits = linear(norm(xL), lm_head)      # tail = [norm ...]
+        logits = linear(norm(xL), lm_head)      # states = xL, tail = [norm ...]
+
+    Of any other model ``ctx[NoLayerStack]`` says why it is none of these, and ``find_states`` has its turn.
     """
 
     name = "find_stack"
     needs = (LossSite,)
-    provides = (LayerStack,)
+    provides = (LayerStack, FinalStates, NoLayerStack)
     analysis = True
 
     def enabled(self, ctx: GraphContext) -> bool:
@@ -55,10 +58,12 @@ class FindStack(SemanticPass):
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         try:
-            stack = _find(gm, ctx[LossSite])
+            stack, states = _find(gm, ctx[LossSite])
         except NoLayerStackError as why:
-            return why.refusal
+            ctx.add(NoLayerStack(why.refusal))
+            return PassResult(False, why.refusal.reason)
         ctx.add(stack)
+        ctx.add(states)
         kinds = Counter(block.signature for block in stack.blocks)
         details = {
             "blocks": [
@@ -76,7 +81,7 @@ class FindStack(SemanticPass):
         return PassResult(True, f"{len(stack.blocks)} blocks, {alike}", details)
 
 
-def _find(gm: GraphModule, site: LossSite) -> LayerStack:
+def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     reaching = ancestors([site.hidden])
     computed = descendants(site.values)  # from per-token values: what is done to it is the loss's own affair
     roots = _roots(gm, reaching)
@@ -118,24 +123,21 @@ def _find(gm: GraphModule, site: LossSite) -> LayerStack:
     start = tail_start(tail, last)
     if isinstance(start, str):
         raise NoLayerStackError(start)
-    return LayerStack(boundaries[0], tuple(blocks), tail, start, frozenset(stream))
+    return LayerStack(boundaries[0], tuple(blocks)), FinalStates(last, tail, start, frozenset(stream))
 
 
-def _is_lookup(node: Node) -> bool:
-    """``embedding(ids, table)``, or ``table[ids]`` and ``index_select(table, 0, ids)`` on a matrix parameter."""
-    name = op_name(node)
-    if name == "embedding":
-        return True
-    if name not in ("getitem", "index_select"):
-        return False
-    table, index = node.args[0], node.args[-1]
-    if isinstance(index, tuple) and len(index) == 1:
-        index = index[0]
-    if not isinstance(table, Node) or not isinstance(index, Node) or len(shape_of(table)) != 2:
-        return False
-    value = fake_value(index)
-    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
-    return whole and bool(fake_value(table).is_floating_point())
+def _table(node: Node) -> Node | None:
+    """Of a lookup: ``embedding(ids, table)``, or ``table[ids]`` and ``index_select(table, 0, ids)`` on a matrix."""
+    read = table_of(node)
+    if read is None or not fake_value(read[0]).is_floating_point():
+        return None
+    return read[0]
+
+
+def _is_constant(table: Node) -> bool:
+    """Whether a table is no weight: that of rotary angles, say, which joins the stream in the first attention."""
+    value = fake_value(table)
+    return not value.requires_grad and not isinstance(value, torch.nn.Parameter)
 
 
 _SHAPE_ONLY = {"new_ones", "new_zeros", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
@@ -158,9 +160,10 @@ def _carrying(roots: list[Node]) -> set[Node]:
 
 
 def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
-    embeddings = [n for n in gm.graph.nodes if n in reaching and _is_lookup(n)]
-    if embeddings:
-        return embeddings
+    tables = {n: table for n in gm.graph.nodes if n in reaching and (table := _table(n)) is not None}
+    embeddings = [n for n, table in tables.items() if not _is_constant(table)]
+    if tables:
+        return embeddings or list(tables)
     # inputs_embeds given by the caller
     floats = [
         n

@@ -32,6 +32,7 @@ class GroupQueries(SemanticPass):
     """
 
     name = "group_queries"
+    level = "routed"
     needs = (LayerStack,)
     provides = (LayerStack,)
     optional = True
@@ -40,8 +41,6 @@ class GroupQueries(SemanticPass):
         return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        if ctx[LayerStack] is None:
-            return PassResult(False, "no layer stack")
         blocks = []
         reasons: dict[str, None] = {}
         modes = modes_of(gm.graph)

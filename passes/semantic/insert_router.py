@@ -12,7 +12,7 @@ from cggr_compile import compat
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import Modes
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, NoRouter, RouterScores
+from cggr_compile.passes.facts import Candidates, FinalStates, LayerStack, LossSite, NoRouter, RouterScores
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.patterns.tail import copy_tail
@@ -33,7 +33,8 @@ class InsertRouter(SemanticPass):
     """
 
     name = "insert_router"
-    needs = (LossSite, LayerStack, Candidates)
+    needs = (LossSite, FinalStates, Candidates)
+    uses = (LayerStack,)
     provides = (RouterScores, NoRouter)
     optional = True
 
@@ -43,7 +44,7 @@ class InsertRouter(SemanticPass):
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if not ctx.options.needs_router:
             return PassResult(False, f"scoring={ctx.options.scoring_name!r} needs no router")
-        stack, loss, anchor = ctx[LayerStack], ctx[LossSite], ctx[Candidates].anchor
+        final, loss, anchor = ctx[FinalStates], ctx[LossSite], ctx[Candidates].anchor
         source = router_output(ctx)
         hoist = Hoist(gm.graph, anchor)
         if obstacle := _obstacle(ctx, hoist):
@@ -53,7 +54,7 @@ class InsertRouter(SemanticPass):
         emit = Emitter(gm.graph, ctx.fake_mode)
         there = {node: hoist.bring(emit, node, self.name) for node, _ in _needed(ctx)}
         with emit.before(anchor, self.name), emit.under(_without_gradient(emit.modes, hoist.modes[source])):
-            hidden = copy_tail(emit, stack, loss, emit.method("detach", source), in_place=False, replaced=there)
+            hidden = copy_tail(emit, final, emit.method("detach", source), in_place=False, replaced=there)
             weight = emit.method("detach", there[loss.weight])
             if loss.transposed:
                 weight = emit.method("t", weight)
@@ -77,15 +78,22 @@ class InsertRouter(SemanticPass):
             found = difficulty(emit, statistics, ctx.options.scoring, lambda: emit.item(score(2.0), 0))
         _, entropy, top1, _, _ = statistics
         ctx.add(RouterScores(found, top1, entropy))
-        number = [block.output for block in stack.blocks].index(source) + 1
-        return PassResult(True, f"{ctx.options.scoring_name} difficulty after block {number} of {len(stack.blocks)}")
+        return PassResult(True, f"{ctx.options.scoring_name} difficulty {_place(ctx, source)}")
+
+
+def _place(ctx: GraphContext, source: Node) -> str:
+    """Where the router reads the hidden states."""
+    stack = ctx.get(LayerStack)
+    if stack is None:
+        return "of the final states"
+    return f"after block {[block.output for block in stack.blocks].index(source) + 1} of {len(stack.blocks)}"
 
 
 def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:
     """What the router needs besides the hidden states, such as Gemma's ``1 + weight``, and what reads it last."""
-    stack, loss = ctx[LayerStack], ctx[LossSite]
-    inside = {stack.blocks[-1].output, *stack.tail}
-    found = {other: node for node in stack.tail for other in node.all_input_nodes if other not in inside}
+    final, loss = ctx[FinalStates], ctx[LossSite]
+    inside = {final.states, *final.tail}
+    found = {other: node for node in final.tail for other in node.all_input_nodes if other not in inside}
     found |= {node: loss.head for node in (loss.weight, loss.bias) if node is not None}
     return list(found.items())
 
@@ -93,10 +101,10 @@ def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:
 def _obstacle(ctx: GraphContext, hoist: Hoist) -> str:
     """Why the router cannot be inserted."""
     here = hoist.modes[hoist.anchor]
-    for node in ctx[LayerStack].tail:
+    for node in ctx[FinalStates].tail:
         if (hoist.modes[node].unknown, hoist.modes[node].levels) != (here.unknown, here.levels):
             return f"the final norm runs behind {hoist.modes[node].unknown}, whose effect on it is unknown"
-    found = (hoist.obstacle(node, reader, ctx[LayerStack].stream) for node, reader in _needed(ctx))
+    found = (hoist.obstacle(node, reader, ctx[FinalStates].stream) for node, reader in _needed(ctx))
     return next(filter(None, found), "")
 
 

@@ -30,6 +30,7 @@ class LaunchBound(SemanticPass):
     """
 
     name = "launch_bound"
+    level = "routed"
     needs = (LayerStack,)
     analysis = True
     whole_graph = True

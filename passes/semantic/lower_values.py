@@ -11,7 +11,7 @@ from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import has_effect
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import Forward, LossSite, LoweredValues
-from cggr_compile.passes.fx import Emitter
+from cggr_compile.passes.fx import Emitter, place_behind
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.token_values.classes import classes_of_values
 from cggr_compile.passes.patterns.token_values.known import Logits, NotKnownError, Reading, read_program
@@ -158,7 +158,7 @@ def _all_positions(emit: Emitter, region: TokenRegion, origin: str) -> ProgramWr
     stem = region.stem
     window = region.planner.found[stem].layout.window
     batch, length = window.count, window.length
-    begin = stem.next
+    begin = place_behind(stem)
     with emit.before(begin, origin):
         positions = emit.call(torch.arange, length, device=fake_value(stem).device)
         positions = emit.method("expand", positions, batch, length)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from cggr_compile.passes.analysis.example_target import example_target
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Attention, LayerStack, LossSite, Outputs, Padding, TokenValues
+from cggr_compile.passes.facts import Attention, FinalStates, LayerStack, LossSite, Outputs, Padding, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.mask_kinds import MaskKind, classify
@@ -50,7 +50,8 @@ class RecoverCausalMask(SemanticPass):
     """
 
     name = "recover_causal_mask"
-    needs = (LossSite, LayerStack, Outputs)
+    level = "routed"
+    needs = (LossSite, LayerStack, FinalStates, Outputs)
     uses = (TokenValues,)
     provides = (LayerStack, Padding)
     optional = True
@@ -145,7 +146,7 @@ def _label_obstacle(padded: torch.Tensor, gm: GraphModule, ctx: GraphContext) ->
     target = example_target(gm, ctx)
     if target is None:
         return "whether padding has labels can be told only by running the model"
-    start = ctx[LayerStack].tail_start + ctx[LossSite].start
+    start = ctx[FinalStates].tail_start + ctx[LossSite].start
     labelled = target.reshape(len(padded), -1) != ctx[LossSite].ignore_index
     if bool((labelled & padded.cpu()[:, start : start + labelled.shape[1]]).any()):
         return "padding has labels in the first batch"

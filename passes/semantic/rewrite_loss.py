@@ -10,7 +10,7 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, RowTail, Selection, TokenValues
+from cggr_compile.passes.facts import Candidates, FinalStates, LossSite, RowTail, Selection, TokenValues
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.patterns.tail import copy_rows, copy_tail, gather_rows
@@ -50,20 +50,20 @@ class RewriteLoss(SemanticPass):
     """
 
     name = "rewrite_loss"
-    needs = (LossSite, LayerStack, Candidates, Selection)
+    needs = (LossSite, FinalStates, Candidates, Selection)
     uses = (RowTail, TokenValues)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if ctx.get(TokenValues) is not None:
             return PassResult(False, "the loss is computed from per-token values")
-        stack, loss, candidates, selection = ctx[LayerStack], ctx[LossSite], ctx[Candidates], ctx[Selection]
+        final, loss, candidates, selection = ctx[FinalStates], ctx[LossSite], ctx[Candidates], ctx[Selection]
         emit = Emitter(gm.graph, ctx.fake_mode)
-        last, tail = stack.blocks[-1].output, ctx.get(RowTail)
+        last, tail = final.states, ctx.get(RowTail)
         entries, inside = (tail.entries, tail.nodes) if tail else ((last,), ())
-        readers = [*inside, *stack.tail, loss.head]
+        readers = [*inside, *final.tail, loss.head]
         taken = {entry: gather_rows(emit, entry, readers, selection, self.name) for entry in entries}
         taken |= copy_rows(emit, inside, taken)
-        mapping = copy_tail(emit, stack, loss, taken[last], in_place=True)
+        mapping = copy_tail(emit, final, taken[last], in_place=True)
         dtype = fake_value(loss.loss).dtype
         logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
         # a fused head reads its weights where the head does: a write, or another autocast, may come after it

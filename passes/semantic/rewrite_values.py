@@ -8,8 +8,8 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Selection, TokenValues
-from cggr_compile.passes.fx import Emitter, descendants
+from cggr_compile.passes.facts import Candidates, FinalStates, Selection, TokenValues
+from cggr_compile.passes.fx import Emitter, descendants, place_behind
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
 from cggr_compile.passes.patterns.token_values.layout import Layout
@@ -58,28 +58,27 @@ class RewriteValues(SemanticPass):
     """
 
     name = "rewrite_values"
-    needs = (LossSite, LayerStack, Candidates, Selection)
+    needs = (FinalStates, Candidates, Selection)
     uses = (TokenValues, TokenRegion)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         found = ctx.get(TokenValues)
         if found is None:
             return PassResult(False, "the loss is one cross-entropy")
-        stack, loss, selection = ctx[LayerStack], ctx[LossSite], ctx[Selection]
+        final, selection, anchor = ctx[FinalStates], ctx[Selection], ctx[Candidates].anchor
         region = ctx[TokenRegion]
         emit = Emitter(gm.graph, ctx.fake_mode)
-        last, anchor = stack.blocks[-1].output, ctx[Candidates].anchor
-        begin = region.stem.next
-        if begin < anchor:  # rows are selected behind the head
+        begin = place_behind(region.stem)
+        if begin < anchor:  # rows are selected behind the head, or the head reads the states themselves
             begin = anchor
             with emit.before(begin, self.name):
-                taken = rows_of(emit, last, selection)
-                rows = copy_tail(emit, stack, loss, taken, in_place=False)[found.stem]
+                taken = rows_of(emit, final.states, selection)
+                rows = copy_tail(emit, final, taken, in_place=False)[found.stem]
         else:
-            readers = [*stack.tail, *(node for node in gm.graph.nodes if node in last.users)]
-            taken = gather_rows(emit, last, readers, selection, self.name)
-            rows = copy_tail(emit, stack, loss, taken, in_place=True)[found.stem]
-        writer = RowWriter(emit, begin, selection, rows, stack.tail_start, self.name)
+            readers = [*final.tail, *(node for node in gm.graph.nodes if node in final.states.users)]
+            taken = gather_rows(emit, final.states, readers, selection, self.name)
+            rows = copy_tail(emit, final, taken, in_place=True)[found.stem]
+        writer = RowWriter(emit, begin, selection, rows, final.tail_start, self.name)
         details = {"values": [str(node) for node in region.values]}
         program = region.planner.program
         if (calls := _calls(region)) is not None:

@@ -8,7 +8,16 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Block, Candidates, GradientRows, LayerStack, Outputs, Routing, Selection
+from cggr_compile.passes.facts import (
+    Block,
+    Candidates,
+    FinalStates,
+    GradientRows,
+    LayerStack,
+    Outputs,
+    Routing,
+    Selection,
+)
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
 from cggr_compile.passes.nodes import op_name, same_size, shape_of
 from cggr_compile.passes.patterns.token_mixers import token_mixers
@@ -43,7 +52,8 @@ class RouteGradient(SemanticPass):
     """
 
     name = "route_gradient"
-    needs = (LayerStack, Outputs, Candidates, Routing, Selection)
+    level = "routed"
+    needs = (LayerStack, FinalStates, Outputs, Candidates, Routing, Selection)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if ctx[Routing].gradient == "exact":
@@ -63,7 +73,7 @@ class RouteGradient(SemanticPass):
             how += f", kv_weight={ctx.options.kv_weight!r}"
         how += f" at {len(stopped)} attentions"
         markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected.default)
-        mixers = token_mixers(ctx[LayerStack], markers, stopped)
+        mixers = token_mixers(ctx[LayerStack], ctx[FinalStates].stream, markers, stopped)
         if not mixers:
             return PassResult(True, how)
         names = ", ".join(dict.fromkeys(map(op_name, mixers)))
@@ -98,7 +108,7 @@ class RouteGradient(SemanticPass):
 
     def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
         goal = {block.attention.key, block.attention.value}
-        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[LayerStack].stream
+        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[FinalStates].stream
         source = _projection_input(in_order(emit.graph, paths), block)
         with emit.before(source.next, self.name):
             marked = emit.call(torch.ops.cggr.detach_unselected.default, source, 1)

@@ -15,6 +15,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import (
     Candidates,
     ExtraRows,
+    FinalStates,
     Forward,
     LayerStack,
     LossSite,
@@ -59,8 +60,8 @@ class SelectRows(SemanticPass):
     """
 
     name = "select_rows"
-    needs = (LossSite, LayerStack, Candidates, Routing)
-    uses = (Forward, RouterScores, NoRouter, ExtraRows, Padding, Slots)
+    needs = (Candidates, Routing)
+    uses = (Forward, LossSite, RouterScores, NoRouter, ExtraRows, LayerStack, FinalStates, Padding, Slots)
     provides = (Selection,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cggr_compile.passes.analysis.effects import mutated_operand
 from cggr_compile.passes.analysis.modes import has_effect, modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, LossSite, Outputs, RowTail, TokenValues
+from cggr_compile.passes.facts import Candidates, FinalStates, LayerStack, LossSite, Outputs, RowTail, TokenValues
 from cggr_compile.passes.fx import ancestors, descendants, in_order
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.head import returned_logits
@@ -33,7 +33,8 @@ class ShortenLastBlock(SemanticPass):
     """
 
     name = "shorten_last_block"
-    needs = (LossSite, LayerStack, Outputs, Candidates)
+    level = "routed"
+    needs = (LossSite, LayerStack, FinalStates, Outputs, Candidates)
     uses = (TokenValues,)
     provides = (RowTail,)
     analysis = True
@@ -92,14 +93,14 @@ def _misshapen(node: Node, batch: Any, length: Any) -> str:
 
 def _other_reader(gm: GraphModule, ctx: GraphContext, nodes: set[Node]) -> str:
     """What else reads these calls, or the tail and the logits behind them; empty if nothing does."""
-    stack, loss, kinds = ctx[LayerStack], ctx[LossSite], ctx[Outputs].kinds
+    final, loss, kinds = ctx[FinalStates], ctx[LossSite], ctx[Outputs].kinds
     results: Any = gm.graph.output_node().args[0]
     dropped = {
         results[i]
         for i, kind in kinds.items()
         if kind == "logits" and ctx.options.logits == "drop" and same_size(shape_of(results[i])[-1], loss.vocab)
     }
-    closed = {*nodes, *stack.tail, *loss.chain, *returned_logits(loss), loss.loss}
+    closed = {*nodes, *final.tail, *loss.chain, *returned_logits(loss), loss.loss}
     # what an earlier pass has replaced is still there
     alive = ancestors(n for n in gm.graph.nodes if has_effect(n))
     for node in closed - {loss.loss}:

@@ -10,7 +10,7 @@ import torch
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, LayerStack, TokenValues
+from cggr_compile.passes.facts import Candidates, FinalStates, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.semantic.final_entropy import ENTROPY, final_entropy
 from cggr_compile.passes.semantic.value_candidates import ValueCandidates
@@ -35,7 +35,7 @@ class TopEntropy(SemanticPass):
     """
 
     name = "top_entropy"
-    needs = (LayerStack, Candidates)
+    needs = (FinalStates, Candidates)
     uses = (TokenValues,)
     provides = (Candidates,)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cggr_compile import compat
+from cggr_compile.options import Options
 from cggr_compile.passes.analysis.positions import FirstBatch, Region, static_count
 from cggr_compile.passes.analysis.reach import Part, Reach, reach
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, ExtraRows, LayerStack, LossSite, Routing
+from cggr_compile.passes.facts import Candidates, ExtraRows, FinalStates, LayerStack, LossSite, Routing
 from cggr_compile.passes.fx import ancestors
 from cggr_compile.passes.nodes import shape_of
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 STEP = 32
 # A region has as many labels as others if the labelled share of its positions is at least this part of the whole's.
 LABELLED = 0.5
+_OF_LAYERS = ("gradient", "kv_gradient", "kv_weight", "context", "router_layers")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class TrainedInputs(SemanticPass):
     """
 
     name = "trained_inputs"
-    needs = (LossSite, LayerStack, Candidates)
+    needs = (LossSite, FinalStates, Candidates)
+    uses = (LayerStack,)
     provides = (Routing, ExtraRows)
     analysis = True
 
@@ -61,6 +64,9 @@ class TrainedInputs(SemanticPass):
         ctx.add(Routing("exact" if asked == "exact" else "routed"))
         if asked == "exact":
             return PassResult(True, "gradient='exact' stops nothing")
+        if ctx.level != "routed":
+            ctx.add(Routing("exact"))
+            return PassResult(True, f"gradient='exact': there are no layers in which to stop any{_unused(ctx)}")
         concerns = _Look(gm, ctx).concerns()
         if not concerns:
             return PassResult(True, "gradient='routed': no trained input acts at unselected positions only")
@@ -93,7 +99,7 @@ class TrainedInputs(SemanticPass):
 
     def _most(self, gm: GraphModule, ctx: GraphContext, regions: tuple[Region, ...]) -> tuple[int, str]:
         """Slots that the regions need in a sequence; or why that is not known, or too many."""
-        anchor, length = ctx[Candidates].anchor, shape_of(ctx[LayerStack].source)[1]
+        anchor, length = ctx[Candidates].anchor, shape_of(ctx[FinalStates].states)[1]
         if any(anchor in ancestors(region.inputs) for region in regions):
             return 0, "its positions are computed too late"
         most = static_count(regions, length)
@@ -161,6 +167,14 @@ class _Look:
             return None
         share = (self._labels & mask).sum() / mask.sum()
         return bool(share >= LABELLED * self._labels.float().mean())
+
+
+def _unused(ctx: GraphContext) -> str:
+    """The options that were given and are about layers."""
+    default = Options()
+    given = {name: getattr(ctx.options, name) for name in _OF_LAYERS}
+    named = [f"{name}={value!r}" for name, value in given.items() if value != getattr(default, name)]
+    return f"; {', '.join(named)} mean nothing here" if named else ""
 
 
 def _names(concerns: Sequence[Concern]) -> str:

@@ -10,7 +10,7 @@ import torch
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.positions import FirstBatch
 from cggr_compile.passes.base import GraphContext
-from cggr_compile.passes.facts import Candidates, LayerStack, TokenValues
+from cggr_compile.passes.facts import Candidates, FinalStates, TokenValues
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, shape_of
 from cggr_compile.passes.patterns.token_values.layout import FLAT, Layout, Window
@@ -37,7 +37,7 @@ def candidates_of_first_batch(gm: GraphModule, ctx: GraphContext) -> Tensor | st
 
 def streams(ctx: GraphContext) -> frozenset[Node]:
     """What is not to be computed any earlier, whatever depends on it: the residual streams of all forwards."""
-    return frozenset().union(*(stack.stream for stack in ctx.every(LayerStack)))
+    return frozenset().union(*(final.stream for final in ctx.every(FinalStates)))
 
 
 class ValueCandidates:
@@ -49,9 +49,9 @@ class ValueCandidates:
 
     def __init__(self, emit: Emitter, ctx: GraphContext, hoist: Hoist, origin: str) -> None:
         self.emit, self.ctx, self.hoist, self.origin = emit, ctx, hoist, origin
-        self.values, stack = ctx[TokenValues], ctx[LayerStack]
-        self.batch, self.length = shape_of(stack.blocks[-1].output)[:2]
-        self.first = stack.tail_start
+        self.values, final = ctx[TokenValues], ctx[FinalStates]
+        self.batch, self.length = shape_of(final.states)[:2]
+        self.first = final.tail_start
         self.device = fake_value(self.values.stem).device
         self._masks: dict[Mask, Node | None] = {}
         self._windows: dict[Window, Node] = {}

@@ -12,7 +12,7 @@ from models import SEQ, VOCAB, compiled, make_batch
 from reference import assert_same, backward, hard_mask, reference, routing, selected_loss, shift
 from token_losses import expected
 from torch import Tensor
-from training import RATIO, cross_entropy_and, metrics, picks, selected, small
+from training import RATIO, cross_entropy_and, gradient_of, metrics, picks, selected, small
 
 
 def unreduced(logits: Tensor, labels: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def test_hidden_state_penalty_is_not_dropped() -> None:
     if not metrics(model)["matched"]:
         assert_same(got, backward(model, step(batch["input_ids"], batch["labels"])))
         return
-    with routing(model, hard_mask(selected(model), SEQ), "routed", "project"):
+    with routing(model, hard_mask(selected(model), SEQ), gradient_of(model), "project"):
         output = model(batch["input_ids"], output_hidden_states=True, use_cache=False)
         loss = selected_loss(output.logits, shift(batch["labels"]), picks(model))
         want = backward(model, loss + 0.1 * output.hidden_states[1].square().mean())

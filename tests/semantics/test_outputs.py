@@ -25,7 +25,7 @@ from reference import (
 )
 from token_losses import factors, gated
 from torch import Tensor, nn
-from training import RATIO, assert_selected_or_dense, complaints, metrics, picks, selected, small
+from training import RATIO, assert_selected_or_dense, complaints, gradient_of, metrics, picks, selected, small
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
@@ -67,14 +67,14 @@ def test_hidden_states_keep_their_gradient_and_the_cache_has_none() -> None:
 
 
 def test_graph_break_of_transformers_own_is_never_wrong() -> None:
-    """The first call for hidden states (see above): model and loss are in two graphs, so nothing is rewritten."""
+    """The first call for hidden states (see above): model and loss are in two graphs, so no layer is rewritten."""
     model, batch = small(num_hidden_layers=1), make_batch()
     compiled(model, min_tokens_ratio=RATIO, fallback="silent")
     for _ in range(2):
         output = model(**batch, output_hidden_states=True)
         got = backward(model, output.loss)
         if metrics(model)["matched"]:
-            assert_same(got, hf_reference(model, batch, picks(model)))
+            assert_same(got, hf_reference(model, batch, picks(model), gradient=gradient_of(model)))
         else:
             assert_same(got, dense(model, batch))
 

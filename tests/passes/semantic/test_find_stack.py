@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from capture import Captured
 
 from cggr_compile.causes import Cause
-from cggr_compile.passes.facts import LayerStack
+from cggr_compile.passes.facts import FinalStates, LayerStack, NoLayerStack
 from cggr_compile.passes.nodes import shape_of
 from cggr_compile.pipeline import semantic_passes
 
@@ -23,7 +23,8 @@ def test_own_decoder(decoder_step):
     assert stack.source is stack.blocks[0].input
     assert all(shape_of(b.output) == (2, 16, models.HIDDEN) for b in stack.blocks)
     assert [b.attention.kind for b in stack.blocks] == ["sdpa"] * 4
-    assert stack.tail and stack.tail_start == 0
+    final = captured.ctx[FinalStates]
+    assert final.states is stack.blocks[-1].output and final.tail and final.tail_start == 0
 
 
 def test_module_names_are_only_labels(decoder_step):
@@ -74,6 +75,30 @@ def test_symbolic_sizes(batch):
     assert len(captured.ctx[LayerStack].blocks) == 4
 
 
+class Rotated(models.Decoder):
+    """Angles are looked up in a table, a buffer or trained; what they rotate are queries and keys of every block."""
+
+    def __init__(self, trained):
+        super().__init__(self.rotated, fused=False)
+        angles = torch.randn(64, models.HIDDEN // models.HEADS)
+        if trained:
+            self.angles = torch.nn.Parameter(angles)
+        else:
+            self.register_buffer("angles", angles)
+
+    def rotated(self, q, k, v, mask):
+        factor = self.angles[torch.arange(q.shape[2])].cos()
+        return models.attend_sdpa(q * factor, k * factor, v)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_table_of_angles_is_no_embedding(trained, batch):
+    decoder = Rotated(trained)
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    assert captured.run("find_stack").matched != trained
+    assert trained or len(captured.ctx[LayerStack].blocks) == models.LAYERS
+
+
 def mlp(ids):
     table = torch.ones(models.VOCAB, 8, requires_grad=True)
     return F.cross_entropy(F.linear(F.relu(F.embedding(ids, table)), table).flatten(0, 1), ids.flatten())
@@ -96,7 +121,8 @@ def test_tail_must_be_position_wise(batch):
     decoder.ln_f.register_forward_hook(lambda module, args, out: out.cumsum(1))
     captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
     result = captured.run("find_stack")
-    assert result.cause is Cause.UNSUPPORTED_STACK and "cumsum" in result.reason
+    assert result.cause is None and "cumsum" in result.reason  # find_states has its turn
+    assert captured.ctx[NoLayerStack].refusal.cause is Cause.UNSUPPORTED_STACK
 
 
 def test_activation_checkpoints_that_were_not_inlined_are_named(batch):
@@ -104,4 +130,4 @@ def test_activation_checkpoints_that_were_not_inlined_are_named(batch):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     captured = Captured(model, **batch, use_cache=False)
     result = captured.run("find_stack", semantic_passes(captured.ctx)[1:])
-    assert result.cause is Cause.CLOSED_CHECKPOINTS and "checkpoint" in result.reason
+    assert not result.matched and captured.ctx[NoLayerStack].refusal.cause is Cause.CLOSED_CHECKPOINTS

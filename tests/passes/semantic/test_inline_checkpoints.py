@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from capture import Captured
-from reference import Run, assert_same, backward, dense
+from reference import Picks, Run, assert_same, backward, dense, reference
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -269,9 +269,12 @@ def test_selective_checkpoints_are_left_alone():
     assert not result.matched and "4 left alone: selective" in result.reason and one.operators() == before
     step = models.compiled(lambda: decoder_loss(model, batch), fallback="silent")
     run = backward(model, step())
-    reason = cggr_compile.runtime(model).metrics()["fallback_reason"]
-    assert "find_stack" in reason and "selective" in reason
-    assert_same(run, backward(model, decoder_loss(model, batch)))
+    runtime = cggr_compile.runtime(model)
+    reason = runtime.metrics()["fallback_reason"]
+    assert runtime.metrics()["level"] == "loss" and "find_stack" in reason and "selective" in reason
+    chosen = Picks(runtime.selected.clone(), runtime.weights.clone())
+    logits = lambda: model(batch["input_ids"])  # noqa: E731
+    assert_same(run, reference(model, logits, batch["labels"], chosen, gradient="exact"))
 
 
 def test_some_selective_checkpoints():
