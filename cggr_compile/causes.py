@@ -70,8 +70,8 @@ class Cause(enum.Enum):
     )
     LOSS_OUTSIDE = (
         "no cross-entropy in this graph: the compiled function returns {what}, and the loss is computed outside of it; "
-        "return the loss from it: pass labels=, or compile the step (cggr_compile.train_step); a trainer that computes its "
-        "loss of the model's logits, as TRL's ORPO, CPO and GKD do, trains on every token"
+        "return the loss from it: pass labels=, or compile the step (cggr_compile.train_step); a trainer that computes "
+        "its loss of the model's logits, as TRL's ORPO, CPO and GKD do, trains on every token"
     )
     FUSED_HEAD = (
         "TRL calls the model with fused_lm_head=True, and its head ends the compiled graph: give the trainer "
