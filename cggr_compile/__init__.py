@@ -2,6 +2,7 @@
 
 from cggr_compile.explain import explain
 from cggr_compile.flash_attention import enable_flash_attention, load_model_with_flash_attention
+from cggr_compile.metrics_logger import MetricsLogger
 from cggr_compile.modules.loss import CGGRLoss
 from cggr_compile.modules.model import CGGRModel
 from cggr_compile.modules.moe import PersistentTRMLP, create_persistent_tr_mlp
@@ -22,6 +23,7 @@ __all__ = [
     "CGGRModel",
     "CGGRScorer",
     "Explanation",
+    "MetricsLogger",
     "Options",
     "PersistentTRMLP",
     "Runtime",

@@ -13,9 +13,6 @@ try:
 except ImportError:
     from pytorch_lightning import Callback, LightningModule, Trainer
 
-# as Lightning logs numbers only
-LEVELS = {"dense": 0.0, "loss": 1.0, "routed": 2.0}
-
 
 class CGGRCallback(Callback):
     """Trains the model inside of a LightningModule with ``backend="cggr"``::
@@ -60,8 +57,7 @@ class CGGRCallback(Callback):
         self._step = trainer.global_step
         self._training.step()
         if trainer.log_every_n_steps and self._step % trainer.log_every_n_steps == 0:
-            for name, value in self._training.figures().items():
-                self.log(f"cggr/{name}", LEVELS[value] if isinstance(value, str) else float(value), on_epoch=False)
+            self._training.log(lambda figures: self.log_dict(figures, on_epoch=False), numbers=True)
 
     def state_dict(self) -> dict[str, Any]:
         return self._training.state_dict() or {}

@@ -12,11 +12,12 @@ from cggr_compile import compat
 from cggr_compile.errors import OptionError
 from cggr_compile.integrations.dora import trace_dora
 from cggr_compile.integrations.training_call import TrainingCall, compiled_part
+from cggr_compile.metrics_logger import MetricsLogger, Sink
 from cggr_compile.options import Options
 from cggr_compile.registry import registry
 from cggr_compile.runtime import FallbackWarning, Runtime
 
-# what a trainer logs of Runtime.metrics(), where it is not None
+# what a trainer logs of Runtime.metrics()
 FIGURES = ("ratio", "token_ratio", "level", "labels_overflow", "context_overflow")
 
 
@@ -97,10 +98,14 @@ class SelectiveTraining:
         if self.runtime is not None:
             self.runtime.step()
 
-    def figures(self) -> dict[str, float | int | str]:
-        """``FIGURES`` of the last training forward on this process. Waits for the device."""
-        values: dict[str, Any] = {"level": "dense"} if self.runtime is None else self.runtime.metrics()
-        return {name: values[name] for name in FIGURES if values.get(name) is not None}
+    def log(self, sink: Sink, more: Mapping[str, Any] | None = None, *, numbers: bool = False) -> None:
+        """Hand ``FIGURES`` of the last training forward on this process to a logger. Waits for the device.
+
+        Args:
+            sink, numbers: as those of :class:`cggr_compile.MetricsLogger`. more: further values, by their whole names.
+        """
+        metrics = (lambda: {"level": "dense"}) if self.runtime is None else self.runtime.metrics
+        MetricsLogger(metrics, sink, figures=FIGURES, numbers=numbers).log(**(more or {}))
 
     def state_dict(self) -> dict[str, Any] | None:
         """What resuming needs, as :meth:`Runtime.state_dict`; None if nothing was trained."""

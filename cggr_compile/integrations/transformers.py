@@ -75,12 +75,9 @@ class CGGRCallback(TrainerCallback, ExportableState):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs:  # of an evaluation, or the summary
             return
-        figures = {f"cggr/{name}": value for name, value in self._training.figures().items()}
-        if self._kept is not None:
-            figures["cggr/top_entropy_overflow"] = self._kept.missed()
-        logs.update(figures)
-        if state.log_history:  # which got a copy of logs before this
-            state.log_history[-1].update(figures)
+        histories = [logs, *state.log_history[-1:]]  # which got a copy of logs before this
+        kept = {} if self._kept is None else {"cggr/top_entropy_overflow": self._kept.missed()}
+        self._training.log(lambda figures: [each.update(figures) for each in histories], kept)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._end_smoothing()

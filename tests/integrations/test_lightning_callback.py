@@ -10,7 +10,8 @@ import cggr_compile
 
 lightning = pytest.importorskip("lightning")
 
-from cggr_compile.integrations.lightning import LEVELS, CGGRCallback  # noqa: E402
+from cggr_compile.integrations.lightning import CGGRCallback  # noqa: E402
+from cggr_compile.metrics_logger import LEVELS  # noqa: E402
 
 WARM_UP = {**OPTIONS, "warmup_steps": 3, "ladder": [1.0, 0.5], "seed": 7}
 
