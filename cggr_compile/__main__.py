@@ -1,4 +1,4 @@
-"""``python -m cggr_compile doctor|explain|reference-loss``."""
+"""``python -m cggr_compile doctor|explain|diff|reference-loss``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from cggr_compile.doctor import findings
 from cggr_compile.explain import explain
+from cggr_compile.graph_diff import diff_stages
 from cggr_compile.precompute import reference_loss
 
 
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show.add_argument("--seq", type=int, default=64, help="tokens per sequence (default 64)")
     show.add_argument("--options", type=json.loads, default={}, help='JSON, such as \'{"gradient": "exact"}\'')
     show.add_argument("--save", metavar="DIR", help="also write report.json, report.txt and the graphs there")
+    stages = commands.add_parser("diff", help="what changed between two stages of a dumped graph; 1 if anything did")
+    stages.add_argument("before", help="a file of the dump, or its beginning: graphs/07, graphs/select_rows")
+    stages.add_argument("after", help="another one of the same dump, or of another run's")
     losses = commands.add_parser(
         "reference-loss", help='the losses of reference models on a dataset, for scoring="excess", as a .npy file'
     )
@@ -43,16 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     losses.add_argument("--batch", type=int, default=8, help="sequences at a time (default 8)")
     losses.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     chosen = parser.parse_args(arguments)
-    if chosen.command == "doctor":
-        return _doctor()
     try:
-        return _explain(chosen) if chosen.command == "explain" else _reference_loss(chosen)
+        return _COMMANDS[chosen.command](chosen)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _doctor() -> int:
+def _doctor(chosen: argparse.Namespace) -> int:
     table = Table(show_header=False)
     for subject, finding in findings():
         table.add_row(subject, finding)
@@ -71,6 +73,14 @@ def _explain(chosen: argparse.Namespace) -> int:
     if chosen.save:
         print(f"written: {explanation.save(chosen.save)}")
     return 0 if explanation.matched else 1
+
+
+def _diff(chosen: argparse.Namespace) -> int:
+    lines = diff_stages(chosen.before, chosen.after)
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    for line in lines:
+        Console(soft_wrap=True).print(line, style=colours.get(line[:1]), markup=False, highlight=False)
+    return 1 if lines else 0
 
 
 def _reference_loss(chosen: argparse.Namespace) -> int:
@@ -117,6 +127,8 @@ def _from_config(path: Path) -> Any:
         raise ValueError("model: a transformers config needs transformers (pip install transformers)") from error
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
+
+_COMMANDS = {"doctor": _doctor, "explain": _explain, "diff": _diff, "reference-loss": _reference_loss}
 
 if __name__ == "__main__":
     sys.exit(main())

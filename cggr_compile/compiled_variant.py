@@ -15,6 +15,7 @@ from cggr_compile.call import Call
 from cggr_compile.causes import Cause
 from cggr_compile.dense_layers import dense_layers
 from cggr_compile.gradient_probe import GradientProbe, written_inputs
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.lower import lower_dense, lower_selective
 from cggr_compile.passes.facts import Block, LayerStack, Outputs
@@ -22,7 +23,7 @@ from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.step_interface import STATE, Form
 from cggr_compile.pipeline import copy_module
 from cggr_compile.replay import Replay
-from cggr_compile.report import GraphDump, Verification
+from cggr_compile.report import Verification
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.verify import VerificationError, Verifier, unverifiable
@@ -139,7 +140,7 @@ class CompiledVariant:
                 variant.configuration.engine,
                 options,
                 dense,
-                GraphDump(None, dense),
+                GraphDump(None, dense, "dense"),
                 patches,
             )
         steps = variant.ctx.options.verify

@@ -12,11 +12,12 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.captured_reference import CapturedReference
 from cggr_compile.configuration import Configuration
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.passes.base import FirstBatches, GraphContext
 from cggr_compile.passes.facts import Figures, Slots, StaticSizes
 from cggr_compile.passes.step_interface import Form
 from cggr_compile.pipeline import rewrite
-from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.report import GraphReport
 
 
 @dataclass

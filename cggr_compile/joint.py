@@ -11,10 +11,11 @@ from typing import Any
 from torch.fx import Graph, GraphModule
 
 from cggr_compile import compat
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.options import Options
 from cggr_compile.passes.collectives import schedule_collectives
 from cggr_compile.pipeline import calls_our_operators, run_dense_passes, run_joint_passes
-from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.report import GraphReport
 
 
 def sources() -> list[Path]:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from cggr_compile import compat
 from cggr_compile.configuration import Configuration
 from cggr_compile.engine import Engine
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.joint import (
     collectives_pass,
     dense_pre_pass,
@@ -19,7 +20,7 @@ from cggr_compile.joint import (
     source_key,
 )
 from cggr_compile.options import Options
-from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.report import GraphReport
 
 # The gathers of all layers read the selected positions. Only those of one layer are worth fusing, a dozen; to try each
 # with each takes Inductor longer, the more layers there are.

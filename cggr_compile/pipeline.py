@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile import compat
 from cggr_compile.causes import Cause
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError, Options
 from cggr_compile.passes.analysis.modes import has_effect
@@ -55,7 +56,7 @@ from cggr_compile.passes.semantic.spell_losses import SpellLosses
 from cggr_compile.passes.semantic.split_reductions import SplitReductions
 from cggr_compile.passes.semantic.top_entropy import TopEntropy
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
-from cggr_compile.report import GraphDump, GraphReport, PassRecord, operator_counts
+from cggr_compile.report import GraphReport, PassRecord, operator_counts
 
 log = logging.getLogger(__name__)
 
@@ -273,6 +274,7 @@ def run_dense_passes(graph: Graph, options: Options, report: GraphReport, dump: 
 def _run(passes: Sequence[JointPass], graph: Graph, options: Options, report: GraphReport, dump: GraphDump) -> None:
     owner = graph.owning_module
     assert owner is not None
+    dump.stage("joint", owner)
     for joint_pass in passes:
         if joint_pass.name in options.disable_passes:
             report.passes.append(PassRecord(joint_pass.name, joint_pass.stage, False, SWITCHED_OFF))

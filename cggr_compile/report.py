@@ -1,25 +1,22 @@
-"""What happened to each graph: records of the passes, tables for people, files for later."""
+"""What happened to each graph: records of the passes, and tables for people."""
 
 from __future__ import annotations
 
 import io
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cggr_compile import compat
 from cggr_compile.causes import Cause
 
 if TYPE_CHECKING:
-    from torch.fx import Graph, GraphModule
+    from torch.fx import Graph
 
     from cggr_compile.passes.base import Level
 
-log = logging.getLogger(__name__)
 LEVELS = ("routed", "loss", "dense")
 
 
@@ -179,7 +176,7 @@ class Explanation:
             for column in ("pass", "stage", "matched", "what", "operators"):
                 table.add_column(column, overflow="fold")
             for record in graph.passes:
-                delta = _delta_text(record.added, record.removed)
+                delta = delta_text(record.added, record.removed)
                 table.add_row(record.name, record.stage, _MATCHED[record.matched], record.reason, delta)
             console.print(table)
             if graph.verification is not None:
@@ -201,49 +198,6 @@ class Explanation:
         return path
 
 
-class GraphDump:
-    """Writes one graph's numbered stages: ``00_captured.py``, ``01_<pass>.py``, ..., ``report.json``."""
-
-    def __init__(self, folder: str | None, report: GraphReport) -> None:
-        self.report = report
-        self.folder: Path | None = None
-        self.count = 0
-        self._prefix = f"cggr_{'' if report.training else 'inference_'}{report.index}"
-        if folder is not None:
-            # the first training graph goes into the folder itself, others (graph breaks, new shapes) into it
-            self.folder = Path(folder)
-            if not report.training:
-                self.folder /= f"inference_{report.index:02d}"
-            elif report.index:
-                self.folder /= f"graph_{report.index:02d}"
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def stage(self, name: str, module: GraphModule, record: PassRecord | None = None) -> None:
-        header = [f"# graph {self.report.index}, stage {self.count:02d}: {name}"]
-        if record is not None:
-            header += [
-                f"# pass: {record.name} ({record.stage} graph)",
-                f"# matched: {record.matched}",
-                f"# reason: {record.reason}",
-                f"# operators: {_delta_text(record.added, record.removed) or 'unchanged'}",
-            ]
-        file = f"{self.count:02d}_{name}.py"
-        self.count += 1
-        if self.folder is None and not log.isEnabledFor(logging.DEBUG):
-            return
-        text = "\n".join(header) + "\n\n" + module.print_readable(print_output=False, include_device=False) + "\n"
-        log.debug("%s\n%s", file, text)
-        compat.trace_structured(f"{self._prefix}_{file}", text)
-        if self.folder is not None:
-            (self.folder / file).write_text(text)
-
-    def finish(self) -> None:
-        text = json.dumps(self.report.as_dict(), indent=2, default=str)
-        compat.trace_structured(f"{self._prefix}_report", text)
-        if self.folder is not None:
-            (self.folder / "report.json").write_text(text)
-
-
 _MATCHED = {True: "yes", False: "no", None: "?"}
 
 
@@ -251,7 +205,8 @@ def operator_counts(graph: Graph) -> Counter[str]:
     return Counter(str(node.target).rsplit("built-in ", 1)[-1] for node in graph.nodes if node.op.startswith("call_"))
 
 
-def _delta_text(added: Mapping[str, int], removed: Mapping[str, int]) -> str:
+def delta_text(added: Mapping[str, int], removed: Mapping[str, int]) -> str:
+    """``+2 linear, -1 cross_entropy``, the first six."""
     signs = [f"+{n} {_short(name)}" for name, n in added.items()] + [
         f"-{n} {_short(name)}" for name, n in removed.items()
     ]

@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 
+from cggr_compile.__main__ import main
 from cggr_compile.pipeline import PASSES
 
 STAGES = [
@@ -29,12 +30,19 @@ STAGES = [
         "route_gradient",
         "detach_outputs",
     ),
-    *("rewritten", "joint_row_sparse", "joint_merge_products", "joint_merge_sums", "joint_materialize_rotary_tables"),
+    *(
+        "rewritten",
+        "joint",
+        "joint_row_sparse",
+        "joint_merge_products",
+        "joint_merge_sums",
+        "joint_materialize_rotary_tables",
+    ),
     "joint_resolve_markers",
 ]
 
 
-def test_dump(tmp_path):
+def test_dump(tmp_path, capsys):
     model = models.compiled(models.family("llama", num_hidden_layers=1), dump_dir=str(tmp_path))
     batch = models.make_batch()
     # with a padding mask every release of transformers builds a mask tensor
@@ -49,6 +57,17 @@ def test_dump(tmp_path):
         f"# graph 0, stage {number}: rewrite_loss\n# pass: rewrite_loss (semantic graph)\n# matched: True"
     )
     assert "cggr.gather_rows" in text and "# operators: +" in text
+    assert "  # <- rewrite_loss\n" in text
+    argument = '    layers_0_q_proj_weight: "f32[32, 32]",  # model.layers.0.self_attn.q_proj.weight\n'
+    assert argument in text
+    joint = (tmp_path / f"{STAGES.index('joint_row_sparse'):02d}_joint_row_sparse.py").read_text()
+    assert argument.split(",  #")[0] in joint and "  # <- row_sparse\n" in joint
+    before, after = (str(tmp_path / name) for name in ("detach_outputs", STAGES[0]))
+    assert main(["diff", before, before]) == 0 and capsys.readouterr().out == ""
+    assert main(["diff", after, before]) == 1
+    assert '\n+    cggr_state: "i64[2]",\n' in (printed := capsys.readouterr().out) and "# matched" not in printed
+    assert main(["diff", str(tmp_path / "1"), before]) == 2
+    assert "stage must name one file" in capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
     joint = [one.name for one in PASSES if one.stage == "joint"]
     assert [p["name"] for p in report["passes"][-len(joint) :]] == joint
@@ -70,16 +89,29 @@ def test_further_graphs_get_folders(tmp_path):
 
 
 def test_logs(caplog):
-    with caplog.at_level(logging.DEBUG, logger="cggr_compile"):
-        models.compiled(models.PlainLM())(**models.make_batch())
-    assert any("find_stack: matched" in r.message for r in caplog.records)
-    assert any("compiled by eager" in r.message for r in caplog.records)
+    def logged(level):
+        caplog.clear()
+        torch._dynamo.reset()
+        with caplog.at_level(level, logger="cggr_compile"):
+            model = models.compiled(models.family("llama", num_hidden_layers=1))
+            model(**models.make_batch()).loss.backward()
+        return [r.getMessage() for r in caplog.records]
+
+    brief, full = logged(logging.INFO), logged(logging.DEBUG)
+    assert any("find_stack: matched" in line for line in brief) and any("compiled by eager" in line for line in brief)
+    assert len(brief) <= 50
+    new = [line for line in full if " + " in line and "# <- " in line]
+    assert any(line.startswith("select_rows: + pack_rows") and "cggr.pack_rows" in line for line in new)
+    assert any(line.startswith("joint_row_sparse: + ") for line in new)
+    assert not any("def forward" in line or "modeling_llama" in line for line in full)  # not whole graphs
 
 
 def test_structured_trace(monkeypatch):
     artifacts = {}
-    monkeypatch.setattr("cggr_compile.compat.trace_structured", lambda name, text: artifacts.setdefault(name, text))
-    models.compiled(models.PlainLM())(**models.make_batch())
-    if not artifacts:
-        pytest.fail("nothing handed to the structured trace")
-    assert "cggr_0_report" in artifacts
+    monkeypatch.setattr("cggr_compile.compat.trace_structured", lambda name, text: artifacts.setdefault(name, text()))
+    model = models.compiled(models.family("llama", num_hidden_layers=1))
+    model(**models.make_batch()).loss.backward()
+    assert "cggr_0_report" in artifacts and "cggr_0_00_captured.py" in artifacts
+    stages = [name.split("_", 3)[3] for name in artifacts if name.endswith(".py")]
+    assert "rewrite_loss.py" in stages and "joint_row_sparse.py" in stages
+    assert "def forward(" in artifacts["cggr_0_00_captured.py"]

@@ -14,7 +14,7 @@ def test_an_artifact():
     log = logging.getLogger("torch.__trace")
     log.addHandler(handler)
     try:
-        compat.trace_structured("cggr_test", "what there is to say")
+        compat.trace_structured("cggr_test", lambda: "what there is to say")
     finally:
         log.removeHandler(handler)
     (found,) = (r for r in records if r.metadata.get("artifact", {}).get("name") == "cggr_test")
