@@ -1,6 +1,7 @@
 """cggr_compile: a ``torch.compile`` backend that back-propagates only where it pays."""
 
 from cggr_compile.explain import explain
+from cggr_compile.explanation import Explanation
 from cggr_compile.flash_attention import enable_flash_attention, load_model_with_flash_attention
 from cggr_compile.metrics_logger import MetricsLogger
 from cggr_compile.modules.loss import CGGRLoss
@@ -12,7 +13,6 @@ from cggr_compile.modules.token_log_probs import TokenLogProbs, token_log_probs
 from cggr_compile.options import Options
 from cggr_compile.reference_loss import with_reference_loss
 from cggr_compile.registry import runtime
-from cggr_compile.report import Explanation
 from cggr_compile.runtime import Runtime
 from cggr_compile.train_step import train_step
 from cggr_compile.verify import VerificationError

@@ -1,24 +1,24 @@
-"""``python -m cggr_compile doctor|explain|diff|reference-loss``."""
+"""``python -m cggr_compile doctor|explain|diff|report|reference-loss``."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cggr_compile.batch_source import FORMS, read_batches
 from cggr_compile.doctor import findings
 from cggr_compile.explain import explain
 from cggr_compile.graph_diff import diff_stages
+from cggr_compile.model_source import load_model, load_tokenizer
 from cggr_compile.precompute import reference_loss
+from cggr_compile.run_folder import report_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = commands.add_parser("diff", help="what changed between two stages of a dumped graph; 1 if anything did")
     stages.add_argument("before", help="a file of the dump, or its beginning: graphs/07, graphs/select_rows")
     stages.add_argument("after", help="another one of the same dump, or of another run's")
+    page = commands.add_parser(
+        "report", help="an HTML page: graphs, passes, the selection over the text, a run's metrics"
+    )
+    page.add_argument("run", nargs="?", help="the folder of a run: a dump, metrics.jsonl, trainer_state.json")
+    _add_model_and_data(page)
+    page.add_argument("--out", default="report.html", metavar="HTML", help="the page (default report.html)")
     losses = commands.add_parser(
         "reference-loss", help='the losses of reference models on a dataset, for scoring="excess", as a .npy file'
     )
@@ -54,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", help="a transformers folder (random weights if it has none), or package.module:function")
+    add("--data", metavar="FILE", help=f"token ids as .npy [N, S], or .jsonl with lines such as {FORMS}")
+    add("--batch", type=int, default=4, help="sequences in a batch (default 4)")
+    add("--seq", type=int, default=512, help="tokens per sequence (default 512)")
+    add("--options", type=json.loads, default={}, help='JSON, such as \'{"selection": "labels"}\'')
+
+
 def _doctor(chosen: argparse.Namespace) -> int:
     table = Table(show_header=False)
     for subject, finding in findings():
@@ -66,7 +81,7 @@ def _explain(chosen: argparse.Namespace) -> int:
     options = dict(chosen.options)
     if chosen.save:
         options["dump_dir"] = chosen.save
-    model, vocab = _build(chosen.model)
+    model, vocab = load_model(chosen.model)
     ids = torch.randint(0, vocab, (chosen.batch, chosen.seq))
     explanation = explain(model.train(), input_ids=ids, labels=ids.clone(), options=options)
     print(explanation)
@@ -101,34 +116,30 @@ def _reference_loss(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _build(source: str) -> tuple[torch.nn.Module, int]:
-    """A model with random weights and its vocabulary size; nothing is downloaded."""
-    if ":" in source and not Path(source).exists():
-        module, _, name = source.partition(":")
-        try:
-            model = getattr(importlib.import_module(module), name)()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model: cannot import {source!r}: {error}") from error
+def _report(chosen: argparse.Namespace) -> int:
+    if (chosen.run is None) == (chosen.model is None):
+        raise ValueError("report takes the folder of a run, or --model and --data")
+    tokenizer = load_tokenizer(chosen.model) if chosen.model else None
+    if chosen.run is not None:
+        written = report_run(chosen.run, chosen.out)
     else:
-        path = Path(source)
-        if not path.exists():
-            raise ValueError(f"model must be a config folder, a config.json or module:function; no such file: {source}")
-        model = _from_config(path)
-    embedding = next((m for m in model.modules() if isinstance(m, torch.nn.Embedding)), None)
-    if embedding is None:
-        raise ValueError(f"model: {source!r} has no token embedding")
-    return model, embedding.num_embeddings
+        if chosen.data is None:
+            raise ValueError("data must be given with --model: a .npy or .jsonl file")
+        model, vocab = load_model(chosen.model, trained=True)
+        batch = read_batches(chosen.data, tokenizer, size=chosen.batch, seq=chosen.seq, count=1, vocab=vocab)[0]
+        explanation = explain(model.train(), **batch, options=chosen.options)
+        written = explanation.to_html(chosen.out, decode=tokenizer.decode if tokenizer is not None else None)
+    print(f"written: {written}")
+    return 0
 
 
-def _from_config(path: Path) -> Any:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise ValueError("model: a transformers config needs transformers (pip install transformers)") from error
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-
-
-_COMMANDS = {"doctor": _doctor, "explain": _explain, "diff": _diff, "reference-loss": _reference_loss}
+_COMMANDS = {
+    "doctor": _doctor,
+    "explain": _explain,
+    "diff": _diff,
+    "report": _report,
+    "reference-loss": _reference_loss,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +13,9 @@ from cggr_compile.options import Options
 from cggr_compile.passes.step_interface import StepOutputs
 from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Measurement, Runtime
+
+if TYPE_CHECKING:
+    from cggr_compile.selection_view import SelectionView
 
 
 @dataclass
@@ -72,6 +77,9 @@ class Call:
         """See :meth:`Runtime.grow`."""
         self.runtime.grow(stats, most)
 
+    def look(self, report: GraphReport, view: Callable[[], SelectionView]) -> None:
+        """The selection of this call can be looked at, which costs a router's forward."""
+
     def record(self, report: GraphReport, returned: StepOutputs) -> None:
         """See :meth:`Runtime.record`."""
         self.runtime.record(report, returned)
@@ -105,6 +113,9 @@ class ObservedCall(Unrecorded):
     def ratio(self, options: Options) -> float:
         self.drawn.ratio = self.runtime.preview(options)
         return self.drawn.ratio
+
+    def look(self, report: GraphReport, view: Callable[[], SelectionView]) -> None:
+        report.view = view()
 
     def record(self, report: GraphReport, returned: StepOutputs) -> None:
         self.runtime.observe(report)

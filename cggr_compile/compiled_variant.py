@@ -26,6 +26,7 @@ from cggr_compile.replay import Replay
 from cggr_compile.report import Verification
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
+from cggr_compile.selection_view import SelectionGraph
 from cggr_compile.verify import VerificationError, Verifier, unverifiable
 
 
@@ -51,7 +52,10 @@ class CompiledVariant:
         if variant.configuration.engine != "eager":
             lowerings.register()
         inputs = self._arguments(inputs)
-        self._probe = _probe(variant, inputs) if measured else None  # before a compiler changes the graph
+        # before a compiler changes the graph
+        if self._selective:
+            self._selects = SelectionGraph(variant.graph, variant.ctx)
+        self._probe = _probe(variant, inputs) if measured else None
         if self._selective:
             self._compile_selective(variant, inputs)
         else:
@@ -65,7 +69,9 @@ class CompiledVariant:
         if self._verify_steps and not call.repeats:
             self._verify(call, args)
         if self._selective:
-            results = self._compiled(*args, call.state(self._device))
+            state = call.state(self._device)
+            call.look(self.report, lambda: self._selects.view([*args, state]))
+            results = self._compiled(*args, state)
         else:
             every_token = self._scheduled and self.report.cause is Cause.EVERY_TOKEN  # else a piece, beside the step's
             if every_token or call.runtime.agreement is not None:  # other processes' steps go on

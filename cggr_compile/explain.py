@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cggr_compile import compat
+from cggr_compile.explanation import Explanation
+from cggr_compile.graph_dump import folder_of, read_stages
 from cggr_compile.options import Options
 from cggr_compile.registry import registry
-from cggr_compile.report import Explanation
+from cggr_compile.report import GraphReport
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -26,7 +31,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options: for a model that is not compiled yet.
 
     Returns:
-        an :class:`Explanation`; ``print`` it, or read ``.matched``, ``.reason``, ``.passes``, ``.save(folder)``.
+        an :class:`Explanation`; ``print`` it, or read ``.matched``, ``.reason``, ``.passes``, ``.save(folder)``,
+        ``.to_html(path)``.
 
     Raises:
         ValueError: for unusable options.
@@ -42,11 +48,34 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
             from cggr_compile.backend import cggr
 
             own = stack.enter_context(registry.replaced(target))
-            aside = {**settings.as_dict(), "compiler": "eager", "fallback": "silent"}
+            folder = settings.dump_dir or stack.enter_context(TemporaryDirectory())
+            aside = {**settings.as_dict(), "compiler": "eager", "fallback": "silent", "dump_dir": folder}
             call = torch.compile(model.forward, backend=cggr, options=aside)
         # parts that are compiled by themselves and not traced into
         runtimes = dict.fromkeys((own, *registry.inside(target)))
         seen = [stack.enter_context(one.observed()) for one in runtimes]
         stack.enter_context(torch.random.fork_rng())
         call(*args, **kwargs)
-    return Explanation([report for reports in seen for report in reports])
+        graphs = [report for reports in seen for report in reports]
+        stages = [_stages(report) for report in graphs]
+        for report in graphs:
+            report.options["dump_dir"] = settings.dump_dir if call is not model else report.options["dump_dir"]
+    return Explanation(graphs, stages, _token_ids(graphs, args, kwargs))
+
+
+def _stages(report: GraphReport) -> list[tuple[str, str]]:
+    """Names and texts of the dumped stages of a graph, if they are dumped."""
+    root = report.options["dump_dir"] or os.environ.get("CGGR_DUMP_DIR")
+    return read_stages(folder_of(root, report.index, report.training)) if root else []
+
+
+def _token_ids(graphs: Sequence[GraphReport], args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[list[int]] | None:
+    """The batch of tokens whose selection is seen: ``input_ids``, or the first argument of integers in its shape."""
+    view = next((report.view for report in graphs if report.view is not None), None)
+    if view is None:
+        return None
+    shape = (len(view.candidate), len(view.candidate[0]))
+    for value in (kwargs.get("input_ids"), *args, *kwargs.values()):
+        if isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point():
+            return value.tolist()
+    return None

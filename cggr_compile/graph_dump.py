@@ -17,6 +17,18 @@ from cggr_compile.report import GraphReport, PassRecord, delta_text
 log = logging.getLogger(__name__)
 
 
+def folder_of(root: str | Path, index: int, training: bool) -> Path:
+    """Where the stages of a graph are: the first training graph's in ``root`` itself, others' inside of it."""
+    if not training:
+        return Path(root) / f"inference_{index:02d}"
+    return Path(root) / f"graph_{index:02d}" if index else Path(root)
+
+
+def read_stages(folder: Path) -> list[tuple[str, str]]:
+    """The stages in a folder, in order: names such as ``00_captured``, and texts."""
+    return [(file.stem, file.read_text()) for file in sorted(folder.glob("[0-9][0-9]_*.py"))]
+
+
 class GraphDump:
     """Hands on one graph's numbered stages: ``00_captured.py``, ``01_<pass>.py``, ..., ``report.json``.
 
@@ -36,12 +48,7 @@ class GraphDump:
         self._inputs: list[tuple[str, Any]] = []  # of the last Dynamo graph: short name, fake value
         self._before: set[str] = set()  # nodes of the stage before, if they are logged
         if folder is not None:
-            # the first training graph goes into the folder itself, others (graph breaks, new shapes) into it
-            self.folder = Path(folder)
-            if not report.training:
-                self.folder /= f"inference_{report.index:02d}"
-            elif report.index:
-                self.folder /= f"graph_{report.index:02d}"
+            self.folder = folder_of(folder, report.index, report.training)
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def stage(self, name: str, module: GraphModule, record: PassRecord | None = None) -> None:

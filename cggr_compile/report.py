@@ -1,13 +1,10 @@
-"""What happened to each graph: records of the passes, and tables for people."""
+"""What happened to each graph: records of the passes."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile.causes import Cause
@@ -16,8 +13,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph
 
     from cggr_compile.passes.base import Level
-
-LEVELS = ("routed", "loss", "dense")
+    from cggr_compile.selection_view import SelectionView
 
 
 @dataclass
@@ -96,6 +92,7 @@ class GraphReport:
         training: whether the graph was captured in a training step (gradients on, modules in train mode).
         compiler: what compiled it: "Inductor CUDA", "Inductor CPU" or "eager".
         verification: the outcome of the option ``verify``; None if it is off.
+        view: the selection of the last call that ``explain`` made, of a graph that trains on selected positions.
     """
 
     index: int
@@ -112,6 +109,7 @@ class GraphReport:
     waiting: bool = False
     passes: list[PassRecord] = field(default_factory=list)
     verification: Verification | None = None
+    view: SelectionView | None = None
 
     @property
     def matched(self) -> bool:
@@ -132,73 +130,12 @@ class GraphReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: a cause is its name."""
-        return {**asdict(self, dict_factory=_with_names), "matched": self.matched}
+        fields = asdict(replace(self, view=None), dict_factory=_with_names)
+        return {name: value for name, value in fields.items() if name != "view"} | {"matched": self.matched}
 
 
 def _with_names(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {key: value.name if isinstance(value, Cause) else value for key, value in items}
-
-
-class Explanation:
-    """What ``explain`` returns: prints as a table.
-
-    Attributes:
-        graphs: a GraphReport per graph.
-        level: how much is computed on selected positions, "routed", "loss" or "dense"; see :class:`GraphReport`.
-        matched: whether a training graph trains on selected positions: whether the level is not "dense".
-        reason: of the graph with the most of it, or of the first training graph.
-        cause: why its level is not "routed", a :class:`cggr_compile.causes.Cause`; None if it is, or there is no graph.
-        obstacle: the text of the cause, where the level is "loss".
-        passes: the PassRecords of that graph.
-    """
-
-    def __init__(self, graphs: list[GraphReport]) -> None:
-        self.graphs = graphs
-        training = [g for g in graphs if g.training]
-        chosen = min(training, key=lambda g: LEVELS.index(g.level), default=next(iter(graphs), None))
-        self.level = chosen.level if chosen else "dense"
-        self.matched = self.level != "dense"
-        self.reason = chosen.reason if chosen else "the call compiled no graph"
-        self.cause = chosen.cause if chosen else None
-        self.obstacle = chosen.obstacle if chosen else ""
-        self.passes = chosen.passes if chosen else []
-
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        console = Console(width=120, record=True, file=io.StringIO())
-        for graph in self.graphs:
-            title = f"graph {graph.index} · {'training' if graph.training else 'inference'} · {graph.compiler}"
-            title += f" · ratio {graph.ratio:g}" if graph.training else ""
-            title += " · not needed so far" if graph.waiting else ""
-            table = Table(title=title, title_justify="left", caption=graph.reason, caption_justify="left")
-            for column in ("pass", "stage", "matched", "what", "operators"):
-                table.add_column(column, overflow="fold")
-            for record in graph.passes:
-                delta = delta_text(record.added, record.removed)
-                table.add_row(record.name, record.stage, _MATCHED[record.matched], record.reason, delta)
-            console.print(table)
-            if graph.verification is not None:
-                console.print(f"verified: {graph.verification}", markup=False)
-        named = f"{self.cause.name}: " if self.cause is not None else ""
-        why = f"{self.reason}; not routed: {named}{self.obstacle}" if self.obstacle else f"{named}{self.reason}"
-        console.print(f"matched: {self.matched}, level: {self.level} ({why})", markup=False)
-        return console.export_text()
-
-    __repr__ = __str__
-
-    def save(self, folder: str | Path) -> Path:
-        """Write report.json and report.txt into ``folder`` (made if missing); returns the JSON's path."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "report.txt").write_text(str(self))
-        path = target / "report.json"
-        path.write_text(json.dumps([g.as_dict() for g in self.graphs], indent=2, default=str))
-        return path
-
-
-_MATCHED = {True: "yes", False: "no", None: "?"}
 
 
 def operator_counts(graph: Graph) -> Counter[str]:
