@@ -1,5 +1,6 @@
 """cggr_compile: a ``torch.compile`` backend that back-propagates only where it pays."""
 
+from cggr_compile.advise import Advice, advise
 from cggr_compile.explain import explain
 from cggr_compile.explanation import Explanation
 from cggr_compile.flash_attention import enable_flash_attention, load_model_with_flash_attention
@@ -19,6 +20,7 @@ from cggr_compile.verify import VerificationError
 
 __version__ = "0.1.0"
 __all__ = [
+    "Advice",
     "CGGRLoss",
     "CGGRModel",
     "CGGRScorer",
@@ -30,6 +32,7 @@ __all__ = [
     "TokenLogProbs",
     "TruncatedRouter",
     "VerificationError",
+    "advise",
     "create_persistent_tr_mlp",
     "create_truncated_router",
     "enable_flash_attention",

@@ -1,4 +1,4 @@
-"""``python -m cggr_compile doctor|explain|diff|report|reference-loss``."""
+"""``python -m cggr_compile doctor|explain|diff|report|advise|reference-loss``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cggr_compile.advise import advise
 from cggr_compile.batch_source import FORMS, read_batches
 from cggr_compile.doctor import findings
 from cggr_compile.explain import explain
 from cggr_compile.graph_diff import diff_stages
-from cggr_compile.model_source import load_model, load_tokenizer
+from cggr_compile.model_source import has_weights, load_model, load_tokenizer
 from cggr_compile.precompute import reference_loss
 from cggr_compile.run_folder import report_run
 
@@ -42,6 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page.add_argument("run", nargs="?", help="the folder of a run: a dump, metrics.jsonl, trainer_state.json")
     _add_model_and_data(page)
     page.add_argument("--out", default="report.html", metavar="HTML", help="the page (default report.html)")
+    advice = commands.add_parser("advise", help="which options pay for a model and its data, measured here; or none")
+    _add_model_and_data(advice)
+    advice.add_argument("--count", type=int, default=2, help="batches to measure on (default 2)")
+    advice.add_argument("--steps", type=int, default=5, help="timed steps of each setting (default 5)")
+    advice.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ..."
+    )
+    advice.add_argument("--json", action="store_true", help="print JSON")
     losses = commands.add_parser(
         "reference-loss", help='the losses of reference models on a dataset, for scoring="excess", as a .npy file'
     )
@@ -98,6 +108,21 @@ def _diff(chosen: argparse.Namespace) -> int:
     return 1 if lines else 0
 
 
+def _advise(chosen: argparse.Namespace) -> int:
+    if chosen.model is None or chosen.data is None:
+        raise ValueError("advise takes --model and --data")
+    model, vocab = load_model(chosen.model, trained=True)
+    tokenizer = load_tokenizer(chosen.model)
+    count, size, seq = chosen.count, chosen.batch, chosen.seq
+    batches = read_batches(chosen.data, tokenizer, size=size, seq=seq, count=count, vocab=vocab)
+    on_device = [{name: value.to(chosen.device) for name, value in batch.items()} for batch in batches]
+    advice = advise(model.to(chosen.device).train(), on_device, options=chosen.options, steps=chosen.steps)
+    print(json.dumps(advice.as_dict(), indent=2) if chosen.json else advice)
+    if Path(chosen.model).exists() and not has_weights(chosen.model):
+        print("the weights are random: concentration and variance say nothing of a trained model", file=sys.stderr)
+    return 0
+
+
 def _reference_loss(chosen: argparse.Namespace) -> int:
     work = reference_loss(
         chosen.models,
@@ -138,6 +163,7 @@ _COMMANDS = {
     "explain": _explain,
     "diff": _diff,
     "report": _report,
+    "advise": _advise,
     "reference-loss": _reference_loss,
 }
 

@@ -177,7 +177,7 @@ def _function_name(target: Any) -> str:
         if getattr(module, name, None) is target:
             return f"{prefix}.{name}"
     home = getattr(target, "__module__", None) or ""
-    return ".".join(_identifier(part) for part in (*filter(None, home.split(".")), name))
+    return re.sub(r"[^\w.]+", "_", f"{home}.{name}".strip("."))
 
 
 def _text(value: Any, names: Mapping[str, str]) -> str:

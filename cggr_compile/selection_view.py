@@ -54,6 +54,8 @@ class SelectionGraph:
         there = {str(node): node for node in graph.nodes}
         selection, candidates = ctx.every(Selection)[0], ctx.every(Candidates)[0]
         rows = selection.gradient or selection
+        if str(rows.keep) not in there:  # no operator needs them: they are dead code, and gone
+            rows = selection
         wanted: dict[str, Node] = {
             "valid": candidates.valid,
             "rows": selection.rows,
@@ -62,7 +64,7 @@ class SelectionGraph:
             "gradient_rows": rows.rows,
             "gradient_keep": rows.keep,
         }
-        if scores := ctx.every(RouterScores):
+        if (scores := ctx.every(RouterScores)) and str(scores[0].difficulty) in there:
             wanted["score"] = scores[0].difficulty
         graph.output_node().args = ({name: there[str(node)] for name, node in wanted.items()},)
         self._written = written_inputs(self._module)

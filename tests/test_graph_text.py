@@ -61,6 +61,7 @@ def test_calls():
     y.meta["stack_trace"] = 'File "cggr_compile/passes", line 0, in select_rows\n    select_rows'
     z = graph.call_function(operator.getitem, (y, (slice(None, 1), ..., None)))
     w = graph.call_method("to", (z,), {"dtype": torch.bfloat16})
+    graph.call_function(torch._C._nn.pad, (w, (0, 1)))
     v = graph.call_function(F.cross_entropy, (w, x), {"reduction": "none", "ignore_index": -100})
     u = graph.call_function(torch.ops.aten.view.default, (v, [1, -1]))
     graph.output((u,))
@@ -69,6 +70,7 @@ def test_calls():
     assert '    x: "f32[2, 3]",\n' in text
     assert "    add = x + 1.5  # <- select_rows\n" in text
     assert "    getitem = add[:1, ..., None]\n    to = getitem.to(dtype=torch.bfloat16)\n" in text
+    assert "torch._C._nn.pad(to, (0, 1))" in text
     assert "F.cross_entropy(to, x, reduction='none', ignore_index=-100)" in text
     assert "aten.view.default(cross_entropy, [1, -1])" in text
 

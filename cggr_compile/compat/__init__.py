@@ -123,7 +123,12 @@ from cggr_compile.compat.modules import (
 )
 from cggr_compile.compat.operators import CROSS_ENTROPIES, HigherOrderOperator, OpOverload, OpOverloadPacket, schema
 from cggr_compile.compat.partition import aot_eager, default_partition, keep_in_backward
-from cggr_compile.compat.saved_tensors import no_saved_tensors_hooks, saved_tensors_packers, under_saved_tensors_hooks
+from cggr_compile.compat.saved_tensors import (
+    kept_for_backward,
+    no_saved_tensors_hooks,
+    saved_tensors_packers,
+    under_saved_tensors_hooks,
+)
 from cggr_compile.compat.sizes import depends_on_data, hint, marked_dynamic, pin_size, symbols
 from cggr_compile.compat.sources import (
     copy_sources,

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def no_saved_tensors_hooks() -> AbstractContextManager[None]:
@@ -35,3 +36,19 @@ def saved_tensors_packers() -> list[Callable[..., Any]]:
         for hooks in reversed(found):
             autograd._push_saved_tensors_default_hooks(*hooks)
     return [pack for pack, _ in found]
+
+
+def kept_for_backward(root: Tensor) -> list[Tensor]:
+    """The tensors that the compiled graphs behind ``root`` have saved for their backward pass."""
+    found: list[Tensor] = []
+    seen: set[Any] = set()
+    todo = [root.grad_fn]
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [other for other, _ in node.next_functions]
+        # AOTAutograd keeps some of them beside those that autograd guards against writes
+        found += [*getattr(node, "saved_tensors", ()), *(getattr(node, "_tensors_no_vc_check", None) or ())]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
