@@ -85,7 +85,7 @@ def test_wheel_holds_the_passes_as_files(wheel: Path):
     prefix = "cggr_compile/passes/"
     held = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and name.endswith(".py")}
     assert held == passes_in(ROOT / "passes")
-    assert "cggr_compile/py.typed" in names
+    assert {"cggr_compile/py.typed", "cggr_compile/templates/report.html.j2"} <= set(names)
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"cggr_compile"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
