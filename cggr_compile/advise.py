@@ -102,8 +102,8 @@ def advise(
 
     Dense steps, those of half of the batch and those of two candidates are compiled and timed, on the model's device,
     under the autocast in force. That takes minutes for a large model, and is best done in a process of its own.
-    Weights, gradients and buffers stay as they are. How unequal tokens are depends on what the model knows: ask with the
-    weights that the training begins with.
+    Weights, gradients and buffers stay as they are. How unequal tokens are depends on what the model knows: ask with
+    the weights that the training begins with.
 
     Args:
         model: as it is before it is compiled; it takes the batch by name and returns a loss, and without the labels its

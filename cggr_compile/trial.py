@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch.nn import Module
 from cggr_compile import compat
 from cggr_compile.engine import engine_for
 from cggr_compile.registry import registry
-from cggr_compile.selection_view import SelectionView
+
+if TYPE_CHECKING:
+    from cggr_compile.selection_view import SelectionView
 
 Batch = Mapping[str, Any]
 
