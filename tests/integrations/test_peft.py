@@ -49,10 +49,10 @@ def adapted(config, checkpointing):
     return attach(model)
 
 
-def attach(model, fallback="error"):
+def attach(model, **more):
     model.config.use_cache = False
-    options = {"compiler": "eager", "fallback": fallback, "selection": "random"}
-    options |= {"scoring": "random", "launch_bound": "select"}
+    options = {"compiler": "eager", "fallback": "error", "selection": "random"}
+    options |= {"scoring": "random", "launch_bound": "select", **more}
     assert SelectiveTraining(options).attach(model)
     return model
 
@@ -110,14 +110,15 @@ def test_base_in_four_bits(kind, caplog, monkeypatch):
     assert "mixed without attention" not in caplog.text
 
 
-def test_prefix_tuning_is_dense():
-    """Its keys and values are in front of every layer's, and no positions of the sequence."""
+def test_prefix_tuning_is_at_the_level_of_the_loss():
+    """Its keys and values are in front of every layer's, and no positions of the sequence. Every label is selected."""
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = attach(peft.get_peft_model(models.family("llama", num_hidden_layers=1), config), fallback="silent")
+    options = {"fallback": "silent", "selection": "labels", "max_selected": 1.0}
+    model = attach(peft.get_peft_model(models.family("llama", num_hidden_layers=1), config), **options)
     batch = models.make_batch()
     got = backward(model, model(**batch).loss)
     figures = metrics(model)
-    assert figures["level"] == "dense" and "sees 4 keys that are no positions" in figures["fallback_reason"]
+    assert figures["level"] == "loss" and "sees 4 keys that are no positions" in figures["fallback_reason"]
     assert_same(got, dense(model, batch))
 
 

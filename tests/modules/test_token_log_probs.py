@@ -114,7 +114,9 @@ def test_in_one_graph():
 
 
 def test_in_one_graph_of_our_backend():
-    in_one_graph(cggr, options={"fallback": "silent", "compiler": "eager"})
+    """Every label is selected."""
+    labels = {"selection": "labels", "max_selected": 1.0}
+    in_one_graph(cggr, options={"fallback": "silent", "compiler": "eager", **labels})
 
 
 @pytest.mark.slow

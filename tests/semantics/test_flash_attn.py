@@ -122,10 +122,11 @@ def test_checkpoints():
 
 
 def test_where_transformers_breaks_the_graph():
-    """The model as it is, and the reason names the cause."""
+    """Head and loss are in a piece of their own: every label is selected there, and the reason names the cause."""
     model, batch = family(), padded("right")
     with complaints() as heard:
-        run = train(model, batch, fallback="warn")
+        run = train(model, batch, fallback="warn", selection="labels", max_selected=1.0)
+    assert metrics(model)["level"] == "loss"
     assert_same(run, dense(model, batch))
     assert "with flash_attention_2, transformers breaks the graph" in metrics(model)["fallback_reason"]
     assert any("leave out a mask that hides nothing" in message for message in heard)

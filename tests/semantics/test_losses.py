@@ -155,19 +155,3 @@ def test_cross_entropy_by_other_means(how: str) -> None:
         return -(log_p.gather(-1, wanted[..., None])[..., 0] * (args[1][:, 1:] != -100)).sum() / (args[1] != -100).sum()
 
     assert_same(got, expected(model, gated_loss, picks(model)))
-
-
-def test_model_called_twice_in_one_step() -> None:
-    model, first, second = models.Decoder(), make_batch(seed=3), make_batch(seed=4)
-
-    def one(ids: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(ids)[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
-
-    def step(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        return one(a, b) + 0.5 * one(c, d)
-
-    args = first["input_ids"], first["labels"], second["input_ids"], second["labels"]
-    run = compiled(step, min_tokens_ratio=RATIO, fallback="silent")
-    got = backward(model, run(*args))
-    assert metrics(model)["matched"] is False, "one selection cannot describe two losses"
-    assert_same(got, backward(model, step(*args)))
