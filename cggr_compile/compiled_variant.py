@@ -122,7 +122,7 @@ class CompiledVariant:
             if stack is not None:
                 dense |= {len(blocks) + i for i in found.dense_blocks}
                 blocks += stack.blocks
-        if message := dense_layers(report, options, blocks, dense):
+        if message := dense_layers(report, blocks, dense):
             resolver.runtime.warn(message)
         if options.verify:
             self._verifier = self._make_verifier(variant, semantic, example, patches)

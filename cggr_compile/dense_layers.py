@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cggr_compile.options import Options
 from cggr_compile.passes.facts import Block
 from cggr_compile.passes.joint.row_sparse import RowSparseBackward
 from cggr_compile.report import GraphReport
 
-_FUSED = " (keys and values of a fused projection learn from every position; kv_gradient='stop' avoids it)"
 
-
-def dense_layers(report: GraphReport, options: Options, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
+def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
     """One sentence for the user about operators that were made dense in a layer; empty if there are none.
 
-    What is dense outside the layers (the sum over sequences that learned positions need) costs once, not per layer,
+    What is dense outside the layers costs once, not per layer,
     and is left to ``explain``. A place that is not known counts as a layer.
 
     Args:
@@ -32,8 +29,7 @@ def dense_layers(report: GraphReport, options: Options, blocks: Sequence[Block],
     for operator, places in record.details.get("densified_at", {}).items():
         inside = [place for place in places if not (told and place is None) and _in_a_layer(place, blocks)]
         if inside:
-            hint = _FUSED if operator == "aten.cat.default" and options.kv_gradient == "project" else ""
-            found.append(f"{operator} {_where(inside)}{hint}")
+            found.append(f"{operator} {_where(inside)}")
     if not found:
         return ""
     return f"part of the backward still computes every position, correct but slower: {'; '.join(found)}"

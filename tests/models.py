@@ -24,6 +24,7 @@ _SIZES = {
 _LLAMA = dict(intermediate_size=64, num_attention_heads=HEADS, num_key_value_heads=2, **_SIZES)
 _GPT2 = {"vocab_size": VOCAB, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 128}
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_FALCON = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
 _GRANITE = {
     "embedding_multiplier": 2.0,
     "logits_scaling": 4.0,
@@ -76,9 +77,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # not promised to match, but never to be wrong
 OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon": (
-        "FalconConfig",
-        {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4},
+    "falcon": ("FalconConfig", _FALCON),
+    "falcon-groups": ("FalconConfig", dict(new_decoder_architecture=True, num_kv_heads=2, **_FALCON)),
+    "falcon-heads": ("FalconConfig", dict(multi_query=False, **_FALCON)),
+    "gpt_bigcode": ("GPTBigCodeConfig", dict(**_GPT2, **_NO_DROPOUT)),
+    "mpt": (
+        "MptConfig",
+        {"vocab_size": VOCAB, "d_model": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": 64},
+    ),
+    "persimmon": (
+        "PersimmonConfig",
+        dict(num_attention_heads=HEADS, intermediate_size=64, pad_token_id=0, **_SIZES),
     ),
     # adds the routed experts' output in place
     "llama4": (

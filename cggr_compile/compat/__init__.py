@@ -62,7 +62,13 @@ from cggr_compile.compat.devices import (
     multiplies_in_tf32,
     runs_our_kernels,
 )
-from cggr_compile.compat.fake_tensors import capture_fake_mode, is_fake, static_fake_mode, symbolic_sizes_kept
+from cggr_compile.compat.fake_tensors import (
+    capture_fake_mode,
+    is_fake,
+    static_fake_mode,
+    symbolic_sizes_kept,
+    values_of,
+)
 from cggr_compile.compat.frames import (
     before_every_compilation,
     below_dynamo,

@@ -23,6 +23,16 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def values_of(tensor: torch.Tensor) -> Any:
+    """``tensor.tolist()`` of a graph's constant, while a FakeTensorMode is entered; None if it is fake itself."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    if is_fake(tensor):
+        return None
+    with unset_fake_temporarily():
+        return tensor.tolist()
+
+
 def static_fake_mode() -> Any:
     """A FakeTensorMode whose tensors have numbers for sizes."""
     from torch._subclasses.fake_tensor import FakeTensorMode

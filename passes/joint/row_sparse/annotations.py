@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import Node
 
 from cggr_compile.passes.joint.row_sparse.attention import attention
+from cggr_compile.passes.joint.row_sparse.division import Division
 from cggr_compile.passes.joint.row_sparse.layout import Layout, Tag, align, canonical, resize
 from cggr_compile.passes.joint.row_sparse.plan import At, Densify
 from cggr_compile.passes.joint.row_sparse.rule import rule_of
@@ -36,6 +37,7 @@ class Annotations:
 
     Attributes:
         layouts: of the values that are on rows.
+        divisions: of the values of which some columns are on rows.
         plans: what becomes of each call that reads such a value, or makes the first one.
         backward: the nodes that depend on a gradient: their dense value may never be needed.
         dense_attention: how many attention backwards stay dense, by the reason.
@@ -46,19 +48,29 @@ class Annotations:
     slots: int
     backward: set[Node] = field(default_factory=set)
     layouts: dict[Node, Layout] = field(default_factory=dict)
+    divisions: dict[Node, Division] = field(default_factory=dict)
     plans: dict[Node, Plan] = field(default_factory=dict)
     dense_attention: Counter[str] = field(default_factory=Counter)
 
     def annotate(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             plan = self._plan(node)
-            if plan is not None:
-                self.plans[node] = plan
-                self.layouts.update(plan.results(node))
+            if plan is None:
+                continue
+            self.plans[node] = plan
+            for value, found in plan.results(node).items():
+                if isinstance(found, Division):
+                    self.divisions[value] = found
+                else:
+                    self.layouts[value] = found
 
     def _plan(self, node: Node) -> Plan | None:
         rule = rule_of(node.target)
         sparse = tuple(operand for operand in node.all_input_nodes if operand in self.layouts)
+        divided = tuple(operand for operand in node.all_input_nodes if operand in self.divisions)
+        if divided and not rule.begins:
+            plan = rule.divided(self, node) if len(divided) == 1 and not sparse else None
+            return Densify((*sparse, *divided)) if plan is None else plan
         if not sparse and not rule.begins:
             return None
         call = find_backward(node)

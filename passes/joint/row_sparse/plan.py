@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 if TYPE_CHECKING:
+    from cggr_compile.passes.joint.row_sparse.division import Division
     from cggr_compile.passes.joint.row_sparse.layout import Layout
     from cggr_compile.passes.joint.row_sparse.values import RowValues
 
@@ -40,8 +41,8 @@ class ZerosAt:
 class Plan(Protocol):
     """What becomes of one call of the backward pass."""
 
-    def results(self, node: Node) -> Mapping[Node, Layout]:
-        """The values that are on rows then, and how these are laid out."""
+    def results(self, node: Node) -> Mapping[Node, Layout | Division]:
+        """The values that are on rows then, and how these are laid out; which of their columns, if not all."""
 
     def apply(self, rv: RowValues, node: Node) -> None:
         """Insert what the plan says, in front of ``node``."""

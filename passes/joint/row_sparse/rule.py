@@ -37,6 +37,13 @@ class Rule:
         """
         return None
 
+    def divided(self, at: Annotations, node: Node) -> Plan | None:
+        """From operands to the result: some columns of an operand, and of no other, are zero outside of its rows.
+
+        None: not handled, the operator gets the full tensor.
+        """
+        return None
+
     def recompute(self, at: Annotations, node: Node, layout: Layout) -> Call | None:
         """From the result to the operands: the call that makes the rows ``layout`` of ``node``, which is not sparse.
 

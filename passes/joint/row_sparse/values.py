@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations
+    from cggr_compile.passes.joint.row_sparse.division import Divided
 
 aten = torch.ops.aten
 
@@ -42,6 +43,7 @@ class RowValues:
         self.batch, self.length, self.slots = at.batch, at.length, at.slots
         self.emit = Emitter(graph, fake_value(rows).fake_mode, key="val")
         self.sparse: dict[Node, Rows] = {}
+        self.divided: dict[Node, Divided] = {}
         self.stage: dict[Node, int] = {}  # of the forward pass: see stages.py
         self._replaced: dict[Node, Node] = {}
         self._rows_of: dict[tuple[Node, Layout], Node] = {}
@@ -126,7 +128,9 @@ class RowValues:
         return self.emit.call(aten.view.default, each, shape)
 
     def dense(self, node: Node) -> Node:
-        """The full tensor of a sparse value."""
+        """The full tensor of a sparse value; a divided one is there already."""
+        if node in self.divided:
+            return node
         if node not in self._dense:
             rows = self.sparse[node]
             value = fake_value(node)
@@ -166,6 +170,8 @@ class RowValues:
             return self.dense(node) if node in self.sparse else node
         if node in self.sparse and self.sparse[node].layout == layout:
             return self.sparse[node].values
+        if node in self.divided and self.divided[node].division.layout == layout:
+            return self._divided_rows(self.divided[node])
         key = (node, layout)
         if key not in self._rows_of:
             again = node.op == "call_function" and node not in self.sparse and not kept_by_checkpoint(node)
@@ -176,6 +182,10 @@ class RowValues:
             if recomputed(node):  # in the backward pass, as the checkpoint wants it, and not kept either
                 rows.meta.update({name: node.meta[name] for name in RECOMPUTE})
         return self._rows_of[key]
+
+    def _divided_rows(self, divided: Divided) -> Node:
+        layout, axis = divided.division.layout, divided.division.axis
+        return divided.division.joined(self, axis, divided.rows, self.rows_of(divided.dense, layout))
 
     def with_rank(self, node: Node, rank: int) -> Node:
         """``node`` with axes of size 1 in front, if it has fewer than ``rank``."""

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from cggr_compile import compat
 from cggr_compile.passes.fx import is_zeros
+from cggr_compile.passes.joint.row_sparse.division import Both, divide
 from cggr_compile.passes.joint.row_sparse.layout import Layout, token_axes
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule, rule_for_class
@@ -16,6 +17,7 @@ from cggr_compile.passes.nodes import shape_of
 
 if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations
+    from cggr_compile.passes.joint.row_sparse.plan import Plan
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -62,6 +64,9 @@ class LinearInFirst(Elementwise):
     def carry(self, at: Annotations, node: Node) -> Call | None:
         return self._carried(at, node, node.args[0])
 
+    def divided(self, at: Annotations, node: Node) -> Both | None:
+        return of_each(at, node)
+
 
 @rule(aten.mul.Tensor)
 class Mul(Elementwise):
@@ -71,12 +76,27 @@ class Mul(Elementwise):
         left, right = node.args
         return self._carried(at, node, left) or self._carried(at, node, right)
 
+    def divided(self, at: Annotations, node: Node) -> Both | None:
+        return of_each(at, node)
+
+
+def of_each(at: Annotations, node: Node) -> Both | None:
+    """The call on the columns of each kind, if they are its one tensor."""
+    source, *others = node.args
+    if source not in at.divisions or any(isinstance(n, Node) for n in (*others, *node.kwargs.values())):
+        return None
+    division = at.divisions[source]  # type: ignore[index]
+    return Both(source, division, lambda rv, part, _: rv.emit.call(node.target, part, *others, **node.kwargs))
+
 
 @rule(aten.add.Tensor, aten.sub.Tensor)
 class Add(Elementwise):
-    """g + h, both sparse on the same axes, or one of them zeros."""
+    """g + h, both sparse on the same axes, or one of them zeros; or both the gradient of reading a part."""
 
-    def carry(self, at: Annotations, node: Node) -> Call | None:
+    def carry(self, at: Annotations, node: Node) -> Plan | None:
+        return self._sparse(at, node) or divide(at, node)
+
+    def _sparse(self, at: Annotations, node: Node) -> Call | None:
         left, right = node.args
         if at.layout_of(left) and at.layout_of(left) == at.layout_of(right):
             return self._carried(at, node, left)

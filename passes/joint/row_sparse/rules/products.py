@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cggr_compile.passes.joint.row_sparse.checkpoints import only_rows_wanted
+from cggr_compile.passes.joint.row_sparse.division import RowsOnly, SumOfEach
 from cggr_compile.passes.joint.row_sparse.layout import Layout
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations
+    from cggr_compile.passes.joint.row_sparse.plan import Plan
+    from cggr_compile.passes.joint.row_sparse.values import RowValues
 
 aten = torch.ops.aten
 POSITIONS = ("S", "BS")
@@ -43,6 +46,24 @@ class Product(Rule):
                 rows = At(factors[position], layout)
                 return Call((rows, other) if position == 0 else (other, rows), layout)
         return None
+
+    def divided(self, at: Annotations, node: Node) -> Plan | None:
+        """The weight's gradient from the columns of each kind; where only rows are wanted there is nothing to do."""
+        left, right = node.args
+        position = 0 if left in at.divisions else 1
+        source, other = (left, right) if position == 0 else (right, left)
+        division = at.divisions[source]  # type: ignore[index]
+        free = len(division.layout) - 2 + position
+        summed = division.layout[-1 - position]
+        if division.axis == free and summed in POSITIONS and not any(division.layout[:-2]):
+            tokens = (*division.layout[:-2], *((summed, None) if position == 0 else (None, summed)))
+
+            def make(rv: RowValues, columns: Node, layout: Layout | None) -> Node:
+                factor = rv.current(other) if layout is None else rv.rows_of(rv.current(other), tokens)
+                return rv.emit.call(node.target, *((columns, factor) if position == 0 else (factor, columns)))
+
+            return SumOfEach(source, free, make)
+        return RowsOnly() if only_rows_wanted(at, node) else None
 
     def recompute(self, at: Annotations, node: Node, layout: Layout) -> Call | None:
         """In the forward pass the product is there already; where it is not, only its rows may be needed."""

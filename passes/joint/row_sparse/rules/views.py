@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from cggr_compile.passes.fx import is_zeros
+from cggr_compile.passes.joint.row_sparse.division import Both, divide
 from cggr_compile.passes.joint.row_sparse.layout import Layout, positions_first, regroup
 from cggr_compile.passes.joint.row_sparse.plan import At, Call
 from cggr_compile.passes.joint.row_sparse.rule import Rule, rule
@@ -20,6 +21,7 @@ from cggr_compile.passes.nodes import argument, shape_of
 
 if TYPE_CHECKING:
     from cggr_compile.passes.joint.row_sparse.annotations import Annotations
+    from cggr_compile.passes.joint.row_sparse.plan import Plan
 
 aten = torch.ops.aten
 
@@ -47,6 +49,12 @@ class View(Rule, ABC):
         before = self.source(at, node, layout)
         return None if before is None else self.call(at, node, At(first(node), before), layout)
 
+    def _viewed(self, at: Annotations, node: Node) -> Both | None:
+        """The columns of each kind viewed, where the columns stay in one axis."""
+        source = first(node)
+        division = at.divisions[source].viewed(shape_of(source), shape_of(node), at.batch)
+        return None if division is None else Both(source, division, lambda rv, part, shape: rv.view(part, shape))
+
 
 def first(node: Node) -> Node:
     return node.args[0]  # type: ignore[return-value]
@@ -65,10 +73,19 @@ class Reshape(View):
     def call(self, at: Annotations, node: Node, source: At, layout: Layout) -> Call:
         return Call((source, at.sizes(node, layout)), layout, make=lambda rv, rows, shape: rv.view(rows, shape))
 
+    divided = View._viewed
+
 
 @rule(aten.permute.default)
 class Permute(View):
     mixes = "nothing"
+
+    def divided(self, at: Annotations, node: Node) -> Both | None:
+        source, order = first(node), self._order(node)
+        division = at.divisions[source].permuted(order)
+        if _gatherable(division.layout) is None:
+            return None
+        return Both(source, division, lambda rv, part, _: rv.emit.call(node.target, part, order))
 
     def result(self, at: Annotations, node: Node, layout: Layout) -> Layout | None:
         return _gatherable(tuple(layout[axis] for axis in self._order(node)))
@@ -101,6 +118,8 @@ class Unsqueeze(View):
     def call(self, at: Annotations, node: Node, source: At, layout: Layout) -> Call:
         return Call((source, self._axis(node)), layout)
 
+    divided = View._viewed
+
     def _axis(self, node: Node) -> int:
         axis: Any = node.args[1]
         return int(axis) % len(shape_of(node))
@@ -114,6 +133,8 @@ class Squeeze(View):
         if any(layout[axis] for axis in axes):
             return None
         return tuple(tag for axis, tag in enumerate(layout) if axis not in axes)
+
+    divided = View._viewed
 
 
 @rule(aten.expand.default)
@@ -151,12 +172,12 @@ class SliceOrSelect(Rule):
 
 @rule(aten.cat.default)
 class Concatenate(Rule):
-    """Along an axis that is no token axis, of sparse values and zeros.
+    """Along an axis that is no token axis: of sparse values and zeros, or of dense parts as well."""
 
-    A dense part among them needs its full rows: a fused projection that learns from every position makes all dense.
-    """
+    def carry(self, at: Annotations, node: Node) -> Plan | None:
+        return self._sparse(at, node) or divide(at, node)
 
-    def carry(self, at: Annotations, node: Node) -> Call | None:
+    def _sparse(self, at: Annotations, node: Node) -> Call | None:
         parts: Any = node.args[0]
         (layout, *others) = {at.layouts[part]: None for part in parts if part in at.layouts}
         axis: Any = node.args[1] if len(node.args) > 1 else 0

@@ -32,6 +32,21 @@ class SliceScatter(Rule):
         return Call((ZerosAt(node, layout), At(values, layout), *rest), layout)  # type: ignore[arg-type]
 
 
+@rule(aten.select_scatter.default)
+class SelectScatter(Rule):
+    """select_scatter(zeros, g, axis, i): the gradient of taking one column."""
+
+    def carry(self, at: Annotations, node: Node) -> Call | None:
+        arguments: Any = node.args
+        zeros, values, axis, index = arguments
+        layout = at.layout_of(values)
+        if layout is None or not is_zeros(zeros):
+            return None
+        axis %= len(shape_of(node))
+        result = (*layout[:axis], None, *layout[axis:])
+        return Call((ZerosAt(node, result), At(values, layout), axis, index), result)
+
+
 @rule(aten.scatter.src, aten.scatter_add.default)
 class ScatterColumns(Rule):
     """scatter(zeros, axis, index, g), adding or not: the gradient of the top-k, or of other columns, of every token."""
