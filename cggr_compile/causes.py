@@ -98,7 +98,8 @@ class Cause(enum.Enum):
 
     # The layers.
     UNSUPPORTED_ATTENTION = (
-        "unsupported attention: nn.MultiheadAttention ({module}) hides the products; supported are "
+        "unsupported attention: nn.MultiheadAttention ({module}) hides its products: {why}; supported are its "
+        "self-attention with batch_first=True, need_weights=False and an attn_mask, "
         "F.scaled_dot_product_attention, flex_attention, flash-attn and softmax(Q K^T) V written out"
     )
     CLOSED_CHECKPOINTS = (

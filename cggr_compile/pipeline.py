@@ -45,6 +45,7 @@ from cggr_compile.passes.semantic.lower_experts import LowerExperts
 from cggr_compile.passes.semantic.lower_values import LowerValues
 from cggr_compile.passes.semantic.make_sizes_static import MakeSizesStatic
 from cggr_compile.passes.semantic.observe_router import ObserveRouter
+from cggr_compile.passes.semantic.open_attention import OpenAttention
 from cggr_compile.passes.semantic.recover_causal_mask import RecoverCausalMask
 from cggr_compile.passes.semantic.return_figures import ReturnFigures
 from cggr_compile.passes.semantic.rewrite_loss import RewriteLoss
@@ -68,6 +69,7 @@ PASSES: tuple[GraphPass, ...] = (
     MakeSizesStatic(),
     Functionalize(),
     LowerExperts(),
+    OpenAttention(),
     SpellLosses(),
     FindForwards(),
     FindLoss(),

@@ -18,6 +18,7 @@ from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, ref
 from cggr_compile.passes.facts import Attention, Block, FinalStates, LayerStack, LossSite, NoLayerStack
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
+from cggr_compile.passes.patterns import multi_head
 from cggr_compile.passes.patterns.attention import find_attention, further_keys
 from cggr_compile.passes.patterns.tail import tail_start
 
@@ -182,9 +183,11 @@ def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
 
 def _no_attention(gm: GraphModule, stream: Collection[Node]) -> NoLayerStackError:
     """Why no attention was found."""
-    opaque = [node for node in gm.graph.nodes if op_name(node) == "multi_head_attention_forward"]
-    if opaque:
-        return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(opaque[0]))
+    closed = next((node for node in gm.graph.nodes if op_name(node) == multi_head.NAME), None)
+    if closed is not None:
+        call = multi_head.read_call(closed)
+        why = call if isinstance(call, str) else "open_attention is switched off"
+        return NoLayerStackError(cause=Cause.UNSUPPORTED_ATTENTION, module=_module_path(closed), why=why)
     further = next((more for node in gm.graph.nodes if (more := further_keys(node, stream)) > 0), 0)
     if further:
         return NoLayerStackError(
