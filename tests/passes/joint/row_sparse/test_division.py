@@ -150,7 +150,7 @@ class Between(torch.nn.Linear):
     ("function", "attend", "dense"),
     [
         (lambda x: -x * 0.5, middle, None),
-        (torch.tanh, models.attend_sdpa, "aten.tanh_backward.default"),  # its other operand would have to be split too
+        (torch.tanh, models.attend_sdpa, "aten.mul.Tensor"),  # by a factor that would have to be split too
     ],
 )
 def test_what_lies_between_a_projection_and_its_parts(function, attend, dense):
