@@ -71,9 +71,10 @@ def _slice_written(node: Node) -> Columns | None:
 
 
 def _column_written(node: Node) -> Columns | None:
-    zeros, value, axis, index = node.args
-    axis = axis % len(shape_of(node))  # type: ignore[operator]
-    start = index % shape_of(node)[axis]  # type: ignore[operator]
+    arguments: Any = node.args
+    zeros, value, axis, index = arguments
+    axis %= len(shape_of(node))
+    start = index % shape_of(node)[axis]
     return _written(zeros, axis, start, start + 1, value, flat=True)
 
 

@@ -82,10 +82,11 @@ class Mul(Elementwise):
 
 def of_each(at: Annotations, node: Node) -> Both | None:
     """The call on the columns of each kind, if they are its one tensor."""
-    source, *others = node.args
+    arguments: Any = node.args
+    source, *others = arguments
     if source not in at.divisions or any(isinstance(n, Node) for n in (*others, *node.kwargs.values())):
         return None
-    division = at.divisions[source]  # type: ignore[index]
+    division = at.divisions[source]
     return Both(source, division, lambda rv, part, _: rv.emit.call(node.target, part, *others, **node.kwargs))
 
 

@@ -49,10 +49,11 @@ class Product(Rule):
 
     def divided(self, at: Annotations, node: Node) -> Plan | None:
         """The weight's gradient from the columns of each kind; where only rows are wanted there is nothing to do."""
-        left, right = node.args
+        factors: Any = node.args
+        left, right = factors
         position = 0 if left in at.divisions else 1
         source, other = (left, right) if position == 0 else (right, left)
-        division = at.divisions[source]  # type: ignore[index]
+        division = at.divisions[source]
         free = len(division.layout) - 2 + position
         summed = division.layout[-1 - position]
         if division.axis == free and summed in POSITIONS and not any(division.layout[:-2]):
