@@ -422,7 +422,7 @@ class PyTorchLayers(nn.Module):
     def forward(self, ids, labels):
         x = self.embedding(ids)
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        padding = ids.eq(0)
+        padding = torch.zeros(ids.shape)  # of the kind that the mask is, or PyTorch warns, which breaks the graph
         for layer in self.layers:
             if isinstance(layer, nn.MultiheadAttention):
                 x = x + layer(x, x, x, attn_mask=mask, is_causal=True, need_weights=True)[0]
