@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from cggr_compile import compat, joint
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.options import Options
-from cggr_compile.report import GraphDump, GraphReport
+from cggr_compile.report import GraphReport
 
 
 def hook(**options):

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import cggr_compile
 from cggr_compile import compat
+from cggr_compile.graph_dump import GraphDump
 from cggr_compile.joint import joint_pre_pass
 from cggr_compile.options import Options
 from cggr_compile.passes.semantic.inline_checkpoints import InlineCheckpoints
 from cggr_compile.pipeline import copy_module
-from cggr_compile.report import GraphDump, GraphReport, PassRecord
+from cggr_compile.report import GraphReport, PassRecord
 
 HOP = torch.ops.higher_order.tag_activation_checkpoint
 
