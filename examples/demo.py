@@ -45,8 +45,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         f"does; {FROM_SCRATCH} --help lists its arguments.",
     )
     add = parser.add_argument
-    add("--steps", type=int, default=36, help="fine-tuning steps of the dense run")
-    add("--pretrain-steps", type=int, default=80, help="steps before, of half batches")
+    add("--steps", type=int, default=28, help="fine-tuning steps of the dense run")
+    add("--pretrain-steps", type=int, default=72, help="steps before, of half batches")
     add("--model-size", choices=SIZES, default="mini")
     add("--data", type=Path, default=ROOT / "data" / "gsm8k", help="folder of train.jsonl and test.jsonl")
     add("--batch-size", type=int, default=4, help="sequences of a step, an even number")
