@@ -30,21 +30,14 @@ def source_digest() -> str:
     return compat.hash_of_files(sources())
 
 
-def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
-    """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there."""
-    return _pass(
-        lambda graph: run_joint_passes(graph, options, report, dump),
-        passes_key(options, report),
-        compat.user_joint_passes(),
-    )
+def joint_pre_pass(options: Options, report: GraphReport, dump: GraphDump, *, dense: bool = False) -> Any:
+    """One pass object for Inductor's ``joint_custom_pre_pass``: ours, then whatever the user had set there.
 
-
-def dense_pre_pass(options: Options, report: GraphReport, dump: GraphDump) -> Any:
-    """The same for a graph that is not rewritten: where parameters are gathered is all that there is to optimise."""
+    ``dense``: for a graph that is not rewritten, where what gathers parameters is all that there is to optimise.
+    """
+    run = run_dense_passes if dense else run_joint_passes
     return _pass(
-        lambda graph: run_dense_passes(graph, options, report, dump),
-        passes_key(options, report),
-        compat.user_joint_passes(),
+        lambda graph: run(graph, options, report, dump), passes_key(options, report), compat.user_joint_passes()
     )
 
 

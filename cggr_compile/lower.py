@@ -13,7 +13,6 @@ from cggr_compile.engine import Engine
 from cggr_compile.graph_dump import GraphDump
 from cggr_compile.joint import (
     collectives_pass,
-    dense_pre_pass,
     holds_our_operators,
     joint_pre_pass,
     partition_with_passes,
@@ -38,7 +37,7 @@ def lower_dense(
         return gm.forward
     patches = dict(configuration.patches)
     if sharded:
-        patches["joint_custom_pre_pass"] = dense_pre_pass(options, report, dump)
+        patches["joint_custom_pre_pass"] = joint_pre_pass(options, report, dump, dense=True)
     elif holds_our_operators(gm):  # a layer of ours, or lowered experts: the cache key must know our sources
         patches["joint_custom_pre_pass"] = source_key()
     return compat.compile_fx(gm, inputs, {**_collectives(inputs), **patches})
