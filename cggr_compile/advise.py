@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,9 @@ from torch.nn import Module
 
 from cggr_compile import compat
 from cggr_compile.gradient_concentration import added_variance, concentration, token_gradients
-from cggr_compile.options import Options
+from cggr_compile.options import FEW_LABELS, Options
 from cggr_compile.trial import Batch, Trial, dense_trial, selective_trial
 
-# Share of labelled positions below which all of them are selected, as ``selection="auto"`` does.
-FEW_LABELS = 0.5
 # What an advice has to win at least, in time for a gradient of the same variance.
 WORTH = 0.95
 MIB = 2**20
@@ -137,12 +135,11 @@ def advise(
     for name, chosen in _choices(share):
         trial = selective_trial(model, batches, {**base, **chosen}, steps=steps)
         candidates.append(_candidate(name, {**base, **chosen}, trial, first, _variance(gradients, trial)))
-    again = dense_trial(
-        model, batches, compiler=settings.compiler, steps=steps
-    )  # the machine may have changed its pace
+    # the machine may have changed its pace
+    again = dense_trial(model, batches, compiler=settings.compiler, steps=steps)
     scale = first.seconds / min(first.seconds, again.seconds)
-    found = tuple(_scaled(one, scale) for one in candidates)
-    half = None if half is None else _scaled(half, scale)
+    found = tuple(replace(one, step=one.step * scale) for one in candidates)
+    half = None if half is None else replace(half, step=half.step * scale)
     chosen_options, reason = decide(found, half)
     return Advice(
         share,
@@ -215,10 +212,6 @@ def _variance(gradients: Sequence[Tensor], trial: Trial) -> float:
 def _candidate(name: str, options: dict[str, Any] | None, trial: Trial, dense: Trial, variance: float) -> Candidate:
     memory = trial.kept_bytes / dense.kept_bytes if dense.kept_bytes else 1.0
     return Candidate(name, options, trial.level, trial.reason, trial.seconds / dense.seconds, memory, variance)
-
-
-def _scaled(one: Candidate, scale: float) -> Candidate:
-    return Candidate(**{**vars(one), "step": one.step * scale})
 
 
 def _figures(one: Candidate) -> str:

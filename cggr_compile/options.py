@@ -23,6 +23,9 @@ AUTO_CONTEXT = 128
 # the selection that the first batch decides
 AUTO = "auto"
 
+# Labelled positions, as a share of all, below which the loss concerns few of them: answers behind prompts.
+FEW_LABELS = 0.5
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

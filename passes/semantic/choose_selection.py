@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cggr_compile.options import FEW_LABELS, Options
 from cggr_compile.passes.analysis.documents import documents
 from cggr_compile.passes.analysis.positions import FirstBatch
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
@@ -29,10 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from cggr_compile.options import Options
-
-# Labelled positions, as a share of all, below which the loss concerns few of them: answers behind prompts.
-FEW = 0.5
 # How often slots are doubled, where later batches need more.
 DOUBLINGS = 2
 # Slots of the fullest sequence for the highest entropies of the batch, in multiples of its share of them: some
@@ -108,7 +105,7 @@ def _choose(gm: GraphModule, ctx: GraphContext) -> tuple[list[Slots] | None, str
     why = f"{labels / positions:.1%} of the first batch's positions have a label"
     if any(share < 1.0 for share in _entropy_shares(gm, ctx)):
         why += " and an entropy among the highest"
-    if labels >= FEW * positions:
+    if labels >= FEW_LABELS * positions:
         return None, why
     if not labels:
         return None, "no position of the first batch has a label"
@@ -149,7 +146,7 @@ def _count(gm: GraphModule, ctx: GraphContext, options: Options) -> list[dict[st
         loss = most if taken == 1.0 else min(most, math.ceil(SPREAD * taken * most))
         number = math.ceil(taken * int(labels.sum()))
         counted.append({"positions": labels.numel(), "labels": number, "loss": loss, "gradient": loss})
-    few = 0 < sum(one["labels"] for one in counted) < FEW * sum(one["positions"] for one in counted)
+    few = 0 < sum(one["labels"] for one in counted) < FEW_LABELS * sum(one["positions"] for one in counted)
     wanted = few or ctx.first_batch is not None  # else nothing asks for its context
     reach = options.context_rows if wanted and ctx.level == "routed" else 0
     if not reach:
