@@ -184,9 +184,9 @@ def _sample_sizes(
     at_hand = {s: _clamp(other, 3) if s in batch else other.node.hint for s, other in others.items()}
 
     constant = program.largest_constant()
-    beyond = _clamp(size, 2 * constant + 3)
+    *_, beyond = telling = [_clamp(size, n) for n in _telling_lengths(constant)]
     samples = [{symbol: size.node.hint} | at_hand]
-    for value in dict.fromkeys((_clamp(size, 2), _clamp(size, 5), beyond)):
+    for value in dict.fromkeys(telling):
         if value <= LENGTH_LIMIT:
             samples.append({symbol: value} | {s: _clamp(other, 2) for s, other in others.items()})
     if beyond > LENGTH_LIMIT:
@@ -196,11 +196,16 @@ def _sample_sizes(
     return samples, ""
 
 
+def _telling_lengths(constant: int) -> tuple[int, ...]:
+    """Short ones, and one that the largest number in a program does not reach."""
+    return 2, 5, 2 * constant + 3
+
+
 def _shorter(program: MaskProgram, length: int, sizes: Sizes) -> tuple[list[tuple[MaskProgram, Sizes]], str]:
     """Samples of shorter lengths in place of a fixed one that is too long to compute, as those of a symbolic length."""
     constant = program.largest_constant(apart=length)
-    beyond = 2 * constant + 3
-    lengths = [n for n in dict.fromkeys((2, 5, beyond)) if n <= LENGTH_LIMIT]
+    *_, beyond = telling = _telling_lengths(constant)
+    lengths = [n for n in dict.fromkeys(telling) if n <= LENGTH_LIMIT]
     too_large = (
         f"it holds the number {constant}, too large to try a sequence length beyond it, and {length} is too long"
     )
