@@ -22,6 +22,9 @@ from cggr_compile.passes.patterns.token_values.writer import as_before, tokens_f
 if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
+# Values of ``cggr::token_log_probs`` that have a gradient.
+PLACED = 5
+
 
 class RewriteValues(SemanticPass):
     """Computes per-token values once more, of the selected rows, for their gradient.
@@ -153,7 +156,3 @@ def _place_call(emit: Emitter, writer: RowWriter, call: Node, layout: Layout, hi
         if reader.args[1] in range(PLACED):
             reader.replace_all_uses_with(values[reader.args[1]])  # type: ignore[index]
             emit.graph.erase_node(reader)
-
-
-# Values of ``cggr::token_log_probs`` that have a gradient.
-PLACED = 5
