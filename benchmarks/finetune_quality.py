@@ -44,6 +44,7 @@ from machine import describe
 from results import save
 from rich.console import Console
 from transformers import AutoTokenizer
+from turns import cards
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -108,14 +109,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     return args
-
-
-def cards(device: str) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES is for the workers, in turn."""
-    if device == "cpu":
-        return [""]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return named if named != [""] else [str(index) for index in range(torch.cuda.device_count())]
 
 
 class Process:

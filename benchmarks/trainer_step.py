@@ -6,10 +6,11 @@ default SmolLM2-135M-Instruct (examples/smollm2.py), or random weights of a ``--
 
 Arms: ``stock`` is TRL as users run it (its fused head, bfloat16, gradient checkpointing), ``compiled`` the same with
 ``torch_compile=True``, ``ours`` with ``CGGRCallback()``, and ``ours-kept`` that without gradient checkpointing, which
-keeps what checkpoints would compute again. Every arm trains in a process of its own, one after the other.
+keeps what checkpoints would compute again. Every arm trains in a process of its own. All run the first half of their
+steps at once, which compile; then each has the device to itself for its last half, and is measured.
 
 A step is measured on the device's clock, from the batch's arrival to the optimizer's end; figures are medians of the
-last half of the steps, the first of which compile. Peak memory is over what is allocated before the first step.
+last half of the steps. Peak memory is over what is allocated before the first step.
 
     python benchmarks/trainer_step.py --device cuda --methods sft,dpo,grpo --json runs/trainers.json
     python benchmarks/trainer_step.py --device cuda --methods sft --shape 8b --lora 16
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +36,7 @@ from results import save
 from rich.console import Console
 from rich.table import Table
 from shapes import MODELS
+from turns import cards, in_turns, wait_for_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -61,6 +62,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--length", type=int, help="most tokens of a sequence; default: as above")
     add("--pad", type=int, default=512, help="sizes of batches (sft, dpo) are multiples of this: few are compiled")
     add("--steps", type=int, default=16)
+    add("--at-once", type=int, help="arms that compile, and hold the device's memory, at the same time; default: all")
     add("--options", type=json.loads, default={}, help="of the callback, as JSON")
     add("--json", type=Path, default=Path("runs/benchmarks/trainer_step.json"))
     add("--tiny", action="store_true", help=f"changes the defaults to {TINY}")
@@ -70,6 +72,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first ones compile")
+    if args.at_once is not None and args.at_once < 1:
+        parser.error("--at-once must be at least 1")
     if args.lora is not None and args.lora < 1:
         parser.error("--lora must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -84,13 +88,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 # One arm, in its process.
 
 
-def run(method: str, arm: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains ``args.steps`` steps; what was measured."""
+def run(method: str, arm: str, args: argparse.Namespace, prepared: Callable[[], None]) -> dict[str, Any]:
+    """Trains ``args.steps`` steps; what was measured. ``prepared`` is called before the last half of them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     trainer = _trainer(method, arm, args, tokenizer)
-    clock = _clock(args.device)
+    clock = _clock(args.device, prepared)
     trainer.add_callback(clock)
     _count_apart(trainer, clock)
     trainer.train()
@@ -215,7 +219,7 @@ def _reward(completions: list[Any], answer: list[str], **_rest: Any) -> list[flo
     return [float(result(text) == result(right)) for text, right in zip(written, answer, strict=True)]
 
 
-def _clock(device: str) -> Any:
+def _clock(device: str, prepared: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -234,8 +238,11 @@ def _clock(device: str) -> Any:
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if device == "cuda" and not self.steps:
                 self.static = torch.cuda.memory_allocated()
-            if device == "cuda" and len(self.steps) == state.max_steps // 2:
-                torch.cuda.reset_peak_memory_stats()
+            if len(self.steps) == state.max_steps // 2:
+                self.now()
+                prepared()
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             self.begin, self.apart = self.now(), 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -267,19 +274,15 @@ def _count_apart(trainer: Any, clock: Any) -> None:
 
 def measure(argv: list[str], args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     document: dict[str, Any] = {"machine": describe(args.device), "results": []}
-    for method in args.methods:
-        for arm in args.arms:
-            command = [sys.executable, str(Path(__file__)), *argv, "--run", method, arm]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = done.stdout.strip().splitlines()
-            record = {"method": method, "arm": arm}
-            if done.returncode == 0 and lines:
-                record |= json.loads(lines[-1])
-            else:
-                record["error"] = "\n".join(done.stderr.strip().splitlines()[-12:])
-            document["results"].append(record)
-            say(f"{method}, {arm}: " + (f"{record['step_ms']:.0f} ms" if "step_ms" in record else record["error"]))
-            save(document, args.json)
+    script = [sys.executable, str(Path(__file__)), *argv, "--run"]
+    runs = {f"{method}-{arm}": (method, arm) for method in args.methods for arm in args.arms}
+    commands = {name: [*script, *run] for name, run in runs.items()}
+    logs = args.json.parent / f"{args.json.stem}-logs"
+    for name, found in in_turns(commands, cards(args.device), logs, args.at_once):
+        method, arm = runs[name]
+        document["results"].append({"method": method, "arm": arm, **found})
+        say(f"{method}, {arm}: " + (f"{found['step_ms']:.0f} ms" if "step_ms" in found else found["error"]))
+        save(document, args.json)
     return document
 
 
@@ -309,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.run:
         answers, sys.stdout = sys.stdout, sys.stderr  # what trainers print is no answer
         method, arm = args.run
-        found = run(method, arm, args)
+        found = run(method, arm, args, lambda: wait_for_turn(answers))
         print(json.dumps(found, default=str), file=answers, flush=True)
         return 0
     console = Console(width=max(130, Console().width))

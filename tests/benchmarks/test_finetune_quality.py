@@ -108,14 +108,6 @@ def test_wrong_arguments(arguments, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_workers_take_turns_on_the_cards(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert finetune_quality.cards("cuda") == ["0", "1"] and finetune_quality.cards("cpu") == [""]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert finetune_quality.cards("cuda") == ["3", "5"]
-
-
 def test_options_of_arms():
     assert worker.options_of("context-64", "") == {"context": 64}
     assert worker.options_of("context-64-stop", "") == {"context": 64, "kv_gradient": "stop"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 pytest.importorskip("trl")
@@ -27,16 +29,17 @@ def test_preferences_differ_in_the_result():
 
 
 def test_what_prepares_a_batch_is_apart(monkeypatch):
-    seconds = iter([0.0, 1.0, 4.0, 4.5, 10.0, 10.0, 10.0, 12.0])
+    seconds = iter([0.0, 1.0, 4.0, 4.5, 9.0, 10.0, 10.0, 10.0, 12.0])
     monkeypatch.setattr(trainer_step.time, "perf_counter", lambda: next(seconds))
-    clock = trainer_step._clock("cpu")
+    turns = []
+    clock = trainer_step._clock("cpu", lambda: turns.append(len(clock.steps)))
     trainer = type("Trainer", (), {"_prepare_inputs": lambda self, batch: batch})()
     trainer_step._count_apart(trainer, clock)
     for _ in range(2):
-        clock.on_step_begin(None, None, None)
+        clock.on_step_begin(None, SimpleNamespace(max_steps=2), None)
         assert trainer._prepare_inputs(3) == 3
         clock.on_step_end(None, None, None)
-    assert clock.steps == [1.5, 2.0] and clock.summary()["step_ms"] == 2000.0
+    assert turns == [1] and clock.steps == [1.5, 2.0] and clock.summary()["step_ms"] == 2000.0
 
 
 def test_the_table():

@@ -1,0 +1,101 @@
+"""Measurements in processes of their own that take turns: all prepare at once, each measures while the others wait.
+
+A process writes JSON objects to its standard output, one a line: ``{"ready": true}`` before it measures
+(`wait_for_turn`), and its result at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+LAST_LINES = 12  # of a log, in an error
+
+
+def cards(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for the processes, in turn."""
+    if device == "cpu":
+        return [""]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named if named != [""] else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def wait_for_turn(answers: TextIO) -> None:
+    """In a process that `in_turns` began: says that it has prepared, and waits until the others wait or have ended."""
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    sys.stdin.readline()
+
+
+def in_turns(
+    commands: Mapping[str, Sequence[str]], devices: Sequence[str], logs: Path, at_once: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each command's name and result, in order; ``{"error": ...}``, the end of its log, of one that failed.
+
+    ``devices``: CUDA_VISIBLE_DEVICES of the processes, in turn. ``logs``: folder of what they print. ``at_once``: how
+    many prepare at a time, all by default.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    names = list(commands)
+    for first in range(0, len(names), at_once or len(names)):
+        some = names[first : first + (at_once or len(names))]
+        processes = {
+            name: _Process(commands[name], devices[index % len(devices)], logs / f"{name}.log")
+            for index, name in enumerate(some, first)
+        }
+        try:
+            for process in processes.values():
+                process.prepare()
+            for name, process in processes.items():
+                yield name, process.measure()
+        finally:
+            for process in processes.values():
+                process.end()
+
+
+class _Process:
+    def __init__(self, command: Sequence[str], card: str, log: Path) -> None:
+        self._log = log
+        with log.open("w") as errors:
+            self._running = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": card},
+            )
+        self._found: dict[str, Any] | None = None
+
+    def prepare(self) -> None:
+        """Waits until it is ready, or has ended."""
+        answer = self._answer()
+        if not answer.get("ready"):
+            self._found = answer
+
+    def measure(self) -> dict[str, Any]:
+        if self._found is None:
+            assert self._running.stdin is not None
+            self._running.stdin.write("go\n")
+            self._running.stdin.flush()
+            self._found = self._answer()
+            self._running.wait()  # what it holds of the device is free for the next one
+        return self._found
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._running.stdout is not None
+        line = self._running.stdout.readline()
+        if not line:
+            return {"error": "\n".join(self._log.read_text().strip().splitlines()[-LAST_LINES:])}
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def end(self) -> None:
+        self._running.kill()
+        self._running.wait()
