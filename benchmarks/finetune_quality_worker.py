@@ -37,7 +37,7 @@ from gsm8k_prompts import right_answers
 
 LR_WARMUP = 0.05  # share of the steps
 EVAL_SEQUENCES = 16  # at a time
-ANSWERS = 64  # prompts that are answered at a time
+ANSWERS = 256  # prompts that are answered at a time
 TIMED_PARTS = 7
 
 

@@ -5,7 +5,7 @@ number changed), ``grpo`` (a reward for the right number, ``top_entropy_quantile
 default SmolLM2-135M-Instruct (examples/smollm2.py), or random weights of a ``--shape``'s model with that tokenizer.
 
 Arms: ``stock`` is TRL as users run it (its fused head, bfloat16, gradient checkpointing), ``compiled`` the same with
-``torch_compile=True``, ``ours`` with ``CGGRCallback()``, and ``ours-kept`` that without gradient checkpointing, which
+``torch_compile=True``, ``compiled-graphs`` that with CUDA graphs, ``ours`` with ``CGGRCallback()``, and ``ours-kept`` that without gradient checkpointing, which
 keeps what checkpoints would compute again. Every arm trains in a process of its own. All run the first half of their
 steps at once, which compile; then each has the device to itself for its last half, and is measured.
 
@@ -41,10 +41,11 @@ from turns import cards, in_turns, wait_for_turn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
 METHODS = ("sft", "dpo", "grpo")
-ARMS = ("stock", "compiled", "ours", "ours-kept")
+ARMS = ("stock", "compiled", "compiled-graphs", "ours", "ours-kept")
 # sequences of a batch and most tokens of one
 BATCHES = {"sft": (8, 2048), "dpo": (4, 1024), "grpo": (8, 768)}
-COMPLETION, GROUP = 256, 8  # of grpo
+PADS = {"sft": 2048, "dpo": 512, "grpo": 256}  # sizes of batches are multiples of it: one size is compiled
+COMPLETION, GROUP, SHOTS = 256, 8, 2  # of grpo
 TINY = dict(methods=["sft"], arms=["stock", "ours"], shots=0, steps=4, shape="tiny", batch=2, length=256, pad=256)
 
 
@@ -60,7 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--shots", type=int, default=8, help="solved problems in a prompt of sft")
     add("--batch", type=int, help=f"sequences; default: {BATCHES}")
     add("--length", type=int, help="most tokens of a sequence; default: as above")
-    add("--pad", type=int, default=512, help="sizes of batches (sft, dpo) are multiples of this: few are compiled")
+    add("--pad", type=int, help=f"sizes of batches are multiples of it: few are compiled; default: {PADS}")
     add("--steps", type=int, default=16)
     add("--at-once", type=int, help="arms that compile, and hold the device's memory, at the same time; default: all")
     add("--options", type=json.loads, default={}, help="of the callback, as JSON")
@@ -111,7 +112,7 @@ def _trainer(method: str, arm: str, args: argparse.Namespace, tokenizer: Any) ->
     import trl
 
     batch, length = BATCHES[method]
-    batch, length = args.batch or batch, args.length or length
+    batch, length, pad = args.batch or batch, args.length or length, args.pad or PADS[method]
     common = {
         "output_dir": tempfile.mkdtemp(),
         "max_steps": args.steps,
@@ -122,23 +123,26 @@ def _trainer(method: str, arm: str, args: argparse.Namespace, tokenizer: Any) ->
         "disable_tqdm": True,
         "use_cpu": args.device == "cpu",
         "bf16": args.device == "cuda",
-        "torch_compile": arm == "compiled",
+        "torch_compile": arm.startswith("compiled"),
+        "torch_compile_mode": "reduce-overhead" if arm == "compiled-graphs" else None,
     }
     if arm == "ours-kept":
         common["gradient_checkpointing"] = False
     rest = {"processing_class": tokenizer, "callbacks": _callbacks(arm, args), "peft_config": _adapters(args)}
     model = _model(args)
     if method == "sft":
-        config = trl.SFTConfig(**common, max_length=length, pad_to_multiple_of=args.pad)
+        config = trl.SFTConfig(**common, max_length=length, pad_to_multiple_of=pad)
         return trl.SFTTrainer(model, config, train_dataset=_problems(args.shots), **rest)
     if method == "dpo":
-        config = trl.DPOConfig(**common, max_length=length, pad_to_multiple_of=args.pad)
+        config = trl.DPOConfig(**common, max_length=length, pad_to_multiple_of=pad)
         reference = None if args.lora is not None else _model(args)
         return trl.DPOTrainer(model, reference, args=config, train_dataset=_preferences(), **rest)
-    common["pad_to_multiple_of"] = args.pad
+    common["pad_to_multiple_of"] = pad
     group = {"num_generations": min(GROUP, batch), "max_completion_length": min(COMPLETION, length // 2)}
     config = trl.GRPOConfig(**common, **group, num_iterations=args.steps, top_entropy_quantile=0.2, beta=0.0)
-    return trl.GRPOTrainer(model, _reward, args=config, train_dataset=_problems(0, grpo=True), **rest)
+    return trl.GRPOTrainer(
+        model, _reward, args=config, train_dataset=_problems(min(SHOTS, args.shots), grpo=True), **rest
+    )
 
 
 def _model(args: argparse.Namespace) -> Any:
