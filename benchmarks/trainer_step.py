@@ -5,9 +5,10 @@ number changed), ``grpo`` (a reward for the right number, ``top_entropy_quantile
 default SmolLM2-135M-Instruct (examples/smollm2.py), or random weights of a ``--shape``'s model with that tokenizer.
 
 Arms: ``stock`` is TRL as users run it (its fused head, bfloat16, gradient checkpointing), ``compiled`` the same with
-``torch_compile=True``, ``compiled-graphs`` that with CUDA graphs, ``ours`` with ``CGGRCallback()``, and ``ours-kept`` that without gradient checkpointing, which
-keeps what checkpoints would compute again. Every arm trains in a process of its own. All run the first half of their
-steps at once, which compile; then each has the device to itself for its last half, and is measured.
+``torch_compile=True``, ``compiled-graphs`` that with CUDA graphs, ``ours`` with ``CGGRCallback()``, and ``ours-kept``
+that without gradient checkpointing, which keeps what checkpoints would compute again. Every arm trains in a process of
+its own. All run the first half of their steps at once, which compile; then each has the device to itself for its last
+half, and is measured.
 
 A step is measured on the device's clock, from the batch's arrival to the optimizer's end; figures are medians of the
 last half of the steps. Peak memory is over what is allocated before the first step.
