@@ -269,6 +269,14 @@ def test_data_parallel(trainer_of):
     assert runtime_of(callback) is None and not compat.is_compiled(trainer.model)
 
 
+def test_a_loss_that_is_a_flag(trainer_of):
+    """TRL's trainers, beside transformers before 5.19: nothing that could be called."""
+    trainer, callback = trainer_of(plain())
+    trainer.compute_loss_func = "any value but None"
+    callback._attach(trainer, trainer.args)
+    assert runtime_of(callback) is not None and compat.is_compiled(trainer.model)
+
+
 def test_options():
     with pytest.raises(ValueError, match="did you mean 'min_tokens_ratio'"):
         CGGRCallback(min_token_ratio=0.5)
