@@ -149,7 +149,7 @@ def _obstacle(trainer: Any, module: Module) -> str:
     """Why a trainer's loss, or its way of running the model, cannot be rewritten; empty if it may."""
     if isinstance(trainer.model_wrapped, DataParallel):
         return "DataParallel runs copies of the model; start one process per GPU (torchrun, accelerate launch)"
-    if callable(trainer.compute_loss_func):  # TRL's trainers set a string, which transformers before 5.19 read as a flag
+    if callable(trainer.compute_loss_func):  # TRL's set a string, a flag for transformers before 5.19
         return (
             "compute_loss_func takes the labels away from the model and computes the loss outside of the compiled "
             "graph; compute it in the model (model.loss_function = ...)"
