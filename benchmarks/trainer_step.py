@@ -130,19 +130,19 @@ def _trainer(method: str, arm: str, args: argparse.Namespace, tokenizer: Any) ->
     if arm == "ours-kept":
         common["gradient_checkpointing"] = False
     rest = {"processing_class": tokenizer, "callbacks": _callbacks(arm, args), "peft_config": _adapters(args)}
-    model = _model(args)
+    model, count = _model(args), args.steps * batch
     if method == "sft":
         config = trl.SFTConfig(**common, max_length=length, pad_to_multiple_of=pad)
-        return trl.SFTTrainer(model, config, train_dataset=_problems(args.shots), **rest)
+        return trl.SFTTrainer(model, config, train_dataset=_problems(args.shots, count), **rest)
     if method == "dpo":
         config = trl.DPOConfig(**common, max_length=length, pad_to_multiple_of=pad)
         reference = None if args.lora is not None else _model(args)
-        return trl.DPOTrainer(model, reference, args=config, train_dataset=_preferences(), **rest)
+        return trl.DPOTrainer(model, reference, args=config, train_dataset=_preferences(count), **rest)
     common["pad_to_multiple_of"] = pad
     group = {"num_generations": min(GROUP, batch), "max_completion_length": min(COMPLETION, length // 2)}
     config = trl.GRPOConfig(**common, **group, num_iterations=args.steps, top_entropy_quantile=0.2, beta=0.0)
     return trl.GRPOTrainer(
-        model, _reward, args=config, train_dataset=_problems(min(SHOTS, args.shots), grpo=True), **rest
+        model, _reward, args=config, train_dataset=_problems(min(SHOTS, args.shots), count, grpo=True), **rest
     )
 
 
@@ -174,18 +174,18 @@ def _callbacks(arm: str, args: argparse.Namespace) -> list[Any]:
     return [CGGRCallback(**{"fallback": "error", **args.options})]
 
 
-def _records(shots: int) -> list[dict[str, str]]:
+def _records(shots: int, count: int) -> list[dict[str, str]]:
     from gsm8k_prompts import write_prompts
 
     train, _ = write_prompts(ROOT / "data" / "gsm8k", Path(tempfile.mkdtemp()), shots)
-    return [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()[:count]]
 
 
 def _turn(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def _problems(shots: int, *, grpo: bool = False) -> Any:
+def _problems(shots: int, count: int, *, grpo: bool = False) -> Any:
     from datasets import Dataset
 
     names = "answer" if grpo else "completion"
@@ -194,18 +194,18 @@ def _problems(shots: int, *, grpo: bool = False) -> Any:
             "prompt": _turn("user", record["prompt"]),
             names: record["answer"] if grpo else _turn("assistant", record["answer"]),
         }
-        for record in _records(shots)
+        for record in _records(shots, count)
     ]
     return Dataset.from_list(rows)
 
 
-def _preferences() -> Any:
+def _preferences(count: int) -> Any:
     """The answer, and the answer with its last number changed."""
     from datasets import Dataset
     from gsm8k_prompts import result
 
     rows = []
-    for record in _records(0):
+    for record in _records(0, count):
         right = record["answer"]
         number = result(right)
         if number is None:

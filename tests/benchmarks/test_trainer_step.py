@@ -22,7 +22,7 @@ def test_wrong_arguments(capsys, tmp_path):
 
 
 def test_preferences_differ_in_the_result():
-    row = trainer_step._preferences()[0]
+    row = trainer_step._preferences(3)[0]
     chosen, rejected = (row[name][0]["content"] for name in ("chosen", "rejected"))
     assert result(chosen) != result(rejected) and len(chosen) - len(rejected) in (-2, -1, 0, 1)
     assert trainer_step._reward([row["chosen"], row["rejected"]], [chosen, chosen]) == [1.0, 0.0]
