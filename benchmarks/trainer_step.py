@@ -7,11 +7,11 @@ default SmolLM2-135M-Instruct (examples/smollm2.py), or random weights of a ``--
 Arms: ``stock`` is TRL as users run it (its fused head, bfloat16, gradient checkpointing), ``compiled`` the same with
 ``torch_compile=True``, ``compiled-graphs`` that with CUDA graphs, ``ours`` with ``CGGRCallback()``, and ``ours-kept``
 that without gradient checkpointing, which keeps what checkpoints would compute again. Every arm trains in a process of
-its own. All run the first half of their steps at once, which compile; then each has the device to itself for its last
-half, and is measured.
+its own. All run their first steps at once, which compile (ours may compile again where later batches have more labels
+than the first); then each has the device to itself for its last ``--measured`` steps.
 
 A step is measured on the device's clock, from the batch's arrival to the optimizer's end; figures are medians of the
-last half of the steps. Peak memory is over what is allocated before the first step.
+measured steps. Peak memory is over what is allocated before the first step.
 
     python benchmarks/trainer_step.py --device cuda --methods sft,dpo,grpo --json runs/trainers.json
     python benchmarks/trainer_step.py --device cuda --methods sft --shape 8b --lora 16
@@ -47,7 +47,9 @@ ARMS = ("stock", "compiled", "compiled-graphs", "ours", "ours-kept")
 BATCHES = {"sft": (8, 2048), "dpo": (4, 1024), "grpo": (8, 768)}
 PADS = {"sft": 2048, "dpo": 512, "grpo": 256}  # sizes of batches are multiples of it: one size is compiled
 COMPLETION, GROUP, SHOTS = 256, 8, 2  # of grpo
-TINY = dict(methods=["sft"], arms=["stock", "ours"], shots=0, steps=4, shape="tiny", batch=2, length=256, pad=256)
+TINY = dict(
+    methods=["sft"], arms=["stock", "ours"], shots=0, steps=4, measured=2, shape="tiny", batch=2, length=256, pad=256
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -63,7 +65,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help=f"sequences; default: {BATCHES}")
     add("--length", type=int, help="most tokens of a sequence; default: as above")
     add("--pad", type=int, help=f"sizes of batches are multiples of it: few are compiled; default: {PADS}")
-    add("--steps", type=int, default=16)
+    add("--steps", type=int, default=48)
+    add("--measured", type=int, default=8, help="of the steps, the last ones")
     add("--at-once", type=int, help="arms that compile, and hold the device's memory, at the same time; default: all")
     add("--options", type=json.loads, default={}, help="of the callback, as JSON")
     add("--json", type=Path, default=Path("runs/benchmarks/trainer_step.json"))
@@ -72,8 +75,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if "--tiny" in (sys.argv[1:] if argv is None else argv):
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error("--steps must be at least 2: the first ones compile")
+    if not 1 <= args.measured < args.steps:
+        parser.error("--measured must be at least 1 and less than --steps: the first ones compile")
     if args.at_once is not None and args.at_once < 1:
         parser.error("--at-once must be at least 1")
     if args.lora is not None and args.lora < 1:
@@ -91,12 +94,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(method: str, arm: str, args: argparse.Namespace, prepared: Callable[[], None]) -> dict[str, Any]:
-    """Trains ``args.steps`` steps; what was measured. ``prepared`` is called before the last half of them."""
+    """Trains ``args.steps`` steps; what was measured. ``prepared`` is called before the measured ones."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     trainer = _trainer(method, arm, args, tokenizer)
-    clock = _clock(args.device, prepared)
+    clock = _clock(args.device, args.measured, prepared)
     trainer.add_callback(clock)
     _count_apart(trainer, clock)
     trainer.train()
@@ -224,7 +227,7 @@ def _reward(completions: list[Any], answer: list[str], **_rest: Any) -> list[flo
     return [float(result(text) == result(right)) for text, right in zip(written, answer, strict=True)]
 
 
-def _clock(device: str, prepared: Callable[[], None]) -> Any:
+def _clock(device: str, measured: int, prepared: Callable[[], None]) -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -243,7 +246,7 @@ def _clock(device: str, prepared: Callable[[], None]) -> Any:
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if device == "cuda" and not self.steps:
                 self.static = torch.cuda.memory_allocated()
-            if len(self.steps) == state.max_steps // 2:
+            if len(self.steps) == state.max_steps - measured:
                 self.now()
                 prepared()
                 if device == "cuda":
@@ -254,7 +257,7 @@ def _clock(device: str, prepared: Callable[[], None]) -> Any:
             self.steps.append(self.now() - self.begin - self.apart)
 
         def summary(self) -> dict[str, Any]:
-            last = self.steps[len(self.steps) // 2 :]
+            last = self.steps[-measured:]
             peak = (torch.cuda.max_memory_allocated() - self.static) / 2**20 if device == "cuda" else None
             return {"step_ms": 1e3 * median(last), "first_s": sum(self.steps[:2]), "peak_mb": peak, "steps": self.steps}
 

@@ -15,7 +15,10 @@ from rich.console import Console
 
 
 def test_wrong_arguments(capsys, tmp_path):
-    for arguments, said in (["--steps=1"], "--steps must be at least 2"), (["--arms=dense"], "not among stock"):
+    for arguments, said in (
+        (["--measured=48"], "--measured must be at least 1 and less than --steps"),
+        (["--arms=dense"], "not among stock"),
+    ):
         with pytest.raises(SystemExit):
             trainer_step.parse_arguments([f"--model={tmp_path}", *arguments])
         assert said in capsys.readouterr().err
@@ -32,7 +35,7 @@ def test_what_prepares_a_batch_is_apart(monkeypatch):
     seconds = iter([0.0, 1.0, 4.0, 4.5, 9.0, 10.0, 10.0, 10.0, 12.0])
     monkeypatch.setattr(trainer_step.time, "perf_counter", lambda: next(seconds))
     turns = []
-    clock = trainer_step._clock("cpu", lambda: turns.append(len(clock.steps)))
+    clock = trainer_step._clock("cpu", 1, lambda: turns.append(len(clock.steps)))
     trainer = type("Trainer", (), {"_prepare_inputs": lambda self, batch: batch})()
     trainer_step._count_apart(trainer, clock)
     for _ in range(2):
