@@ -18,7 +18,8 @@ from cggr_compile.compiled_step import CompiledStep
 from cggr_compile.compiled_variant import CompiledVariant, nothing_to_verify
 from cggr_compile.configuration import Configuration
 from cggr_compile.data_parallel import agreement_for, hand_back
-from cggr_compile.diagnose import at_compiled_call, find_cause
+from cggr_compile.default_loss import name_default_loss
+from cggr_compile.diagnose import at_compiled_call, break_ahead, find_cause
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.options import AUTO, Options
 from cggr_compile.passes.joint.reshard_after_forward import ReshardAfterForward
@@ -41,6 +42,8 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
     Raises:
         OptionError: an option that does not fit the machine or the model.
     """
+    if name_default_loss(*break_ahead()):
+        compat.capture_again()
     configuration = Configuration.of(options, mode, inputs)
     resolver = RuntimeResolver(gm, inputs)
     runtime, sharding = resolver.runtime, sharding_of(resolver.module)

@@ -46,6 +46,12 @@ def find_cause(graph: Graph, lacking: Cause | None) -> Found:
     return next((found for finder in finders if (found := finder(scene)) is not None), None)
 
 
+def break_ahead() -> tuple[compat.GraphBreak | None, list[torch.nn.Module]]:
+    """The graph break that ends the graph under capture, if one does, and the modules whose methods run."""
+    scene = _Scene.here(Graph())
+    return scene.graph_break() if compat.break_at_end() else None, scene.modules
+
+
 def at_compiled_call() -> bool:
     """Whether the graph under capture begins where the compiled function does, in a call of it by the user."""
     return not _Scene.here(Graph()).users

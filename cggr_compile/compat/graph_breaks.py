@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from traceback import FrameSummary
 from types import CodeType
-from typing import Any
+from typing import Any, NoReturn
 
 from cggr_compile.compat.frames import translator
 
@@ -32,6 +32,16 @@ def break_at_end() -> GraphBreak | None:
     tx = translator()
     reason = None if tx is None else tx.output.compile_subgraph_reason
     return None if reason is None or not reason.graph_break else _graph_break(reason)
+
+
+def capture_again() -> NoReturn:
+    """Have Dynamo capture the frame under compilation from its start, and try again where it broke the graph."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis  # the one that passes a backend
+
+    tx = translator()
+    assert tx is not None
+    tx.speculation_log.clear()  # where it broke
+    raise TensorifyScalarRestartAnalysis(restart_reason="cggr: what broke the graph is gone")
 
 
 def resumed_at(code: CodeType) -> int | None:

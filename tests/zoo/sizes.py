@@ -87,7 +87,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64, "cross_attn_k": 1},
         "decoder_config": {"hidden_size_global": 64, "cross_attn_k": 1},
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},
+    },
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {**_ROTARY, "mrope_section": [4, 2, 2]}},
         "layer_types": ["full_attention"] * 2,
