@@ -23,6 +23,7 @@ _REDUCTIONS = {"mean", "sum", "var", "std", "norm"}
 # along the last axis: the place of ``dim`` among the arguments, and what it is where it is not given
 _ALONG = {"chunk": (2, 0), "split": (2, 0), "softmax": (1, None), "topk": (2, -1), "cumsum": (1, None)}
 # other operands than the rows may have several axes: they are weights
+_EXPERTS = {"moe.default", "moe_clamped.default"}
 WEIGHTED = {"linear", "addmm", "moe.default", "moe_clamped.default", "gemm_4bit.default"}
 
 
@@ -49,6 +50,8 @@ def not_row_wise(node: Node, streams: Container[Node]) -> str:
         return f"operator {name!r} ({node})"
     for other in node.all_input_nodes:
         value = fake_value(other)
+        if name in _EXPERTS and other not in streams and not value.is_floating_point():
+            return f"{node}, whose experts {other} are of all tokens,"
         if other not in streams and isinstance(value, torch.Tensor) and value.dim() > 1 and name not in WEIGHTED:
             return f"{node}, which reads {other} of shape {list(value.shape)},"
     return ""

@@ -96,7 +96,8 @@ def copy_tail(
     modes = modes_of(emit.graph)
     for node in final.tail:
         inputs = [n for n in node.all_input_nodes if n in mapping]
-        if op_name(node) == "getitem" or layout_only(node):
+        of_several = isinstance(fake_value(node.all_input_nodes[0]), (tuple, list))  # chunks, the values of a top-k
+        if (op_name(node) == "getitem" and not of_several) or layout_only(node):
             mapping[node] = mapping[inputs[0]]  # all rows stay; leading axes do not matter
             if in_place and fake_value(inputs[0]).requires_grad and not fake_value(node).requires_grad:
                 with emit.before(node, "rewrite_loss"):  # under no_grad

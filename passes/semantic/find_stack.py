@@ -96,23 +96,17 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
             raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
     stream = carrying & reaching
     ordered = in_order(gm.graph, stream)
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
     # several embeddings (tokens, positions) join before the first block: look from the join on
     spine = _common_path(ordered, roots)
-    if not spine:
-        raise NoLayerStackError("no node lies on every path from the embedding to the head")
-    shapes = _stream_shapes(spine)
-    if not shapes:
-        raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
-    # a prompt may be put in front of the embedding: the first shape may not be the one that attention sees
-    for shape in shapes:
-        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
-        if attentions:
-            break
-    else:
-        raise _no_attention(gm, stream)
-    spine = [n for n in spine if _has_shape(n, *shape)]
-    place = {node: i for i, node in enumerate(gm.graph.nodes)}
-    boundaries = _boundaries(spine, attentions, place)
+    try:
+        attentions, boundaries = _along(spine, ordered, gm, stream, place)
+    except NoLayerStackError:
+        if len(roots) == 1 or any(_is_trained(root) for root in roots[1:]):
+            raise
+        # a fixed table of positions may go into every layer: look at what comes from the tokens
+        own = in_order(gm.graph, _carrying(roots[:1]) & reaching)
+        attentions, boundaries = _along(_common_path(own, roots[:1]), ordered, gm, stream, place)
     blocks = []
     for i, attention in enumerate(attentions):
         begin, end = boundaries[i], boundaries[i + 1]
@@ -127,12 +121,39 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     return LayerStack(boundaries[0], tuple(blocks)), FinalStates(last, tail, start, frozenset(stream))
 
 
+def _along(
+    spine: list[Node], ordered: list[Node], gm: GraphModule, stream: set[Node], place: dict[Node, int]
+) -> tuple[list[Attention], list[Node]]:
+    """The attentions between nodes of ``spine``, and the blocks' boundaries on it."""
+    if not spine:
+        raise NoLayerStackError("no node lies on every path from the embedding to the head")
+    shapes = _stream_shapes(spine)
+    if not shapes:
+        raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
+    # a prompt may be put in front of the embedding, which may be narrower than the stream: what attention sees counts
+    why: NoLayerStackError | None = None
+    for shape in shapes:
+        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
+        if not attentions:
+            continue
+        try:
+            return attentions, _boundaries([n for n in spine if _has_shape(n, *shape)], attentions, place)
+        except NoLayerStackError as error:
+            why = why or error
+    raise why or _no_attention(gm, stream)
+
+
 def _table(node: Node) -> Node | None:
     """Of a lookup: ``embedding(ids, table)``, or ``table[ids]`` and ``index_select(table, 0, ids)`` on a matrix."""
     read = table_of(node)
     if read is None or not fake_value(read[0]).is_floating_point():
         return None
     return read[0]
+
+
+def _is_trained(root: Node) -> bool:
+    table = _table(root)
+    return table is None or bool(fake_value(table).requires_grad)
 
 
 def _is_constant(table: Node) -> bool:
@@ -162,6 +183,9 @@ def _carrying(roots: list[Node]) -> set[Node]:
 
 def _roots(gm: GraphModule, reaching: set[Node]) -> list[Node]:
     tables = {n: table for n in gm.graph.nodes if n in reaching and (table := _table(n)) is not None}
+    # rows of hidden states, as experts take them, are no lookup
+    inside = descendants(list(tables))
+    tables = {n: table for n, table in tables.items() if table not in inside}
     embeddings = [n for n, table in tables.items() if not _is_constant(table)]
     if tables:
         return embeddings or list(tables)

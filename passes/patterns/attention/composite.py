@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -14,7 +15,15 @@ from cggr_compile.passes.patterns.attention.dense_mask import DenseMasks
 
 # what may stand between softmax and the two products
 _BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
+_BEFORE_SOFTMAX += ("max", "maximum", "clamp")
 _AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
+# the products of queries and keys: their factors among the arguments
+_SCORES = {
+    "matmul": ((0, "input"), (1, "other")),
+    "bmm": ((0, "input"), (1, "mat2")),
+    "baddbmm": ((1, "batch1"), (2, "batch2")),
+}
+_WEIGHTED = ("matmul", "bmm")
 
 
 class Composite(AttentionAdapter):
@@ -30,17 +39,17 @@ class Composite(AttentionAdapter):
         if products is None:
             return None
         scores, weighted, mask = products
-        query, key, value = (
-            argument(scores, 0, "input"),
-            argument(scores, 1, "other"),
-            argument(weighted, 1, "other"),
-        )
-        return Forward(query, key, value, -1, -2, scores, weighted, mask)  # the key arrives transposed
+        query, key = (argument(scores, *place) for place in _SCORES[op_name(scores)])
+        value = argument(weighted, *_SCORES[op_name(weighted)][1])
+        if not all(isinstance(tensor, Node) for tensor in (query, key, value)):
+            return None
+        keys, values = _unfolded(key, -1, scores), _unfolded(value, -2, weighted)  # the key arrives transposed
+        return Forward(query, keys.tensor, values.tensor, keys.axis, values.axis, keys.user, values.user, mask)
 
     def hides(self, attention: Attention, stream: Collection[Node]) -> Hides | str | None:
         scores = _without_sinks(attention.node.all_input_nodes[0])
         masks: dict[Node, bool] = {}
-        while scores is not attention.key_user:
+        while op_name(scores) not in _SCORES:
             (source,) = (n for n in scores.all_input_nodes if n in stream)
             for other in scores.all_input_nodes:
                 if other is source or len(shape_of(other)) < 2:
@@ -50,6 +59,8 @@ class Composite(AttentionAdapter):
                     return f"hand-written attention whose scores go through {op_name(scores)!r} with {other}"
                 masks[other] = hidden
             scores = source
+        if op_name(scores) == "baddbmm" and argument(scores, 3, "beta", 1) != 0:
+            return "hand-written attention whose products are added to another tensor"
         rank = len(shape_of(attention.node))
         return DenseMasks(tuple(masks), tuple(masks.values()), rank) if masks else None
 
@@ -62,9 +73,9 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
     scores = _without_sinks(node.all_input_nodes[0])
     sinks = scores is not node.all_input_nodes[0]
     mask: Node | None = None
-    while op_name(scores) != "matmul":
+    while op_name(scores) not in _SCORES:
         sources = [n for n in scores.all_input_nodes if n in stream]
-        if op_name(scores) not in _BEFORE_SOFTMAX or len(sources) != 1:
+        if (op_name(scores) not in _BEFORE_SOFTMAX and not _folds_heads(scores)) or len(sources) != 1:
             return None
         added = [n for n in scores.all_input_nodes if n not in stream and len(shape_of(n)) >= 2]
         if op_name(scores) == "add" and added:
@@ -76,15 +87,53 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
         if len(users) != 1:
             return None
         user = users[0]
-        if op_name(user) == "matmul":
+        if op_name(user) in _WEIGHTED:
             break
         dropped = sinks and op_name(user) == "getitem" and user.args[1] == (..., slice(None, -1))
-        if op_name(user) not in _AFTER_SOFTMAX and not dropped:
+        if op_name(user) not in _AFTER_SOFTMAX and not _folds_heads(user) and not dropped:
             return None
         weights = user
     if argument(user, 0, "input") is not weights:
         return None
     return scores, user, mask
+
+
+def _folds_heads(node: Node) -> bool:
+    """Whether sequences and heads become one axis, or two of it: [B, heads, ...] as [B * heads, ...], or back."""
+    if op_name(node) not in ("view", "reshape", "_unsafe_view"):
+        return False
+    four, three = sorted((shape_of(node.all_input_nodes[0]), shape_of(node)), key=len, reverse=True)
+    return len(four) == 4 and len(three) == 3 and tuple(four[2:]) == tuple(three[1:])
+
+
+class _Operand(NamedTuple):
+    """A factor, where it has its tokens, counted from the last axis, and the call that reads it."""
+
+    tensor: Node
+    axis: int
+    user: Node
+
+
+def _unfolded(tensor: Node, axis: int, user: Node) -> _Operand:
+    """A factor [B * heads, ...] before its sequences were folded with its heads; itself where they are not."""
+    found = _Operand(tensor, axis, user)
+    while len(shape_of(found.tensor)) == 3:
+        node = found.tensor
+        if not node.all_input_nodes or node.op == "placeholder":
+            break
+        source = node.all_input_nodes[0]
+        if _folds_heads(node):
+            return _Operand(source, found.axis, node)
+        if op_name(node) in ("transpose", "mT") and tuple(shape_of(node)) == (
+            *shape_of(source)[:1],
+            *shape_of(source)[:0:-1],
+        ):
+            found = _Operand(source, -3 - found.axis, node)
+        elif op_name(node) in ("contiguous", "to", "float"):
+            found = _Operand(source, found.axis, node)
+        else:
+            break
+    return _Operand(tensor, axis, user) if len(shape_of(found.tensor)) == 3 else found
 
 
 def _hides(call: Node, mask: Node, scores: Node) -> bool | None:
