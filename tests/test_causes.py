@@ -277,11 +277,17 @@ def test_cache_under_checkpoints():
 def test_no_loss_type():
     model = family("gpt2", n_layer=1)
     model.loss_type = None
+    compiled(model, fallback="error")
+    matches(lambda: train(model, **make_batch()))
+    assert model.loss_type == "ForCausalLM"  # what transformers takes by default, with a warning
+
+
+def test_no_loss_type_to_set(monkeypatch):
+    monkeypatch.setattr("cggr_compile.default_loss._takes_default", lambda module: False)
+    model = family("gpt2", n_layer=1)
+    model.loss_type = None
     compiled(model, fallback="warn")
     told_once(Cause.LOSS_TYPE, lambda: train(model, **make_batch()))
-    torch._dynamo.reset()
-    model.loss_type = "ForCausalLM"
-    matches(lambda: train(model, **make_batch()))
 
 
 def test_loop_over_experts():

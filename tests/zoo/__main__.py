@@ -33,7 +33,7 @@ def main() -> None:
     results = page.load(given.results)
     names = given.types or [name for name in (*causal_types(), *OTHERS) if name not in results["types"]]
     for name in () if given.table else names:
-        row = _in_a_process(name, given.seconds)
+        row = in_a_process(name, given.seconds)
         results["types"][name] = row
         page.save(given.results, results)
         print(page.line(name, row), flush=True)
@@ -41,7 +41,7 @@ def main() -> None:
     print(page.summary(results))
 
 
-def _in_a_process(name: str, seconds: float) -> dict[str, Any]:
+def in_a_process(name: str, seconds: float) -> dict[str, Any]:
     """``check(name)``; a process that crashes or hangs is a row."""
     context = multiprocessing.get_context("fork")  # transformers is imported once
     receiver, sender = context.Pipe(duplex=False)

@@ -38,8 +38,8 @@ def check(name: str) -> dict[str, Any]:
     Returns:
         ``status``: "right", "wrong" or "error", or, not for the backend to answer for, "eager" (it does not train
         without torch.compile) or "torch.compile" (it does with no backend); but for the first with ``why``.
-        ``level``, ``cause``, ``reason``: as ``Runtime.metrics`` has them. ``dense``: what of the layers' backward computes
-        every position. ``error``: largest relative error of a gradient. ``seconds``: of all compilations.
+        ``level``, ``cause``, ``reason``: what the runtime says. ``dense``: what of the layers' backward computes every
+        position. ``error``: largest relative error of a gradient. ``seconds``: of all compilations.
     """
     row: dict[str, Any] = {"status": "right"}
     try:

@@ -1,0 +1,97 @@
+"""Types of transformers through the backend: a dozen quick ones, all others slow; and the table of the sweep."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+
+import pytest
+from zoo import __main__ as sweep
+from zoo import page
+from zoo.check import check
+from zoo.sizes import OTHERS
+from zoo.tiny import causal_types
+
+# a type of each kind that something was built for, and the level that it has
+QUICK = {
+    "gpt2": "routed",  # no loss_type
+    "bloom": "routed",  # baddbmm, ALiBi
+    "xglm": "routed",  # heads folded into the sequences
+    "roformer": "routed",  # a fixed table of positions in every layer
+    "aria_text": "routed in part",  # experts that sort their tokens
+    "granitemoehybrid": "loss",  # experts behind a state space
+    "mamba": "loss",
+    "bert:masked": "routed",
+    "llava:vision": "routed",
+}
+REST = [name for name in (*causal_types(), *OTHERS) if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_type(name):
+    row = check(name)
+    assert row["status"] == "right", row
+    assert page.level(row) == QUICK[name], row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_other_type_is_never_wrong(name):
+    row = sweep.in_a_process(name, 280)
+    assert row["status"] in ("right", "eager", "torch.compile"), row
+
+
+def test_a_wrong_gradient_is_told(monkeypatch):
+    """The comparison can fail: what is selected counts half in the reference."""
+    from zoo import check as checks
+
+    real = checks.selected_loss
+    monkeypatch.setattr(checks, "selected_loss", lambda *args, **kwargs: 0.5 * real(*args, **kwargs))
+    assert check("llama")["status"] == "wrong"
+
+
+@pytest.mark.parametrize(("ends", "said"), [("crashes", "ended with -9"), ("hangs", "not done after 2 s")])
+def test_a_process_that_ends_badly_is_a_row(ends, said, monkeypatch):
+    monkeypatch.setattr(sweep, "check", {"crashes": _crash, "hangs": _hang}[ends])
+    row = sweep.in_a_process("llama", 2)
+    assert row["status"] == "error" and said in row["why"]
+
+
+def _crash(name):
+    multiprocessing.current_process().kill()
+
+
+def _hang(name):
+    import time
+
+    time.sleep(60)
+
+
+def test_page(tmp_path):
+    rows = {
+        "a": {"status": "right", "level": "routed", "reason": None, "dense": []},
+        "b": {"status": "right", "level": "routed", "reason": None, "dense": ["aten.cat.default in b|c"]},
+        "c": {"status": "right", "level": "loss", "reason": "no stack"},
+        "d": {"status": "eager", "why": "no sizes"},
+        "e:masked": {"status": "wrong", "why": "off by 1"},
+    }
+    results = {**page.load(tmp_path / "none.json"), "types": rows}
+    path = tmp_path / "models.json"
+    page.save(path, results)
+    assert page.load(path) == results == json.loads(path.read_text())
+    assert "3 of 4 causal types" in page.summary(results) and "routed 2 (67%)" in page.summary(results)
+    text = page.page(results)
+    for line in (
+        "| a | routed |  |",
+        "| b | routed in part | aten.cat.default in b\\|c |",
+        "| c | loss | no stack |",
+        "| d | not tried | no sizes |",
+        "| e | WRONG | off by 1 |",
+    ):
+        assert line in text
+
+
+def test_results_of_other_versions_are_not_kept(tmp_path):
+    path = tmp_path / "models.json"
+    page.save(path, {"versions": {"torch": "0", "transformers": "0"}, "types": {"a": {}}})
+    assert page.load(path)["types"] == {}
