@@ -102,11 +102,12 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     try:
         attentions, boundaries = _along(spine, ordered, gm, stream, place)
     except NoLayerStackError:
-        if len(roots) == 1 or any(_is_trained(root) for root in roots[1:]):
+        learned = [root for root in roots if root is roots[0] or _is_trained(root)]
+        if len(learned) == len(roots):
             raise
         # a fixed table of positions may go into every layer: look at what comes from the tokens
-        own = in_order(gm.graph, _carrying(roots[:1]) & reaching)
-        attentions, boundaries = _along(_common_path(own, roots[:1]), ordered, gm, stream, place)
+        own = in_order(gm.graph, _carrying(learned) & reaching)
+        attentions, boundaries = _along(_common_path(own, learned), ordered, gm, stream, place)
     blocks = []
     for i, attention in enumerate(attentions):
         begin, end = boundaries[i], boundaries[i + 1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
+import signal
 
 import pytest
 from zoo import __main__ as sweep
@@ -22,7 +23,7 @@ QUICK = {
     "granitemoehybrid": "loss",  # experts behind a state space
     "mamba": "loss",
     "bert:masked": "routed",
-    "llava:vision": "routed",
+    "llava:vision": "loss",  # it compares sizes on the host, which breaks the graph
 }
 REST = [name for name in (*causal_types(), *OTHERS) if name not in QUICK]
 
@@ -58,7 +59,7 @@ def test_a_process_that_ends_badly_is_a_row(ends, said, monkeypatch):
 
 
 def _crash(name):
-    multiprocessing.current_process().kill()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _hang(name):

@@ -14,8 +14,10 @@ from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forwar
 from cggr_compile.passes.patterns.attention.dense_mask import DenseMasks
 
 # what may stand between softmax and the two products
-_BEFORE_SOFTMAX = ("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous")
-_BEFORE_SOFTMAX += ("max", "maximum", "clamp")
+_BEFORE_SOFTMAX = (
+    *("mul", "div", "add", "sub", "masked_fill", "where", "tanh", "to", "float", "type_as", "contiguous"),
+    *("max", "maximum", "clamp"),
+)
 _AFTER_SOFTMAX = ("dropout", "to", "type", "type_as", "float", "half", "bfloat16", "contiguous")
 # the products of queries and keys: their factors among the arguments
 _SCORES = {
