@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from zoo.sizes import OTHERS
+from zoo.tiny import causal_types
 
 Results = dict[str, Any]
 
@@ -82,6 +84,9 @@ def page(results: Results) -> str:
         "| dense | nothing: the model trains as if it were compiled without the backend |",
         summary(results) + ".",
     ]
+    missing = [name for name in (*causal_types(), *OTHERS) if name not in results["types"]]
+    if missing:
+        parts.append(f"Not checked yet: {', '.join(missing)}.")
     for kind, title in (("", "Causal"), ("masked", "Masked"), ("vision", "Images and text")):
         rows = [(n, row) for n, row in sorted(results["types"].items()) if n.partition(":")[2] == kind]
         if rows:
