@@ -43,4 +43,4 @@ def _takes_default(module: Module) -> bool:
     ours = (
         isinstance(chosen, property) and chosen.fget is not None and chosen.fget.__module__.startswith("transformers.")
     )
-    return ours and not hasattr(module, "_loss_function") and getattr(module, "loss_type", "") is None
+    return ours and getattr(module, "loss_type", "") is None

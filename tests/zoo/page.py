@@ -86,7 +86,7 @@ def page(results: Results) -> str:
     ]
     missing = [name for name in (*causal_types(), *OTHERS) if name not in results["types"]]
     if missing:
-        parts.append(f"Not checked yet: {', '.join(missing)}.")
+        parts.append(f"Shares are of what has been checked, not of all. Not checked yet: {', '.join(missing)}.")
     for kind, title in (("", "Causal"), ("masked", "Masked"), ("vision", "Images and text")):
         rows = [(n, row) for n, row in sorted(results["types"].items()) if n.partition(":")[2] == kind]
         if rows:
