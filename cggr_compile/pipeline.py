@@ -15,7 +15,7 @@ from cggr_compile.causes import Cause
 from cggr_compile.graph_dump import GraphDump
 from cggr_compile.ops import UnresolvedMarkerError
 from cggr_compile.options import OptionError, Options
-from cggr_compile.passes.analysis.modes import has_effect
+from cggr_compile.passes.analysis.modes import remove_dead_code
 from cggr_compile.passes.base import GraphContext, GraphPass, JointPass, PassResult, SemanticPass, refused
 from cggr_compile.passes.facts import NoLayerStack, NoRouter, Routing
 from cggr_compile.passes.joint.add_table_rows import AddTableRows
@@ -198,7 +198,7 @@ def rewrite(
             report.refuse(record.cause, f"{graph_pass.name}: {record.reason}")
             return gm
     # only now: what one pass inserts, a later one may be the first to use
-    work.graph.eliminate_dead_code(is_impure_node=has_effect)
+    remove_dead_code(work.graph)
     work.recompile()
     dump.stage("rewritten", work)
     if ctx.dense:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from cggr_compile import compat
 from cggr_compile.gradient_probe import written_inputs
-from cggr_compile.passes.analysis.modes import has_effect
+from cggr_compile.passes.analysis.modes import remove_dead_code
 from cggr_compile.passes.base import GraphContext
 from cggr_compile.passes.facts import Candidates, RouterScores, Selection
 from cggr_compile.pipeline import copy_module
@@ -68,7 +68,7 @@ class SelectionGraph:
             wanted["score"] = scores[0].difficulty
         graph.output_node().args = ({name: there[str(node)] for name, node in wanted.items()},)
         self._written = written_inputs(self._module)
-        graph.eliminate_dead_code(is_impure_node=has_effect)
+        remove_dead_code(graph)
         self._module.recompile()
 
     def view(self, args: Sequence[Any]) -> SelectionView:

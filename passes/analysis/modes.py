@@ -97,6 +97,17 @@ def has_effect(node: Node) -> bool:
     return node.is_impure() or mutated_operand(node) is not None or changes_modes(node)
 
 
+def remove_dead_code(graph: Graph) -> None:
+    """Erase what nobody reads and has no effect.
+
+    ``Graph.eliminate_dead_code`` would go on in the bodies of higher-order operators, without ``has_effect``: there it
+    erases writes, such as the ``scatter_add_`` of a backward pass of the user's.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not has_effect(node):
+            graph.erase_node(node)
+
+
 def switches_recording(node: Node) -> bool:
     """Whether a call changes whether, or how, operations are recorded for the backward pass."""
     hooks = getattr(node.target, "__name__", "").startswith("_saved_tensors_hooks")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import models
 import pytest
 import torch
@@ -74,6 +76,36 @@ def test_operations_in_place(edit: str, ratio: float) -> None:
         got = backward(model, run(*args))
     assert int(model.calls) == (2 if edit == "counter" else 0)
     assert (model.level > 0) == (edit in ("metric", "feedback"))
+    assert_selected_or_dense(got, model, batch, lambda: model(args[0]), lambda: step(*args))
+
+
+class Squared(torch.autograd.Function):
+    """Its backward pass writes in place; nobody reads what the write returns."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad = grad.clone()
+        grad.mul_(2 * x)
+        return grad
+
+
+@pytest.mark.parametrize("ratio", [RATIO, 1.0])
+def test_operations_in_place_in_the_backward_pass(ratio: float) -> None:
+    model, batch = models.Decoder(layers=1), make_batch()
+    model.wte.register_forward_hook(lambda module, args, out: Squared.apply(out))
+    args = batch["input_ids"], batch["labels"]
+
+    def step(ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(ids)[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+    run = compiled(step, min_tokens_ratio=ratio, fallback="silent")
+    got = backward(model, run(*args))
     assert_selected_or_dense(got, model, batch, lambda: model(args[0]), lambda: step(*args))
 
 

@@ -8,7 +8,7 @@ from capture import Captured
 from torch import Tensor
 
 from cggr_compile import compat
-from cggr_compile.passes.analysis.modes import changes_modes, has_effect, modes_of
+from cggr_compile.passes.analysis.modes import changes_modes, modes_of, remove_dead_code
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.semantic.make_sizes_static import _evaluate
@@ -155,7 +155,7 @@ def test_inference_mode_survives_the_removal_of_dead_code():
         return y.clone() + x
 
     captured = Captured(program, torch.ones(2, requires_grad=True))
-    captured.gm.graph.eliminate_dead_code(is_impure_node=has_effect)
+    remove_dead_code(captured.gm.graph)
     targets = [n.target for n in captured.gm.graph.nodes]
     assert compat.ENTER_INFERENCE in targets and compat.EXIT_INFERENCE in targets
 
