@@ -22,9 +22,9 @@ _POINTWISE = {
 _REDUCTIONS = {"mean", "sum", "var", "std", "norm"}
 # along the last axis: the place of ``dim`` among the arguments, and what it is where it is not given
 _ALONG = {"chunk": (2, 0), "split": (2, 0), "softmax": (1, None), "topk": (2, -1), "cumsum": (1, None)}
-# other operands than the rows may have several axes: they are weights
 _EXPERTS = {"moe.default", "moe_clamped.default"}
-WEIGHTED = {"linear", "addmm", "moe.default", "moe_clamped.default", "gemm_4bit.default"}
+# other operands than the rows may have several axes: they are weights
+WEIGHTED = {"linear", "addmm", "gemm_4bit.default", *_EXPERTS}
 
 
 def not_row_wise(node: Node, streams: Container[Node]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Set
 from typing import TYPE_CHECKING, Any
 
 from cggr_compile import compat
-from cggr_compile.passes.facts import LayerStack
+from cggr_compile.passes.facts import Attention, LayerStack
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import argument, module_of, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.quantised import is_quantised_product
@@ -40,14 +40,19 @@ def token_mixers(
             found[node] = module_of(node) or "the embedding"
     for i in blocks:
         block = stack.blocks[i]
-        attention = block.attention
-        core = {attention.node, *descendants([attention.key_user]) & ancestors([attention.value_user])}
         inside = descendants([block.input], stop=[block.output, *markers]) & ancestors([block.output])
-        for node in inside - core - {block.input, *markers, attention.value_user}:
+        for node in inside - _core(block.attention) - {block.input, *markers}:
             if _mixes(node, stream, size):
                 found[node] = module_of(node) or block.name
     order = {node: i for i, node in enumerate(stack.source.graph.nodes)}
     return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+
+
+def _core(attention: Attention) -> Set[Node]:
+    """What is attention itself: from what reads the keys to the call that has read keys and values."""
+    behind = descendants([attention.node]) & descendants([attention.value_user])
+    last = next(node for node in attention.node.graph.nodes if node in behind)
+    return {attention.node, *descendants([attention.key_user]) & ancestors([last])}
 
 
 def _mixes(node: Node, stream: Set[Node], length: Any) -> bool:

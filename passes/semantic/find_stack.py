@@ -98,16 +98,11 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     ordered = in_order(gm.graph, stream)
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     # several embeddings (tokens, positions) join before the first block: look from the join on
-    spine = _common_path(ordered, roots)
-    try:
-        attentions, boundaries = _along(spine, ordered, gm, stream, place)
-    except NoLayerStackError:
-        learned = [root for root in roots if root is roots[0] or _is_trained(root)]
-        if len(learned) == len(roots):
-            raise
-        # a fixed table of positions may go into every layer: look at what comes from the tokens
-        own = in_order(gm.graph, _carrying(learned) & reaching)
-        attentions, boundaries = _along(_common_path(own, learned), ordered, gm, stream, place)
+    spines = [_common_path(ordered, roots)]
+    learned = [root for root in roots if root is roots[0] or _is_trained(root)]
+    if len(learned) < len(roots):  # a fixed table of positions may go into every layer: look without it
+        spines.append(_common_path(in_order(gm.graph, _carrying(learned) & reaching), learned))
+    attentions, boundaries = _along(spines, ordered, gm, stream, place)
     blocks = []
     for i, attention in enumerate(attentions):
         begin, end = boundaries[i], boundaries[i + 1]
@@ -123,25 +118,31 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
 
 
 def _along(
-    spine: list[Node], ordered: list[Node], gm: GraphModule, stream: set[Node], place: dict[Node, int]
+    spines: list[list[Node]], ordered: list[Node], gm: GraphModule, stream: set[Node], place: dict[Node, int]
 ) -> tuple[list[Attention], list[Node]]:
-    """The attentions between nodes of ``spine``, and the blocks' boundaries on it."""
-    if not spine:
+    """The attentions, and the blocks' boundaries: on the first of ``spines`` that has some before and after each.
+
+    Raises:
+        NoLayerStackError: none has; says why not the first.
+    """
+    refusals = []
+    for spine in spines:
+        # a prompt may be in front of the embedding, which may be narrower than the stream: what attention sees counts
+        for shape in _stream_shapes(spine):
+            attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
+            if not attentions:
+                continue
+            found = _boundaries([n for n in spine if _has_shape(n, *shape)], attentions, place)
+            if not isinstance(found, str):
+                return attentions, found
+            refusals.append(found)
+    if refusals:
+        raise NoLayerStackError(refusals[0])
+    if not spines[0]:
         raise NoLayerStackError("no node lies on every path from the embedding to the head")
-    shapes = _stream_shapes(spine)
-    if not shapes:
+    if not _stream_shapes(spines[0]):
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
-    # a prompt may be put in front of the embedding, which may be narrower than the stream: what attention sees counts
-    why: NoLayerStackError | None = None
-    for shape in shapes:
-        attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
-        if not attentions:
-            continue
-        try:
-            return attentions, _boundaries([n for n in spine if _has_shape(n, *shape)], attentions, place)
-        except NoLayerStackError as error:
-            why = why or error
-    raise why or _no_attention(gm, stream)
+    raise _no_attention(gm, stream)
 
 
 def _table(node: Node) -> Node | None:
@@ -255,21 +256,21 @@ def _has_shape(node: Node, *sizes: object) -> bool:
     return len(shape) == len(sizes) and all(same_size(a, b) for a, b in zip(shape, sizes, strict=True))
 
 
-def _boundaries(spine: list[Node], attentions: list[Attention], place: dict[Node, int]) -> list[Node]:
-    """One boundary before each attention and one after the last."""
+def _boundaries(spine: list[Node], attentions: list[Attention], place: dict[Node, int]) -> list[Node] | str:
+    """One boundary before each attention and one after the last; or why there are none."""
     found: list[Node] = []
     for i, attention in enumerate(attentions):
         upto = place[attention.node]
         after = place[attentions[i - 1].node] if i else -1
         candidates = [n for n in spine if after < place[n] < upto]
         if not candidates:
-            raise NoLayerStackError(f"no residual stream between attention {i - 1} and attention {i}")
+            return f"no residual stream between attention {i - 1} and attention {i}"
         found.append(candidates[-1])
     # the last block ends at its residual addition: what follows is the final norm
     rest = [n for n in spine if place[n] > place[attentions[-1].node]]
     sums = [n for n in rest if op_name(n) == "add"]
     if not rest:
-        raise NoLayerStackError("no residual stream after the last attention")
+        return "no residual stream after the last attention"
     found.append((sums or rest)[-1])
     return found
 

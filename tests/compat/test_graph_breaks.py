@@ -36,5 +36,26 @@ def test_graph_breaks_and_places():
     assert compat.graph_breaks() == [first] and last is None and not_resumed is None and resumed == line
 
 
+def test_capture_again():
+    breaks, ends = [True], []
+
+    def remove(gm, inputs):
+        ends.append(compat.break_at_end() is not None)
+        if breaks:
+            breaks.clear()
+            compat.capture_again()
+        return gm.forward
+
+    def step(x):
+        y = x + 1
+        if breaks:
+            torch._dynamo.graph_break()
+        return y * 2
+
+    run = torch.compile(step, backend=remove)
+    assert torch.equal(run(torch.ones(2)), torch.full((2,), 4.0)) and ends == [True, False]
+    assert torch.equal(run(torch.zeros(2)), torch.full((2,), 2.0)) and ends == [True, False]  # nothing is left of it
+
+
 def test_outside_a_capture():
     assert compat.break_at_end() is None and compat.resumed_at(test_outside_a_capture.__code__) is None

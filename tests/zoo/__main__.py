@@ -1,7 +1,7 @@
 """Checks every type, each in a process of its own, and writes the table.
 
-make zoo                        # what docs/models.json lacks; about ten seconds a type
-make zoo ZOO='llama bert:masked'  # these, again
+``make zoo`` checks what docs/models.json lacks, about ten seconds a type.
+``make zoo ZOO='llama bert:masked'`` checks these again.
 """
 
 from __future__ import annotations

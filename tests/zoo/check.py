@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from reference import Picks, candidates, selected_loss, shift
 from torch import Tensor, nn
+from training import complaints
+from zoo.sizes import LAYERS
 from zoo.tiny import batch_of, model_of
 
 import cggr_compile
@@ -29,7 +30,7 @@ class UnequalError(AssertionError):
     """The backend's loss or a gradient is not the reference's."""
 
 
-def check(name: str) -> dict[str, Any]:
+def check(name: str, layers: int = LAYERS) -> dict[str, Any]:
     """What the backend makes of the tiny model ``name`` (``tiny.model_of``).
 
     The gradient ``exact`` is compared with eager autograd on the loss of the same positions, ``routed`` with the dense
@@ -43,7 +44,7 @@ def check(name: str) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"status": "right"}
     try:
-        model = model_of(name)
+        model = model_of(name, layers)
         row["parameters"] = sum(p.numel() for p in model.parameters())
         if row["parameters"] > MOST_PARAMETERS:
             return {**row, "status": "eager", "why": "no small configuration"}
@@ -75,9 +76,11 @@ def _exact(model: nn.Module, batch: dict[str, Tensor], output: Any, eager: Gradi
         got, ours = _trained(model, batch)
         metrics, picks = runtime.metrics(), None
         row |= {"level": metrics["level"], "reason": metrics["fallback_reason"]}
-        row["cause"] = None if runtime._last.cause is None else runtime._last.cause.name
+        cause = next((report.cause for report in reversed(runtime.reports) if report.training), None)
+        row["cause"] = None if cause is None else cause.name
         if metrics["matched"] and target is not None:
-            picks = Picks(runtime.selected, runtime.weights)
+            first = getattr(model.config, "prompt_length", 0)  # positions in front of the tokens have no logits
+            picks = Picks(torch.where(runtime.selected < 0, -1, runtime.selected - first), runtime.weights)
     if picks is None:
         loss, wanted = output.loss, eager
     else:
@@ -117,15 +120,12 @@ def _never_compiles(model: nn.Module, batch: dict[str, Tensor]) -> str:
 def _compiled(model: nn.Module, ratio: float, **options: Any) -> Iterator[tuple[Any, list[str]]]:
     """The model compiled with the backend: its runtime, and the warnings that come meanwhile."""
     torch._dynamo.reset()
-    messages: list[str] = []
     model.compile(
         backend="cggr",
         options=dict(min_tokens_ratio=ratio, scoring="random", selection="random", compiler="eager", **options),
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_, **__: messages.append(str(message))
+        with complaints() as messages:
             yield cggr_compile.runtime(model), messages
     finally:
         model._compiled_call_impl = None

@@ -15,11 +15,9 @@ _WIDTH = dict.fromkeys(
 _INNER = dict.fromkeys(
     ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "ffn_hidden_size", "feed_forward_size"), 96
 ) | dict.fromkeys(("decoder_ffn_dim", "encoder_ffn_dim", "feed_forward_hidden_size"), 96)
-_DEPTH = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS) | {
-    "encoder_layers": 1,
-    "num_encoder_layers": 1,
-    "depth": 2,
-}
+# as many as the model is to have
+DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_ENCODER = {"encoder_layers": 1, "num_encoder_layers": 1, "depth": 2}
 _HEADS = dict.fromkeys(
     ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
 ) | {"num_key_value_heads": 2, "head_dim": 16, "num_attention_groups": 2, "attention_head_size": 16, "d_kv": 16}
@@ -55,7 +53,7 @@ _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token
 SIZES: dict[str, Any] = {
     **_WIDTH,
     **_INNER,
-    **_DEPTH,
+    **_ENCODER,
     **_HEADS,
     **_LATENT,
     **_POSITIONS,
@@ -87,6 +85,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64, "cross_attn_k": 1},
         "decoder_config": {"hidden_size_global": 64, "cross_attn_k": 1},
     },
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "cpmant": {"prompt_length": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from zoo.sizes import FAMILIES, IMAGES, LAYERS, SIZES, VOCAB
+from zoo.sizes import DEPTH, FAMILIES, IMAGES, LAYERS, SIZES, VOCAB
 
 KINDS = {"causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "vision": "AutoModelForImageTextToText"}
 BATCH, SEQ = 2, 16
@@ -21,8 +21,11 @@ def causal_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def model_of(name: str) -> nn.Module:
+def model_of(name: str, layers: int = LAYERS) -> nn.Module:
     """The model ``type`` or ``type:kind``, in training mode and float32, without dropout.
+
+    Args:
+        layers: how many; more where it has more kinds of them, or sizes of its own that say so.
 
     Raises:
         Exception: whatever transformers raises, where the sizes do not fit the type.
@@ -31,22 +34,24 @@ def model_of(name: str) -> nn.Module:
 
     kind = name.partition(":")[2] or "causal"
     torch.manual_seed(0)
-    return getattr(transformers, KINDS[kind]).from_config(config_of(name)).float().train()
+    return getattr(transformers, KINDS[kind]).from_config(config_of(name, layers)).float().train()
 
 
-def config_of(name: str) -> Any:
+def config_of(name: str, layers: int = LAYERS) -> Any:
     """The configuration of :func:`model_of`."""
     from transformers import AutoConfig
 
     model_type, _, kind = name.partition(":")
     default = AutoConfig.for_model(model_type)
     family = FAMILIES.get(model_type, {}) | FAMILIES.get(name, {})
-    return type(default)(**_small(default, family, decodes=kind != "masked"))
+    return type(default)(**_small(default, family, layers, decodes=kind != "masked"))
 
 
-def _small(default: Any, family: dict[str, Any], decodes: bool) -> dict[str, Any]:
+def _small(default: Any, family: dict[str, Any], layers: int, decodes: bool) -> dict[str, Any]:
     """Arguments of ``default``'s class: what is small of what it has, and the family's own."""
     given: dict[str, Any] = {}
+    sizes = SIZES | dict.fromkeys(DEPTH, layers)
+    sizes |= {stored: sizes[name] for name, stored in default.attribute_map.items() if name in sizes}
     parts = {key: getattr(default, key) for key in default.sub_configs if getattr(default, key, None) is not None}
     values = default.to_dict() | parts
     for key, value in values.items():
@@ -55,12 +60,12 @@ def _small(default: Any, family: dict[str, Any], decodes: bool) -> dict[str, Any
         if key in parts:
             own = FAMILIES.get(value.model_type, {}) | family.get(key, {})
             named = {"model_type": value.model_type} if value.model_type else {}
-            given[key] = {**named, **_small(value, own, decodes)}
-        elif key in SIZES and (value is not None or key == "head_dim"):
-            given[key] = SIZES[key]
+            given[key] = {**named, **_small(value, own, layers, decodes)}
+        elif key in sizes and (value is not None or key == "head_dim"):
+            given[key] = sizes[key]
         elif key in _PER_LAYER and isinstance(value, (list, tuple)) and value:
             kinds = list(dict.fromkeys(value))
-            given[key] = (kinds * LAYERS)[: max(LAYERS, len(kinds))]
+            given[key] = (kinds * layers)[: max(layers, len(kinds))]
         elif ("drop" in key or "jitter" in key) and isinstance(value, float):
             given[key] = 0.0
         elif key == "is_decoder":

@@ -26,7 +26,7 @@ class Forward:
     """One attention call of Dynamo's graph.
 
     Attributes:
-        query, key, value: the tensors that attention reads, sequences on axis 0.
+        query, key, value: the tensors that attention reads; keys and values have sequences on axis 0.
         key_axis, value_axis: where each of the two has its tokens, counted from the last axis.
         key_user, value_user: the calls that read them.
         mask: the tensor added to the scores or selecting among them, if any.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from cggr_compile.passes.facts import Attention
-from cggr_compile.passes.nodes import argument, fake_value, op_name, shape_of
+from cggr_compile.passes.nodes import argument, fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.attention.base import AttentionAdapter, Forward, Hides
 from cggr_compile.passes.patterns.attention.dense_mask import DenseMasks
 
@@ -63,7 +63,9 @@ class Composite(AttentionAdapter):
             scores = source
         if op_name(scores) == "baddbmm" and argument(scores, 3, "beta", 1) != 0:
             return "hand-written attention whose products are added to another tensor"
-        rank = len(shape_of(attention.node))
+        rank = max(len(shape_of(attention.node)), len(shape_of(attention.key)))
+        if any(rank > len(shape_of(mask)) == 3 and not same_size(shape_of(mask)[0], 1) for mask in masks):
+            return "hand-written attention whose mask has one axis for sequences and heads"
         return DenseMasks(tuple(masks), tuple(masks.values()), rank) if masks else None
 
 
@@ -105,7 +107,7 @@ def _folds_heads(node: Node) -> bool:
     if op_name(node) not in ("view", "reshape", "_unsafe_view"):
         return False
     four, three = sorted((shape_of(node.all_input_nodes[0]), shape_of(node)), key=len, reverse=True)
-    return len(four) == 4 and len(three) == 3 and tuple(four[2:]) == tuple(three[1:])
+    return len(four) == 4 and len(three) == 3 and all(map(same_size, four[2:], three[1:]))
 
 
 class _Operand(NamedTuple):
@@ -119,23 +121,28 @@ class _Operand(NamedTuple):
 def _unfolded(tensor: Node, axis: int, user: Node) -> _Operand:
     """A factor [B * heads, ...] before its sequences were folded with its heads; itself where they are not."""
     found = _Operand(tensor, axis, user)
-    while len(shape_of(found.tensor)) == 3:
-        node = found.tensor
-        if not node.all_input_nodes or node.op == "placeholder":
-            break
-        source = node.all_input_nodes[0]
+    while found.tensor.all_input_nodes and len(shape_of(found.tensor)) == 3:
+        node, source = found.tensor, found.tensor.all_input_nodes[0]
         if _folds_heads(node):
             return _Operand(source, found.axis, node)
-        if op_name(node) in ("transpose", "mT") and tuple(shape_of(node)) == (
-            *shape_of(source)[:1],
-            *shape_of(source)[:0:-1],
-        ):
+        if _swaps_last_axes(node):
             found = _Operand(source, -3 - found.axis, node)
         elif op_name(node) in ("contiguous", "to", "float"):
             found = _Operand(source, found.axis, node)
         else:
             break
-    return _Operand(tensor, axis, user) if len(shape_of(found.tensor)) == 3 else found
+    return _Operand(tensor, axis, user)
+
+
+def _swaps_last_axes(node: Node) -> bool:
+    """Of three axes."""
+    if op_name(node) == "permute":
+        order: Any = argument(node, 1, "dims")
+        axes: Any = node.args[1:] if isinstance(order, int) else order
+        return [axis % 3 for axis in axes] == [0, 2, 1]
+    if op_name(node) in ("transpose", "swapaxes"):
+        return {argument(node, 1, "dim0") % 3, argument(node, 2, "dim1") % 3} == {1, 2}
+    return op_name(node) == "mT"
 
 
 def _hides(call: Node, mask: Node, scores: Node) -> bool | None:

@@ -119,7 +119,14 @@ def masked_by_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
     return (q @ k.transpose(-2, -1) + torch.where(mask, 0.0, -1e9)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("attend", [models.attend_softmax, masked_by_where, masked_by_sum])
+def folded_with_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Heads are folded into the sequences behind the mask."""
+    assert mask is not None
+    scores = (q.flatten(0, 1) @ k.flatten(0, 1).transpose(-2, -1)).view(2, -1, SEQ, SEQ).masked_fill(~mask, -1e9)
+    return (scores.view(-1, SEQ, SEQ).softmax(-1) @ v.flatten(0, 1)).view_as(q)
+
+
+@pytest.mark.parametrize("attend", [models.attend_softmax, masked_by_where, masked_by_sum, folded_with_heads])
 def test_attention_by_hand(attend: Any) -> None:
     starts, _ = read(capture(attend, mask=MASKS["bool"]))
     assert starts is not None and torch.equal(starts[:, 1:], BEGINS[:, 1:])
@@ -130,9 +137,31 @@ def multiplied(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return ((q @ k.transpose(-2, -1)) * mask.float()).softmax(-1) @ v
 
 
-def test_what_cannot_be_read_is_told() -> None:
-    starts, told = read(capture(multiplied, mask=MASKS["bool"]))
-    assert starts is None and "'mul'" in told.unread
+def folded_in_front(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask has one axis for sequences and heads as well."""
+    assert mask is not None
+    hidden = ~mask.expand(-1, q.shape[1], -1, -1).reshape(-1, SEQ, SEQ)
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).masked_fill(hidden, -1e9)
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view_as(q)
+
+
+def added_to(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The products are added to the mask."""
+    assert mask is not None
+    hidden = torch.where(mask, 0.0, -1e9).expand(-1, q.shape[1], -1, -1).reshape(-1, SEQ, SEQ)
+    scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view_as(q)
+
+
+@pytest.mark.parametrize(
+    ("attend", "why"), [(multiplied, "'mul'"), (folded_in_front, "sequences and heads"), (added_to, "are added to")]
+)
+def test_what_cannot_be_read_is_told(attend: Any, why: str) -> None:
+    starts, told = read(capture(attend, mask=MASKS["bool"]))
+    assert starts is None and why in told.unread
+
+
+def test_what_cannot_be_read_forbids_context() -> None:
     captured = capture(multiplied, mask=MASKS["bool"])
     assert "it may reach into another document: hand-written attention" in captured.run("select_rows").reason
 

@@ -76,13 +76,13 @@ def test_symbolic_sizes(batch):
 
 
 class Rotated(models.Decoder):
-    """Angles are looked up in a table, a buffer or trained; what they rotate are queries and keys of every block."""
+    """Angles are looked up in a table: a buffer, trained or frozen; they rotate queries and keys of every block."""
 
     def __init__(self, trained):
         super().__init__(self.rotated, fused=False)
         angles = torch.randn(64, models.HIDDEN // models.HEADS)
-        if trained:
-            self.angles = torch.nn.Parameter(angles)
+        if trained is not None:
+            self.angles = torch.nn.Parameter(angles, requires_grad=trained)
         else:
             self.register_buffer("angles", angles)
 
@@ -91,12 +91,49 @@ class Rotated(models.Decoder):
         return models.attend_sdpa(q * factor, k * factor, v)
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("trained", [None, False, True])
 def test_a_table_of_angles_is_no_embedding(trained, batch):
     decoder = Rotated(trained)
     captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
     assert captured.run("find_stack").matched != trained
     assert trained or len(captured.ctx[LayerStack].blocks) == models.LAYERS
+
+
+class Narrow(models.Decoder):
+    """The embedding has fewer features than the stream."""
+
+    def __init__(self):
+        super().__init__(tied=False, layers=2)
+        self.narrow, self.widen = torch.nn.Embedding(models.VOCAB, 8), torch.nn.Linear(8, models.HIDDEN)
+
+    def forward(self, ids):
+        x = self.widen(self.narrow(ids))
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class Sorting(models.Decoder):
+    """Between attentions tokens are sorted and put back, as experts do: rows of hidden states are no embedding."""
+
+    def __init__(self):
+        super().__init__(layers=2)
+        self.inner = torch.nn.Linear(models.HIDDEN, models.HIDDEN)
+
+    def forward(self, ids):
+        order, x = ids.flatten().argsort(), self.wte(ids)
+        for block in self.blocks:
+            x = block(x)
+            x = x + self.inner(x.flatten(0, 1)[order])[order.argsort()].view_as(x)
+        return self.lm_head(self.ln_f(x))
+
+
+@pytest.mark.parametrize("model", [Narrow, Sorting])
+def test_streams_that_begin_behind_the_embedding(model, batch):
+    decoder = model()
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    assert captured.run("find_stack").matched, captured.results["find_stack"].reason
+    assert len(captured.ctx[LayerStack].blocks) == 2
 
 
 def mlp(ids):

@@ -47,6 +47,8 @@ ENDINGS = {
     "nothing": (lambda m, x: x, "cumsum", 0, 0),
     "a norm": (lambda m, x: m.norm(x), "cumsum", 1, 0),
     "an MLP around": (lambda m, x: m.norm(x + m.inner(F.gelu(x)) * torch.sigmoid(x)), "cumsum", 6, 0),
+    "a top-k": (lambda m, x: m.norm(x * x.topk(1, -1).values), "cumsum", 4, 0),
+    "chunks": (lambda m, x: m.inner(x.repeat(1, 1, 2).chunk(2, -1)[1]), "repeat", 3, 0),
     "flat": (lambda m, x: m.norm(x.reshape(-1, H)), "cumsum", 2, 0),
     "a part of the sequence": (lambda m, x: m.norm(x)[:, 1:], "cumsum", 2, 1),
     # ... and what mixes positions again
@@ -71,7 +73,7 @@ def test_states(name):
     assert (op_name(found.states), len(found.tail), found.tail_start) == (operator, calls, start), found
 
 
-@pytest.mark.parametrize("name", models.slow_but(["another position", "an MLP around", "a write"], ENDINGS))
+@pytest.mark.parametrize("name", models.slow_but(["another position", "an MLP around", "a top-k", "a write"], ENDINGS))
 def test_gradients(name):
     model = Ending(ENDINGS[name][0])
     start = ENDINGS[name][3]
