@@ -50,8 +50,9 @@ class Runtime:
     Attributes:
         selected: int64 [B, K] on the model's device: for each sequence of the last training forward the selected
             positions in ascending order, then -1 for every unused slot (a sequence with fewer candidates than
-            slots). None before the first, or at ratio 1.0. A tuple of such, in the order of the step's forwards, where
-            one graph trains on several.
+            slots). A prompt that the model puts in front of the tokens counts: its positions are the first. None
+            before the first, or at ratio 1.0. A tuple of such, in the order of the step's forwards, where one graph
+            trains on several.
         weights: float32 [B, K], what the loss at each of these positions counted: the loss was their weighted sum,
             divided by the number of candidates if it is a mean. 0 for an unused slot; None, or a tuple, where
             ``selected`` is.

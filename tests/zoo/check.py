@@ -152,9 +152,10 @@ def _aligned(output: Any, labels: Tensor) -> Tensor | None:
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
         return None
-    found = {abs(float(_mean(logits, t) - output.loss)): t for t in (shift(labels), labels)}
+    loss = float(output.loss.detach())
+    found = {abs(float(_mean(logits.detach(), t)) - loss): t for t in (shift(labels), labels)}
     nearest = min(found)
-    return found[nearest] if nearest < 0.02 * float(output.loss) and nearest < 0.5 * max(found) else None
+    return found[nearest] if nearest < 0.02 * loss and nearest < 0.5 * max(found) else None
 
 
 def _mean(logits: Tensor, target: Tensor) -> Tensor:
