@@ -113,7 +113,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 16,
         "moe_shared_expert_intermediate_size": 32,
     },
-    "dots3_note": {"audio_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dory": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 1),
+    },
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 2, "intermediate_size": [96, 96]},
     "glm4_moe_lite": _MLA,

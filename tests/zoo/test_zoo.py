@@ -39,6 +39,12 @@ def test_kind(name):
 
 
 @pytest.mark.slow
+def test_checks_that_transformers_leaves_out_break_no_graph(monkeypatch):
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+    assert page.level(check("llava:vision", layers=1)) == "routed"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REST)
 def test_other_type_is_never_wrong(name):
     row = sweep.in_a_process(name, 280)
