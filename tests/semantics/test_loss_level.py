@@ -10,7 +10,7 @@ import token_losses
 import torch
 import torch.nn.functional as F
 from models import HIDDEN, VOCAB, compiled, make_batch, slow_but
-from reference import Run, assert_same, backward, dense, eager_call, reference, worst
+from reference import Run, assert_same, backward, dense, eager_call, reference, shift, worst
 from stackless import OF_VALUES, SEQ, STACKLESS, Convolution, Mixed, logits_of, make
 from token_losses import LOSSES, expected, open_gate, outside, picks_of
 from torch import Tensor, nn
@@ -145,6 +145,25 @@ def test_few_labels_need_no_router_and_lose_nothing() -> None:
     assert (figures["level"], figures["selection"], figures["labels_overflow"]) == ("loss", "labels", 0), figures
     assert any("'labels' here: " in text and "slots carry loss" in text for text in heard), heard
     assert not cggr_compile.runtime(model).reports[0].record("insert_router").matched
+
+
+class Gated(Mixed):
+    """Its MLP splits one product, and routes: several values come out of one call."""
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        x = x + self.mixer(self.ln_1(x))
+        gate, up = self.up(self.ln_2(x)).chunk(2, dim=-1)
+        weights, _ = torch.topk(torch.softmax(gate, -1), 2)
+        return self.ln_f(x + self.down(torch.cat([F.silu(gate) * up, gate], -1)) * weights.sum(-1, keepdim=True))
+
+
+def test_a_tail_whose_calls_give_several_values() -> None:
+    model, batch = Gated(Convolution()), make_batch(seq=SEQ)
+    compiled(model, min_tokens_ratio=RATIO)
+    got = backward(model, model(**batch).loss)
+    assert metrics(model)["level"] == "loss"
+    assert_same(got, of_selected(model, batch, shift(batch["labels"])))
 
 
 class Preference(Mixed):
