@@ -12,7 +12,7 @@ from cggr_compile.passes.analysis.effects import inplace_position, memory, mutat
 from cggr_compile.passes.analysis.modes import Modes, modes_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.fx import Emitter
-from cggr_compile.passes.nodes import fake_value, op_name
+from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 
 if TYPE_CHECKING:
     from torch.fx import Graph, GraphModule
@@ -36,8 +36,13 @@ class Functionalize(SemanticPass):
         k = empty(...); k[..., :8].copy_(a); k[..., 8:].copy_(b)   # before
         k = cat([a, b], -1)                                        # after
 
+    and a tensor assigned to a part that numbers name (the steps or chunks of a recurrence) makes a new value::
+
+        y[:, 0] = a                          # before
+        y1 = y.select_scatter(a, 1, 0)       # after
+
     Left alone, because they are effects or their aliases matter: writes to graph inputs (buffers), through views,
-    and into parts (``x[mask] = 0``). ``find_stack`` refuses graphs in which such a write touches the stream.
+    and into other parts (``x[mask] = 0``). ``find_stack`` refuses graphs in which such a write touches the stream.
     """
 
     name = "functionalize"
@@ -61,30 +66,97 @@ class Functionalize(SemanticPass):
 def _replace(emit: Emitter, node: Node) -> bool:
     graph = emit.graph
     target, *others = mutated_operands(node)
-    twin = _out_of_place(node)
-    if others or twin is None or not isinstance(fake_value(node), torch.Tensor):
+    if others:
         return False
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    here = order[node]
-    for alias in _aliases(graph, target):
-        if alias.op == "placeholder":
-            return False  # an effect that the caller sees
-        if alias is not target and order[alias] < here and any(order[user] > here for user in alias.users):
-            return False  # somebody reads the new value through another name
+    if node.target is operator.setitem:
+        return _assign(emit, node, target)
+    twin = _out_of_place(node)
+    if twin is None or not isinstance(fake_value(node), torch.Tensor) or _seen_elsewhere(graph, target, node):
+        return False
     kind, function, args, kwargs = twin
     with emit.before(node, Functionalize.name):
         new = (emit.method if kind == "call_method" else emit.call)(function, *args, **kwargs)
     new.meta = {**node.meta, emit.key: new.meta[emit.key]}
-    old, now = fake_value(node), fake_value(new)
-    if (now.dtype, now.shape, now.requires_grad) != (old.dtype, old.shape, old.requires_grad):
-        graph.erase_node(new)  # writing in place also casts, and under no_grad leaves the gradient as it is
+    if not _alike(new, node):
+        graph.erase_node(new)
         return False
+    _renew(target, node, new)
+    return True
+
+
+def _alike(new: Node, old: Node) -> bool:
+    """Writing in place also casts, and under no_grad leaves the gradient as it is."""
+    was, now = fake_value(old), fake_value(new)
+    return bool((now.dtype, now.shape, now.requires_grad) == (was.dtype, was.shape, was.requires_grad))
+
+
+def _seen_elsewhere(graph: Graph, target: Node, node: Node) -> bool:
+    """Whether somebody else sees what ``node`` writes to ``target``: the caller, or who reads it by another name."""
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    here = order[node]
+    for alias in _aliases(graph, target):
+        if alias.op == "placeholder":
+            return True
+        if alias is not target and order[alias] < here and any(order[user] > here for user in alias.users):
+            return True
+    return False
+
+
+def _renew(target: Node, node: Node, new: Node) -> None:
+    """Let ``new`` stand for ``target`` behind ``node``, which wrote to it, and for the value of that call."""
     for user in list(target.users):
-        if order.get(user, -1) > here:
+        if user > node:
             user.replace_input_with(target, new)
     node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    node.graph.erase_node(node)
+
+
+def _assign(emit: Emitter, node: Node, target: Node) -> bool:
+    """``target[part] = value``, for a tensor of the part's shape, as a new value of the target."""
+    index, value = node.args[1:]
+    numbers = _numbers(index, shape_of(target))
+    if not numbers or not isinstance(value, Node) or not fake_value(target).is_floating_point():
+        return False
+    if _seen_elsewhere(emit.graph, target, node):
+        return False
+    before = node.prev
+    with emit.before(node, Functionalize.name):
+        parts = [target]
+        for axis, at in numbers:
+            parts.append(emit.method("select", parts[-1], axis, at))
+        fits = _same_shape(value, parts[-1])
+        new = value
+        for (axis, at), whole in reversed([*zip(numbers, parts, strict=False)]) if fits else ():
+            new = emit.method("select_scatter", whole, new, axis, at)
+    if not fits or not _alike(new, target):
+        while node.prev is not before:
+            emit.graph.erase_node(node.prev)
+        return False
+    new.meta = {**node.meta, emit.key: new.meta[emit.key]}
+    _renew(target, node, new)
     return True
+
+
+def _same_shape(one: Node, other: Node) -> bool:
+    shapes = shape_of(one), shape_of(other)
+    return len(shapes[0]) == len(shapes[1]) and all(map(same_size, *shapes))
+
+
+def _numbers(index: Any, shape: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """(axis, number) of every ``select`` that ``x[index]`` is, one after the other; none if it is anything else."""
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, Node) for part in index) or sum(part is Ellipsis for part in index) > 1:
+        return []
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = (*index[:at], *[slice(None)] * (len(shape) - len(index) + 1), *index[at + 1 :])
+    found: list[tuple[int, int]] = []
+    for axis, (part, size) in enumerate(zip(index, shape, strict=False)):
+        if isinstance(part, int) and not isinstance(part, bool) and isinstance(size, int):
+            found.append((axis - len(found), part % size))
+        elif part != slice(None):
+            return []
+    return found
 
 
 _EMPTY = ("empty", "new_empty", "empty_like")

@@ -196,3 +196,57 @@ def test_filled_by_parts(program):
 def test_otherwise_filled_is_no_concatenation(program):
     captured, _, left = run(program, torch.randn(3, 4), torch.randn(4, 4, requires_grad=True))
     assert "copy" in left and not captured.operators()["cat"]
+
+
+def by_chunks(x, w):
+    """A recurrence that writes what it computes of each position into its place."""
+    y, state = torch.zeros(3, 4, 4), x @ w
+    for i in range(4):
+        state = state.tanh()
+        y[:, i] = state
+    return y.relu()
+
+
+def nested(x, w):
+    y = (x @ w).new_zeros(2, 3, 8)
+    y[1, :, -2] = (x @ w)[:, 0]
+    return y * 2
+
+
+@pytest.mark.parametrize("program", [by_chunks, nested])
+def test_assigned_parts(program):
+    x, w = torch.randn(3, 4), torch.randn(4, 4, requires_grad=True)
+    captured, result, left = run(program, x, w)
+    assert result.matched and not left
+    captured.check_shapes()
+    (output,) = captured.gm(*[{id(x): x, id(w): w}.get(id(v), v) for v in captured.inputs])
+    (want,) = torch.autograd.grad(program(x, w).square().sum(), w)
+    torch.testing.assert_close(output, program(x, w))
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), w)[0], want)
+
+
+def read_by_another_name(x, w):
+    y = torch.zeros(3, 4)
+    first = y[0]
+    y[0] = (x @ w)[0]
+    return first.sum()
+
+
+def assigned_under_no_grad(x, w):
+    y = x @ w
+    with torch.no_grad():
+        y[0] = y[1].sin()
+    return y + 1
+
+
+def spread_out(x, w):
+    y = torch.zeros(3, 4)
+    y[0] = (x @ w)[0, :1]
+    y[1:] = x[1:] @ w
+    return y
+
+
+@pytest.mark.parametrize("program", [read_by_another_name, assigned_under_no_grad, spread_out])
+def test_parts_that_stay_assigned(program):
+    _, _, left = run(program, torch.randn(3, 4), torch.randn(4, 4, requires_grad=True))
+    assert "setitem" in left
