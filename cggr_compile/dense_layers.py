@@ -12,8 +12,9 @@ from cggr_compile.report import GraphReport
 def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection[int] = ()) -> str:
     """One sentence for the user about operators that were made dense in a layer; empty if there are none.
 
-    What is dense outside the layers costs once, not per layer,
-    and is left to ``explain``. A place that is not known counts as a layer.
+    What is dense outside the layers costs once, not per layer, and is left to ``explain``. So is a token mixer that is
+    no attention: its backward is dense by nature. A place that is not known counts as a layer, but where there are
+    such mixers: their gradient is added to that of others.
 
     Args:
         dense: indices of blocks that are dense because of an output (``classify_outputs``), of which another
@@ -25,9 +26,11 @@ def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection
     record = report.record(RowSparseBackward.name)
     if record is None or report.gradient != "routed":
         return ""
+    mixers = [block.mixer.name or block.name for block in blocks if block.mixer is not None]
     found = [f"attention in {count} layers: {why}" for why, count in record.details.get("dense_attention", {}).items()]
     for operator, places in record.details.get("densified_at", {}).items():
         inside = [place for place in places if not (told and place is None) and _in_a_layer(place, blocks)]
+        inside = [place for place in inside if not (mixers and (place is None or _in(place, mixers)))]
         if inside:
             found.append(f"{operator} {_where(inside)}")
     if not found:
@@ -37,7 +40,11 @@ def dense_layers(report: GraphReport, blocks: Sequence[Block], dense: Collection
 
 def _in_a_layer(place: str | None, blocks: Sequence[Block]) -> bool:
     names = [block.name for block in blocks if not block.name.startswith("block_")]  # those that are module paths
-    return place is None or not names or any(place == name or place.startswith(f"{name}.") for name in names)
+    return place is None or not names or _in(place, names)
+
+
+def _in(place: str, names: Sequence[str]) -> bool:
+    return any(place == name or place.startswith(f"{name}.") for name in names)
 
 
 def _where(places: list[str | None]) -> str:

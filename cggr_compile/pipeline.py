@@ -216,6 +216,7 @@ def rewrite(
     told = [report.record(name) for name in (found, SelectRows.name)]
     told += [report.record(ChooseSelection.name)] if ctx.options.selection != asked else []
     told += [record for record in report.passes if record.name == TrainedInputs.name and record.details]
+    told += [record for record in report.passes if record.name == RouteGradient.name and "gated" in record.details]
     report.reason = "; ".join(record.reason for record in told if record is not None)
     return work
 

@@ -60,21 +60,49 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """What mixes the positions of a block without being attention: a convolution, a scan, linear attention, a shift.
+
+    Attributes:
+        kind: what it is told as, such as ``convolution``; see ``passes/patterns/token_mixers.py``.
+        nodes: the calls that mix positions, in order; what is between them belongs to the mixer too.
+        name: path of the module that all of them are called in, empty where there is none.
+    """
+
+    kind: str
+    nodes: tuple[Node, ...]
+    name: str
+
+
+@dataclass(frozen=True)
 class Block:
     """One repeated layer: everything between two nodes of the residual stream.
 
     Attributes:
         input, output: residual-stream nodes [B, S, H]; a block's output is the next one's input.
-        attention: the block's single attention.
+        attention: the block's single attention, if it has one.
+        mixer: what else mixes its positions; in place of the attention, beside it, before or behind it.
         name: module path from ``nn_module_stack`` where there is one, else ``block_<i>``.
         signature: hash of the block's operators and shapes; equal for isomorphic blocks.
     """
 
     input: Node
     output: Node
-    attention: Attention
+    attention: Attention | None
+    mixer: Mixer | None
     name: str
     signature: str
+
+    @property
+    def mixing(self) -> tuple[Node, ...]:
+        """The calls that mix its positions: behind the last of them every position is by itself."""
+        attention = () if self.attention is None else (self.attention.node, self.attention.value_user)
+        return (*attention, *(() if self.mixer is None else self.mixer.nodes))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What its attention and its mixer are, as far as it has them."""
+        return tuple(part.kind for part in (self.attention, self.mixer) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -105,6 +133,11 @@ class LayerStack:
 
     source: Node
     blocks: tuple[Block, ...]
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Those of the blocks that have one, in order."""
+        return tuple(block.attention for block in self.blocks if block.attention is not None)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 IGNORE = -100
 # modules that project the residual stream to keys and values, in all model families of the zoo
 KV_PROJECTIONS = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj", "kv_a_proj_with_mqa")
+# modules that project it to what a token mixer mixes that is no attention
+MIXER_PROJECTIONS = ("in_proj", "in_proj_qkvz", "in_proj_ba")
 TOLERANCE = 1e-5
 
 
@@ -155,6 +157,11 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, old)
 
 
+def _named(model: Any, names: tuple[str, ...]) -> list[nn.Module]:
+    pairs = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [module for path, module in pairs if path.rsplit(".", 1)[-1] in names]
+
+
 @contextlib.contextmanager
 def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str, factors: Tensor | None = None) -> Iterator[None]:
     """Stops gradient on unselected rows of whatever ``model`` attends to, while the context is open.
@@ -174,6 +181,11 @@ def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str, factors: 
             def stop(x: Tensor) -> Tensor:  # [B, heads, S, D]
                 return torch.where(hard[:, None, :, None], weighed(x, (batch, 1, size, 1)), x.detach())
 
+            def stop_rows(x: Tensor) -> Tensor:  # [B, S, H]
+                return torch.where(hard[:, :, None], weighed(x, (batch, size, 1)), x.detach())
+
+            for module in _named(model, MIXER_PROJECTIONS):
+                stack.callback(module.register_forward_hook(lambda m, args, out: stop_rows(out)).remove)
             stack.enter_context(_StopAtAttention(stop))
             stack.enter_context(_replaced(models, "keys_values", lambda k, v: (stop(k), stop(v))))
             modules = {type(m).__module__ for m in model.modules()} if isinstance(model, nn.Module) else set()
@@ -194,11 +206,10 @@ def routing(model: Any, hard: Tensor, gradient: str, kv_gradient: str, factors: 
 
             stack.enter_context(_replaced(models, "kv_input", gate))
             found = 0
-            for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-                if name.rsplit(".", 1)[-1] in KV_PROJECTIONS:
-                    handle = module.register_forward_pre_hook(lambda _, args: (gate(args[0]), *args[1:]))
-                    stack.callback(handle.remove)
-                    found += 1
+            for module in _named(model, (*KV_PROJECTIONS, *MIXER_PROJECTIONS)):
+                handle = module.register_forward_pre_hook(lambda _, args: (gate(args[0]), *args[1:]))
+                stack.callback(handle.remove)
+                found += 1
             assert found or not hasattr(model, "config"), "the reference found no key/value projection to gate"
         yield
 

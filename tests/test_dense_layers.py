@@ -17,7 +17,7 @@ from cggr_compile.passes.joint.row_sparse.rule import RULES
 from cggr_compile.report import GraphReport, PassRecord
 from cggr_compile.runtime import FallbackWarning
 
-BLOCKS = [SimpleNamespace(name=f"model.layers.{i}") for i in range(12)]
+BLOCKS = [SimpleNamespace(name=f"model.layers.{i}", mixer=None) for i in range(12)]
 
 
 def message(details, blocks=BLOCKS, **options):
@@ -44,7 +44,7 @@ def test_only_what_is_in_a_layer(place, said):
 
 
 def test_layers_that_are_no_modules():
-    blocks = [SimpleNamespace(name=f"block_{i}") for i in range(2)]
+    blocks = [SimpleNamespace(name=f"block_{i}", mixer=None) for i in range(2)]
     assert "aten.op.default (2 times)" in message({"densified_at": {"aten.op.default": ["", ""]}}, blocks)
 
 
@@ -85,3 +85,12 @@ def test_warns_once_per_model(options, said, monkeypatch):
     ours = [str(w.message) for w in caught if issubclass(w.category, FallbackWarning)]
     assert cggr_compile.runtime(model).metrics()["matched"] and len(ours) == (1 if said else 0)
     assert not said or re.search(said, ours[0])
+
+
+@pytest.mark.parametrize("place", ["model.layers.3.conv", "model.layers.3.conv.in_proj", None])
+def test_a_token_mixer_is_dense_by_nature(place):
+    mixed = [*BLOCKS[:3], SimpleNamespace(name="model.layers.3", mixer=SimpleNamespace(name="model.layers.3.conv"))]
+    places = ["model.layers.3.mlp", place]
+    text = message({"densified_at": {"aten.op.default": places}}, mixed)
+    assert "aten.op.default in model.layers.3.mlp" in text and "more" not in text
+    assert not message({"densified_at": {"aten.op.default": [place]}}, mixed)

@@ -60,7 +60,7 @@ def documents(graph: Graph, ctx: GraphContext) -> Documents:
     """How ``graph`` tells documents apart, by what is computed in front of the selection."""
     anchor, stream = ctx[Candidates].anchor, ctx[FinalStates].stream
     positions = tuple(node for node in graph.find_nodes(op="placeholder") if _counts_tokens(node, ctx))
-    found = [hidden_by(block.attention, stream) for block in ctx[LayerStack].blocks]
+    found = [hidden_by(attention, stream) for attention in ctx[LayerStack].attentions]
     if any(hides is None for hides in found):
         return Documents(positions, (), "")
     unread = "; ".join(dict.fromkeys(hides for hides in found if isinstance(hides, str)))

@@ -20,6 +20,7 @@ from cggr_compile.passes.fx import ancestors, descendants, in_order, layout_only
 from cggr_compile.passes.nodes import argument, differentiable, module_of, op_name, shape_of
 from cggr_compile.passes.patterns.experts import GROUPED
 from cggr_compile.passes.patterns.head import CASTS, returned_logits
+from cggr_compile.passes.patterns.mixer_states import mixer_states
 from cggr_compile.passes.semantic.route_gradient import PRODUCTS
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class ClassifyOutputs(SemanticPass):
     - ``part``: one number that the loss adds, or the logits of a router whose balance loss it adds: their gradient
       takes the loss's way;
     - ``logits``: the logits of the cross-entropy, perhaps cast, sliced or reshaped;
-    - ``cache``: the keys of an attention, [B, heads, S, D], that are returned with its values, and these;
+    - ``cache``: the keys of an attention, [B, heads, S, D], that are returned with its values, and these; the states of
+      a token mixer, written into tensors that are returned;
     - ``kept``: everything else. It keeps its exact gradient, so nothing may be stopped between it and a parameter. The
       blocks on the way are differentiated at every position, and a warning names them.
     """
@@ -69,7 +71,7 @@ class ClassifyOutputs(SemanticPass):
         dense = _between(kept, blocks)
         inside = [node for i, node in found.items() if kinds[i] in ("loss", "value", "part", "kept")]
         read = ancestors(inside, ctx[LossSite].ends)
-        every_position = any(block.attention.node in read for block in blocks)
+        every_position = any(node in read for block in blocks for node in block.mixing)
         values = ctx.get(TokenValues)
         every_position = every_position or (values is not None and values.everywhere)
         wanted = "loss" if "loss" in kinds.values() else "value"
@@ -98,7 +100,7 @@ def _kinds(
     with_loss = descendants(loss.ends, only=differentiable)
     losses = with_loss.intersection(returned)
     logits = returned_logits(loss)
-    cache = _cache(graph, blocks, returned)
+    cache = _cache(graph, blocks, returned).union(mixer_states(graph, blocks))
     ends = [block.output for block in blocks]
     sizes = {shape_of(argument(node, 1, "weight"))[0] for node in graph.nodes if op_name(node) in _EXPERTS}
 
@@ -133,6 +135,8 @@ def _cache(graph: Graph, blocks: Sequence[Block], returned: Sequence[Node]) -> s
     """Those of ``returned`` that are keys and values of attentions, in any layout, where both are returned."""
     sides: dict[Node, set[tuple[int, str]]] = {}
     for index, block in enumerate(blocks):
+        if block.attention is None:
+            continue
         for side, end in (("key", block.attention.key), ("value", block.attention.value)):
             path = descendants([block.input], stop=[end]) & ancestors([end])
             projected = descendants([n for n in path if op_name(n) in PRODUCTS], stop=[end]) & path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection
+from dataclasses import replace
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,12 +17,14 @@ from cggr_compile.causes import Cause
 from cggr_compile.passes.analysis.effects import mutated_operands
 from cggr_compile.passes.analysis.uses import table_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
-from cggr_compile.passes.facts import Attention, Block, FinalStates, LayerStack, LossSite, NoLayerStack
+from cggr_compile.passes.facts import Attention, Block, FinalStates, LayerStack, LossSite, Mixer, NoLayerStack
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
-from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
+from cggr_compile.passes.nodes import fake_value, module_of, op_name, same_size, shape_of
 from cggr_compile.passes.patterns import multi_head
 from cggr_compile.passes.patterns.attention import find_attention, further_keys
+from cggr_compile.passes.patterns.mixer_states import mixer_states, written_states
 from cggr_compile.passes.patterns.tail import tail_start
+from cggr_compile.passes.patterns.token_mixers import MOVES, kind_of, mixing_calls
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -37,14 +41,16 @@ class NoLayerStackError(Exception):
 class FindStack(SemanticPass):
     """Records the blocks in ``ctx[LayerStack]`` and what follows in ``ctx[FinalStates]``; changes nothing.
 
-    The residual stream is what every path from the embedding to the head goes through. Between two attentions
-    the last such node is a block boundary::
+    The residual stream is what every path from the embedding to the head goes through. Between two calls that mix
+    positions, attentions or others, the last such node is a block boundary::
 
         x0 = embedding(ids)                     # source
         a0 = x0 + attention(norm(x0))           # on every path, but no boundary: the MLP follows
         x1 = a0 + mlp(norm(a0))                 # output of block 0, input of block 1
         ...
         logits = linear(norm(xL), lm_head)      # states = xL, tail = [norm ...]
+
+    A block may have a token mixer in place of an attention, or both side by side; one of the blocks has an attention.
 
     Of any other model ``ctx[NoLayerStack]`` says why it is none of these, and ``find_states`` has its turn.
     """
@@ -65,21 +71,23 @@ class FindStack(SemanticPass):
             return PassResult(False, why.refusal.reason)
         ctx.add(stack)
         ctx.add(states)
-        kinds = Counter(block.signature for block in stack.blocks)
+        signatures = Counter(block.signature for block in stack.blocks)
         details = {
             "blocks": [
                 {
                     "name": block.name,
                     "input": str(block.input),
                     "output": str(block.output),
-                    "attention": block.attention.kind,
+                    "mixes": list(block.kinds),
                     "signature": block.signature,
                 }
                 for block in stack.blocks
             ]
         }
-        alike = "alike" if len(kinds) == 1 else f"of {len(kinds)} kinds"
-        return PassResult(True, f"{len(stack.blocks)} blocks, {alike}", details)
+        alike = "alike" if len(signatures) == 1 else f"of {len(signatures)} kinds"
+        kinds = Counter(block.mixer.kind for block in stack.blocks if block.mixer is not None)
+        mixed = "".join(f", {count} with {kind}" for kind, count in kinds.items())
+        return PassResult(True, f"{len(stack.blocks)} blocks, {alike}{mixed}", details)
 
 
 def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
@@ -87,14 +95,17 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     computed = descendants(site.values)  # from per-token values: what is done to it is the loss's own affair
     roots = _roots(gm, reaching)
     carrying = _carrying(roots)
+    stream = carrying & reaching
+    states = written_states(gm.graph)  # what a cache is given
     for node in gm.graph.nodes:
         targets = mutated_operands(node)
         if not targets or not any(n in carrying for n in node.all_input_nodes) or computed.issuperset(targets):
             continue
+        if node in states.values():
+            continue
         # what a layer keeps about itself in a buffer, such as a metric, is not read on the way to the head
         if node.users or any(t.op != "placeholder" or t in reaching or t in carrying for t in targets):
             raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
-    stream = carrying & reaching
     ordered = in_order(gm.graph, stream)
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     # several embeddings (tokens, positions) join before the first block: look from the join on
@@ -102,13 +113,20 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     learned = [root for root in roots if root is roots[0] or _is_trained(root)]
     if len(learned) < len(roots):  # a fixed table of positions may go into every layer: look without it
         spines.append(_common_path(in_order(gm.graph, _carrying(learned) & reaching), learned))
-    attentions, boundaries = _along(spines, ordered, gm, stream, place)
+    attentions, calls, boundaries = _along(spines, ordered, gm, stream, place)
     blocks = []
-    for i, attention in enumerate(attentions):
-        begin, end = boundaries[i], boundaries[i + 1]
+    for i, (begin, end) in enumerate(pairwise(boundaries)):
         body = [n for n in ordered if place[begin] < place[n] <= place[end]]
-        blocks.append(Block(begin, end, attention, _block_name(attention.node, i), _signature(body)))
+        inside = set(body)
+        attention = next((a for a in attentions if a.node in inside), None)
+        mixer = _mixer([n for n in calls if n in inside])
+        block = Block(begin, end, attention, mixer, "", _signature(body))
+        blocks.append(replace(block, name=_block_name(block.mixing[0], i)))
     _check_repetition(blocks)
+    known = mixer_states(gm.graph, blocks)
+    for node, write in states.items():
+        if node not in known and any(source in carrying for source in write.all_input_nodes):
+            raise NoLayerStackError(f"'copy' ({write}) writes in place, from the residual stream to what is returned")
     last = boundaries[-1]
     tail = tuple(n for n in ordered if place[n] > place[last] and n in descendants([last]))
     start = tail_start(tail, last)
@@ -119,8 +137,10 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
 
 def _along(
     spines: list[list[Node]], ordered: list[Node], gm: GraphModule, stream: set[Node], place: dict[Node, int]
-) -> tuple[list[Attention], list[Node]]:
-    """The attentions, and the blocks' boundaries: on the first of ``spines`` that has some before and after each.
+) -> tuple[list[Attention], list[Node], list[Node]]:
+    """The attentions, what else mixes positions, and the blocks' boundaries.
+
+    They are on the first of ``spines`` that has a boundary before and after each.
 
     Raises:
         NoLayerStackError: none has; says why not the first.
@@ -132,9 +152,11 @@ def _along(
             attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
             if not attentions:
                 continue
-            found = _boundaries([n for n in spine if _has_shape(n, *shape)], attentions, place)
+            along = [n for n in spine if _has_shape(n, *shape)]
+            calls = mixing_calls(ordered, stream, attentions, along[0])
+            found = _boundaries(along, attentions, calls, place)
             if not isinstance(found, str):
-                return attentions, found
+                return attentions, calls, found
             refusals.append(found)
     if refusals:
         raise NoLayerStackError(refusals[0])
@@ -256,8 +278,13 @@ def _has_shape(node: Node, *sizes: object) -> bool:
     return len(shape) == len(sizes) and all(same_size(a, b) for a, b in zip(shape, sizes, strict=True))
 
 
-def _boundaries(spine: list[Node], attentions: list[Attention], place: dict[Node, int]) -> list[Node] | str:
-    """One boundary before each attention and one after the last; or why there are none."""
+def _boundaries(
+    spine: list[Node], attentions: list[Attention], calls: list[Node], place: dict[Node, int]
+) -> list[Node] | str:
+    """One boundary before each attention and each other mixer, and one after the last; or why there are none.
+
+    What mixes positions in front of the residual stream, or of the first position of it, is no block.
+    """
     found: list[Node] = []
     for i, attention in enumerate(attentions):
         upto = place[attention.node]
@@ -266,13 +293,27 @@ def _boundaries(spine: list[Node], attentions: list[Attention], place: dict[Node
         if not candidates:
             return f"no residual stream between attention {i - 1} and attention {i}"
         found.append(candidates[-1])
+    mixing = [n for n in calls if op_name(n) not in MOVES]
+    first = min([place[found[0]], *map(place.__getitem__, mixing)])
+    last = max(place[n] for n in (*(a.node for a in attentions), *calls))
+    for call in calls:
+        if op_name(call) in MOVES and place[call] <= first:
+            continue  # a prompt is put in front of the tokens, which moves them at most
+        found += [n for n in spine if place[n] < place[call]][-1:]
     # the last block ends at its residual addition: what follows is the final norm
-    rest = [n for n in spine if place[n] > place[attentions[-1].node]]
+    rest = [n for n in spine if place[n] >= last]
     sums = [n for n in rest if op_name(n) == "add"]
     if not rest:
         return "no residual stream after the last attention"
-    found.append((sums or rest)[-1])
-    return found
+    return [*sorted(set(found), key=place.__getitem__), (sums or rest)[-1]]
+
+
+def _mixer(calls: list[Node]) -> Mixer | None:
+    if not calls:
+        return None
+    paths = [module_of(node).split(".") for node in calls]
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+    return Mixer(kind_of(calls), tuple(calls), ".".join(common))
 
 
 def _block_name(node: Node, index: int) -> str:
@@ -295,6 +336,7 @@ def _signature(body: list[Node]) -> str:
 
 
 def _check_repetition(blocks: list[Block]) -> None:
-    kinds = {block.signature for block in blocks}
-    if len(blocks) >= 3 and len(kinds) == len(blocks):
-        raise NoLayerStackError(f"{len(blocks)} attentions, but no two blocks are alike: not a layer stack")
+    alone = [block for block in blocks if block.mixer is None]
+    kinds = {block.signature for block in alone}
+    if len(alone) >= 3 and len(kinds) == len(alone):
+        raise NoLayerStackError(f"{len(alone)} attentions, but no two blocks are alike: not a layer stack")

@@ -45,6 +45,9 @@ class GroupQueries(SemanticPass):
         reasons: dict[str, None] = {}
         modes = modes_of(gm.graph)
         for block in ctx[LayerStack].blocks:
+            if block.attention is None:
+                blocks.append(block)
+                continue
             found = _shared(block.attention, modes[block.attention.node])
             if isinstance(found, str):
                 reasons[found] = None
@@ -59,7 +62,9 @@ class GroupQueries(SemanticPass):
             return PassResult(False, "; ".join(reasons))
         ctx.add(replace(ctx[LayerStack], blocks=tuple(blocks)))
         kept = f"; the others: {'; '.join(reasons)}" if reasons else ""
-        return PassResult(True, f"{changed} of {len(blocks)} attentions share key and value heads{kept}")
+        return PassResult(
+            True, f"{changed} of {len(ctx[LayerStack].attentions)} attentions share key and value heads{kept}"
+        )
 
 
 def _shared(attention: Attention, modes: Modes) -> tuple[Node, Node] | str:

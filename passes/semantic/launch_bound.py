@@ -41,15 +41,15 @@ class LaunchBound(SemanticPass):
             return PassResult(False, "launches do not count: not on CUDA, or CUDA graphs")
         if ctx.options.launch_bound == "select":
             return PassResult(False, "launch_bound='select': not estimated")
-        stacks = [stack.blocks for stack in ctx.every(LayerStack)]
-        layers, output = sum(map(len, stacks)), stacks[0][0].output
-        if not is_static(*(blocks[0].output for blocks in stacks)):
+        stacks = ctx.every(LayerStack)
+        layers, output = sum(len(stack.blocks) for stack in stacks), stacks[0].blocks[0].output
+        if not is_static(*(stack.blocks[0].output for stack in stacks)):
             return PassResult(False, "symbolic sizes: not estimated")
         stream = fake_value(output)
         flops = 3.0 * weight_flops(gm.graph)
-        for blocks in stacks:
-            batch, length, hidden = shape_of(blocks[0].output)
-            flops += 7.0 * len(blocks) * batch * length**2 * hidden
+        for stack in stacks:
+            batch, length, hidden = shape_of(stack.blocks[0].output)
+            flops += 7.0 * len(stack.attentions) * batch * length**2 * hidden
         processors = torch.cuda.get_device_properties(stream.device).multi_processor_count
         width = modes_of(gm.graph)[output].product_dtype(stream).itemsize
         arithmetic = flops / (processors * TFLOPS_PER_SM[2 if width <= 2 else 4] * 1e9)

@@ -62,7 +62,7 @@ class RecoverCausalMask(SemanticPass):
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         groups: dict[Node, dict[int, Attention]] = {}
         for layer, block in enumerate(ctx[LayerStack].blocks):
-            if block.attention.mask is not None:
+            if block.attention is not None and block.attention.mask is not None:
                 groups.setdefault(block.attention.mask, {})[layer] = block.attention
         if not groups:
             ctx.add(Padding())
@@ -99,7 +99,7 @@ class RecoverCausalMask(SemanticPass):
         details: dict[str, Any] = {"masks": masks, "padding": _name(padding)}
         if rewritten:
             return PassResult(
-                True, f"{len(rewritten)} of {len(ctx[LayerStack].blocks)} attentions use is_causal", details
+                True, f"{len(rewritten)} of {len(ctx[LayerStack].attentions)} attentions use is_causal", details
             )
         return PassResult(False, "; ".join(dict.fromkeys(f"{m['mask']}: {m['reason']}" for m in masks)), details)
 
@@ -187,7 +187,9 @@ def _assert_right_padded(gm: GraphModule, ctx: GraphContext, padding: Node, bina
 
 def _without_masks(stack: LayerStack, layers: set[int]) -> LayerStack:
     blocks = tuple(
-        replace(block, attention=replace(block.attention, mask=None)) if layer in layers else block
+        replace(block, attention=replace(block.attention, mask=None))
+        if layer in layers and block.attention is not None
+        else block
         for layer, block in enumerate(stack.blocks)
     )
     return replace(stack, blocks=blocks)

@@ -9,20 +9,25 @@ import torch
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
 from cggr_compile.passes.facts import (
+    Attention,
     Block,
     Candidates,
     FinalStates,
     GradientRows,
     LayerStack,
+    Mixer,
     Outputs,
     Routing,
     Selection,
 )
 from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
-from cggr_compile.passes.nodes import op_name, same_size, shape_of
+from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
+from cggr_compile.passes.patterns.row_wise import not_row_wise
 from cggr_compile.passes.patterns.token_mixers import token_mixers
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from torch.fx import GraphModule, Node
 
 PRODUCTS = {"linear", "matmul", "addmm", "bmm", "baddbmm", "einsum", "conv1d", "gemm_4bit.default"}
@@ -45,8 +50,17 @@ class RouteGradient(SemanticPass):
         attention(q_proj(x), k_proj(y), v_proj(y))
 
     A fused projection takes its whole input from ``y``: the query gradient of an unselected position is zero
-    anyway. The marker names no rows, because early blocks run before the selection exists; a pass over the
-    joint graph (``resolve_markers``) gives it them, and with ``kv_weight="1/sqrt(p)"`` the factors, from::
+    anyway.
+
+    A token mixer that is no attention gets the same gates: its backward spreads the gradient of its output to other
+    positions, inside of it, and it ends where the mixer was fed. With ``project`` that is the input of its
+    projections; with ``stop`` what they give::
+
+        out_proj(scan(conv(cggr.detach_unselected(in_proj(x), 1))) * silu(gate_proj(x)))
+
+    What works on positions by itself, behind the last mixing, needs none. The marker names no rows, because early
+    blocks run before the selection exists; a pass over the joint graph (``resolve_markers``) gives it them, and with
+    ``kv_weight="1/sqrt(p)"`` the factors, from::
 
         h = cggr.gather_rows(x, cggr.scale_selected_grads(rows, weights.sqrt()), keep)
     """
@@ -62,26 +76,34 @@ class RouteGradient(SemanticPass):
         stopped = [i for i in range(len(ctx[LayerStack].blocks)) if i not in ctx[Outputs].dense_blocks]
         if not stopped:
             return PassResult(False, "outputs that keep their exact gradient are behind every block")
-        for block in (ctx[LayerStack].blocks[i] for i in stopped):
-            if ctx.options.kv_gradient == "stop":
-                self._stop_keys_and_values(emit, block)
-            else:
+        blocks = [ctx[LayerStack].blocks[i] for i in stopped]
+        for block in blocks:
+            if ctx.options.kv_gradient == "project":
                 self._stop_projection_input(emit, block, ctx)
+                continue
+            if block.mixer is not None:
+                self._stop_projected(emit, block, block.mixer, ctx)
+            if block.attention is not None:
+                self._stop_keys_and_values(emit, block.attention)
         how = f"kv_gradient={ctx.options.kv_gradient!r}"
         if ctx.options.kv_weight != "1":
             self._weigh(emit, ctx)
             how += f", kv_weight={ctx.options.kv_weight!r}"
-        how += f" at {len(stopped)} attentions"
+        how += f" at {sum(block.attention is not None for block in blocks)} attentions"
+        gated = {b.name: f"{b.mixer.kind}: gated, dense backward" for b in blocks if b.mixer is not None}
+        for what in dict.fromkeys(gated.values()):
+            how += f"; {what}, in {', '.join(name for name, said in gated.items() if said == what)}"
+        details = {"gated": gated} if gated else {}
         markers = gm.graph.find_nodes(op="call_function", target=torch.ops.cggr.detach_unselected.default)
         mixers = token_mixers(ctx[LayerStack], ctx[FinalStates].stream, markers, stopped)
         if not mixers:
-            return PassResult(True, how)
+            return PassResult(True, how, details)
         names = ", ".join(dict.fromkeys(map(op_name, mixers)))
         modules = list(dict.fromkeys(mixers.values()))
         where = f"{modules[0]} and {len(modules) - 1} more" if len(modules) > 1 else modules[0]
         leak = f"no gradient is stopped where tokens are mixed without attention: {names} in {where}"
         ctx.notices.append(f"{leak}. Unselected positions get a gradient there, under gradient='routed' as well")
-        return PassResult(True, f"{how}; {leak}", {"mixers": {str(n): place for n, place in mixers.items()}})
+        return PassResult(True, f"{how}; {leak}", {**details, "mixers": {str(n): p for n, p in mixers.items()}})
 
     def _weigh(self, emit: Emitter, ctx: GraphContext) -> None:
         rows, gradient = ctx[Selection].rows, ctx[Selection].gradient
@@ -97,8 +119,7 @@ class RouteGradient(SemanticPass):
         for gather in gathers:
             gather.replace_input_with(rows, weighed)
 
-    def _stop_keys_and_values(self, emit: Emitter, block: Block) -> None:
-        attention = block.attention
+    def _stop_keys_and_values(self, emit: Emitter, attention: Attention) -> None:
         keys = (attention.key, attention.key_user, attention.key_dim)
         values = (attention.value, attention.value_user, attention.value_dim)
         for tensor, user, axis in dict.fromkeys((keys, values)):  # some models share one tensor
@@ -107,13 +128,39 @@ class RouteGradient(SemanticPass):
             user.replace_input_with(tensor, marked)
 
     def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
-        goal = {block.attention.key, block.attention.value}
+        goal = {block.attention.key, block.attention.value} if block.attention is not None else set()
+        goal |= set() if block.mixer is None else {*block.mixer.nodes}
         paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[FinalStates].stream
-        source = _projection_input(in_order(emit.graph, paths), block)
+        source = _projection_input(in_order(emit.graph, paths), block, goal)
+        self._mark(emit, source, [u for u in source.users if u in paths])
+
+    def _stop_projected(self, emit: Emitter, block: Block, mixer: Mixer, ctx: GraphContext) -> None:
+        """Mark what the last projections on the way to the mixer give, or the mixer's input where there are none.
+
+        Of projections there are as many as compute every position by itself, one behind the other.
+        """
+        stream, goal = ctx[FinalStates].stream, {*mixer.nodes}
+        paths = descendants([block.input]) & ancestors(goal) & stream
+        ordered = in_order(emit.graph, paths)
+        first = _projection_input(ordered, block, goal)
+        by_itself = {block.input}
+        for node in ordered:
+            sources = [n for n in node.all_input_nodes if n in stream]
+            if node not in goal and sources and by_itself.issuperset(sources) and _on_rows(node, block, stream):
+                by_itself.add(node)
+        mixed = paths - by_itself  # and what leads there without a further projection
+        for node in [n for n in reversed(ordered) if n in by_itself]:
+            readers = [user for user in node.users if user in mixed]
+            if readers and (node is first or op_name(node) in PRODUCTS):
+                self._mark(emit, node, readers)
+            elif readers:
+                mixed.add(node)
+
+    def _mark(self, emit: Emitter, source: Node, readers: list[Node]) -> None:
         with emit.before(source.next, self.name):
             marked = emit.call(torch.ops.cggr.detach_unselected.default, source, 1)
-        for user in [u for u in source.users if u in paths]:
-            user.replace_input_with(source, marked)
+        for reader in readers:
+            reader.replace_input_with(source, marked)
 
 
 def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, valid: Node, factors: Node) -> Node:
@@ -128,12 +175,23 @@ def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, valid: 
     return emit.method("gather", each, 1, gradient.rows)
 
 
-def _projection_input(ordered: list[Node], block: Block) -> Node:
-    """The last node [B, S, *] that all of the block's keys and values come through before any product."""
+def _on_rows(node: Node, block: Block, stream: Container[Node]) -> bool:
+    """Whether a call computes the rows [B, S, ...] of those that it is given."""
+    batch, length, _ = shape_of(block.input)
+    value = fake_value(node)
+    for part in value if isinstance(value, (tuple, list)) else (value,):
+        shape = tuple(part.shape)
+        if len(shape) < 3 or not same_size(shape[0], batch) or not same_size(shape[1], length):
+            return False
+    return not not_row_wise(node, stream)
+
+
+def _projection_input(ordered: list[Node], block: Block, goal: Container[Node]) -> Node:
+    """The last node [B, S, *] that all which mixes positions comes through before any product, or any mixing."""
     shape = shape_of(block.input)
     before_products = ordered
     for i, node in enumerate(ordered):
-        if op_name(node) in PRODUCTS:
+        if op_name(node) in PRODUCTS or (node in goal and node is not block.input):
             before_products = ordered[:i]
             break
     through = set(bottlenecks(ordered))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ShortenLastBlock(SemanticPass):
-    """Lets the rows of the loss be gathered inside the last block, behind its attention. ``rewrite_loss`` then makes::
+    """Lets the rows of the loss be gathered inside the last block, behind what mixes. ``rewrite_loss`` then makes::
 
         y = x + o_proj(attention(...)); z = y + mlp(norm(y)); h = cggr.gather_rows(z, rows, keep)
 
@@ -54,11 +54,11 @@ class ShortenLastBlock(SemanticPass):
 
 
 def _row_wise_part(stack: LayerStack) -> tuple[set[Node], set[Node], str]:
-    """The calls from the attention (exclusive) to the block's output, what they take rows of, or why there are none."""
+    """The calls behind what mixes positions up to the block's output, what they take rows of, or why there are none."""
     block = stack.blocks[-1]
     batch, length, _ = shape_of(block.output)
     carried = descendants([stack.source])  # which experts a token goes to, for one, has no gradient
-    before = ancestors([block.attention.node, block.attention.value_user])
+    before = ancestors(block.mixing)
     nodes: set[Node] = set()
     entries: set[Node] = set()
     todo = [block.output]
@@ -67,9 +67,7 @@ def _row_wise_part(stack: LayerStack) -> tuple[set[Node], set[Node], str]:
         if node in nodes or node in entries:
             continue
         streams = {source for source in node.all_input_nodes if source in carried}
-        why = (
-            "it is the attention" if node in before else not_row_wise(node, streams) or _misshapen(node, batch, length)
-        )
+        why = "it mixes positions" if node in before else not_row_wise(node, streams) or _misshapen(node, batch, length)
         if not why and mutated_operand(node) is None:
             nodes.add(node)
             todo.extend(streams)

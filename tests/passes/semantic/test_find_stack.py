@@ -99,6 +99,29 @@ def test_a_table_of_angles_is_no_embedding(trained, batch):
     assert trained or len(captured.ctx[LayerStack].blocks) == models.LAYERS
 
 
+def test_mixing_behind_the_last_attention_is_a_block(batch):
+    decoder = models.Decoder()
+    decoder.ln_f.register_forward_hook(lambda module, args, out: out + out.cumsum(1))
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    result = captured.run("find_stack")
+    assert result.reason == "5 blocks, of 3 kinds, 1 with scan"
+    last = captured.ctx[LayerStack].blocks[-1]
+    assert last.attention is None and last.mixer.kind == "scan" and last.mixing == last.mixer.nodes
+    assert captured.ctx[FinalStates].states is last.output
+
+
+def test_products_of_padded_chunks_mix(batch):
+    decoder = models.Decoder(layers=1)
+
+    def mix(module, args, out):
+        x = F.pad(out, (0, 0, 0, 1))[:, None]
+        return out + (x @ x.transpose(-1, -2) @ x)[:, 0, :-1]
+
+    decoder.ln_f.register_forward_hook(mix)
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    assert captured.run("find_stack").reason == "2 blocks, of 2 kinds, 1 with linear_attention"
+
+
 class Narrow(models.Decoder):
     """The embedding has fewer features than the stream."""
 
@@ -155,10 +178,10 @@ def test_must_not_match(function, why, batch):
 
 def test_tail_must_be_position_wise(batch):
     decoder = models.Decoder()
-    decoder.ln_f.register_forward_hook(lambda module, args, out: out.cumsum(1))
+    decoder.ln_f.register_forward_hook(lambda module, args, out: out.sort(1).values)
     captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
     result = captured.run("find_stack")
-    assert result.cause is None and "cumsum" in result.reason  # find_states has its turn
+    assert result.cause is None and "sort" in result.reason  # find_states has its turn
     assert captured.ctx[NoLayerStack].refusal.cause is Cause.UNSUPPORTED_STACK
 
 
