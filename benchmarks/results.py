@@ -114,7 +114,7 @@ def _reason(record: dict[str, Any]) -> str:
 
 
 def markdown(documents: Sequence[dict[str, Any]], *, more: bool = False) -> str:
-    """One table over all the documents, for the README. Memory: CUDA's peak, on the CPU what the forward keeps.
+    """One table over all the documents, for docs/benchmarks.md. Memory: on CUDA the peak, on the CPU what is kept.
 
     ``more``: also how many times less the forward keeps for the backward, and tokens a second.
 

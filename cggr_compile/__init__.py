@@ -18,7 +18,7 @@ from cggr_compile.runtime import Runtime
 from cggr_compile.train_step import train_step
 from cggr_compile.verify import VerificationError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Advice",
     "CGGRLoss",

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cggr_compile import __version__
 from cggr_compile.advise import advise
 from cggr_compile.batch_source import FORMS, read_batches
 from cggr_compile.doctor import findings
@@ -25,6 +26,7 @@ from cggr_compile.run_folder import report_run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="cggr_compile", description="Inspect the cggr backend, prepare its data.")
+    parser.add_argument("--version", action="version", version=f"cggr_compile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, device, compiler, and which path will run and why")
     show = commands.add_parser(

@@ -54,7 +54,8 @@ class Advice:
     Attributes:
         label_share: share of positions that have a label.
         concentration: (mean g)^2 / mean g^2 of the labelled tokens, g = |softmax - onehot|.
-        dense_seconds: of a step. dense_bytes: kept for the backward pass.
+        dense_seconds: of a step.
+        dense_bytes: kept for the backward pass.
         half: the dense control, half of the batch a step; None where it has one sequence.
         candidates: what was tried.
         options: to give the backend; None: stay dense.

@@ -62,6 +62,7 @@ def shard(
     initialisation.
 
     Args:
+        model: a module whose parameters are whole on every process, or on the meta device.
         mesh: of one axis; or of two, where the parameters are copied along the first and sharded along the second.
         reshard_after_forward: whether the full parameters are freed behind the forward pass, and gathered once more by
             the backward pass. Otherwise they are kept. ``backend="cggr"`` does it; without it they are always kept.

@@ -26,7 +26,7 @@ class Explanation:
         obstacle: the text of the cause, where the level is "loss".
         passes: the PassRecords of that graph.
         view: the selection of the call, where a graph trains on selected positions.
-        ids: the batch of tokens [B][S] that it was made in, if the call had one.
+        ids: the batch of tokens, ``[B][S]`` in plain lists, that it was made in, if the call had one.
         stages: of every graph, names and texts of the graph after every pass, as far as it was dumped.
     """
 

@@ -17,8 +17,9 @@ def load_model_with_flash_attention(name_or_path: str, backend: str = "auto", **
     """``transformers.AutoModelForCausalLM.from_pretrained`` with the best attention that works here.
 
     Args:
-        name_or_path: of the checkpoint. **kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
+        name_or_path: of the checkpoint.
         backend: see :func:`enable_flash_attention`.
+        **kwargs: passed to ``from_pretrained`` (``dtype``, ``device_map``, ...).
 
     Returns:
         the model, on the CPU unless ``device_map`` says otherwise. What ``auto`` takes suits the device that it is on:

@@ -44,7 +44,7 @@ class Options:
             ``auto`` looks at the first batch: ``labels``, without a router, where less than half of its positions have
             a label, with slots for as many labels and as much context as its fullest sequence has, rounded up, and
             doubled at most twice where later batches have more; else ``importance``. The log says which.
-            With the weight 1/p the loss estimates the full one. Without weights the sample is biased, see the README.
+            With the weight 1/p the loss estimates the full one. Without weights the sample is biased.
         scope: whether a selection that can do both fills the slots of each ``sequence`` or of the whole ``batch``,
             where difficult sequences get more.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.
@@ -128,7 +128,9 @@ class Options:
         dump_dir: folder for readable graphs and report.json; None reads the environment's CGGR_DUMP_DIR.
         cuda_graphs: replay the step as CUDA graphs (Inductor's ``triton.cudagraphs``, as ``mode="reduce-overhead"``
             sets it); needs a CUDA device.
-        inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``.
+        inductor: settings passed on to Inductor, as ``torch.compile`` takes them in its own ``options``. With
+            ``{"max_autotune": True}`` (or ``mode="max-autotune"``) it also times tile sizes of the scoring kernel (on
+            an H100 the fixed ones are as fast) and ways of multiplying by experts on CUDA.
     """
 
     min_tokens_ratio: float | Literal["auto"] = 0.25

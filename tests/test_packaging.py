@@ -1,20 +1,24 @@
-"""What users install is the wheel: build it, install it where nothing else of this checkout is, and look."""
+"""What users install: build archive and wheel, install them where nothing else of this checkout is, and look."""
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT_FROM = ["pyproject.toml", "README.md", "LICENSE", "cggr_compile", "passes"]
+BUILT_FROM = ["pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"]
+BUILT_FROM += ["cggr_compile", "passes"]
+EXTRAS = {"demo", "dev", "docs", "finetune", "flash", "lightning", "trl"}
 
 
 def call(*command: object, cwd: Path, path: str = "") -> str:
@@ -39,10 +43,17 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ".", cwd=source)
-    (path,) = out.glob("*.whl")
+def archive(source: Path, tmp_path_factory) -> Path:
+    """The source archive, with the wheel that is built from it beside it."""
+    out = tmp_path_factory.mktemp("archive")
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ".", cwd=source)
+    (path,) = out.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(archive: Path) -> Path:
+    (path,) = archive.parent.glob("*.whl")
     return path
 
 
@@ -91,7 +102,31 @@ def test_wheel_holds_the_passes_as_files(wheel: Path):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.slow
+def test_archive_holds_the_sources(archive: Path):
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    held = {name.removeprefix("cggr_compile/passes/") for name in names if name.startswith("cggr_compile/passes/")}
+    assert {name for name in held if name.endswith(".py")} == passes_in(ROOT / "passes")
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "cggr_compile/templates/report.html.j2",
+    } <= names
+    assert not [name for name in names if name.startswith("tests")]
+
+
+def test_metadata(wheel: Path):
+    with zipfile.ZipFile(wheel) as files:
+        (path,) = (name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(files.read(path))
+    assert set(metadata.get_all("Provides-Extra")) == EXTRAS
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {metadata['Version']}\n" in citation
+    assert f"\n## {metadata['Version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_installed_wheel_lists_the_backend(wheel: Path, tmp_path: Path):
     environment = tmp_path / "venv"
     python = clean_python(environment, wheel, cwd=tmp_path)
@@ -102,7 +137,8 @@ def test_installed_wheel_lists_the_backend(wheel: Path, tmp_path: Path):
     assert passes_in(Path(found["passes"]).parent) == passes_in(ROOT / "passes")
     assert found["typed"]
     assert found["version"] in wheel.name
-    assert "doctor" in call(environment / "bin" / "cggr-compile", "--help", cwd=tmp_path)
+    told = call(environment / "bin" / "cggr-compile", "--version", cwd=tmp_path)
+    assert told == f"cggr_compile {found['version']}\n"
 
 
 @pytest.mark.slow

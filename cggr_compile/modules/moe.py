@@ -37,12 +37,15 @@ class PersistentTRMLP(nn.Module):
     (arXiv 2202.08906).
 
     Args:
-        hidden_dim: H, features of a token. intermediate_dim: I, features inside an expert.
-        num_experts: E. top_k: experts per token, 1 to E.
-        aux_loss_weight: factor of L_balance, 0.01 as in Switch. z_loss_weight: factor of L_z, 0 for none (ST-MoE
-            uses 0.001).
-        device, dtype: of the parameters: ``router`` [E, H], ``gate_up_proj`` [E, 2 I, H] (the gate's rows first),
+        hidden_dim: H, features of a token.
+        intermediate_dim: I, features inside an expert.
+        num_experts: E.
+        top_k: experts per token, 1 to E.
+        aux_loss_weight: factor of L_balance, 0.01 as in Switch.
+        z_loss_weight: factor of L_z, 0 for none (ST-MoE uses 0.001).
+        device: of the parameters: ``router`` [E, H], ``gate_up_proj`` [E, 2 I, H] (the gate's rows first),
             ``down_proj`` [E, H, I], the layout of transformers' experts.
+        dtype: of the parameters.
 
     Raises:
         ValueError: naming the argument that is out of range.

@@ -112,7 +112,12 @@ class TruncatedRouter(nn.Module):
 
 
 def create_truncated_router(model: nn.Module, num_layers: int = 2) -> TruncatedRouter:
-    """``TruncatedRouter(model, num_layers)``, its architecture found by itself."""
+    """``TruncatedRouter(model, num_layers)``, its architecture found by itself.
+
+    Args:
+        model: a language model; its modules are used, not copied.
+        num_layers: blocks that the router reads, from the first on.
+    """
     return TruncatedRouter(model, num_layers)
 
 

@@ -57,9 +57,13 @@ def token_log_probs(
 
     Args:
         hidden: [B, S, H] or [N, H], what the head multiplies (behind the final norm): float32, bfloat16, float16 or
-            float64. weight: [V, H]. bias: [V] or None. One dtype; under autocast they are cast as ``F.linear`` does.
+            float64, as weight and bias; under autocast all are cast as ``F.linear`` does.
+        weight: [V, H].
+        bias: [V] or None.
         labels: integers [B, S] or [N], aligned with hidden: for a causal model shifted, position t has the token t + 1.
-        temperature: > 0. softcap: >= 0, 0 for none. scale: factor on the products.
+        temperature: divides the logits; above 0.
+        softcap: at least 0; 0 for none.
+        scale: factor on the products.
         outputs: names of the fields of :class:`TokenLogProbs` that are wanted.
         ignore_index: the label of positions that have none; every label outside [0, V) is one as well.
         rows: int64 [B, K] or [K], distinct positions in [0, S), whose gradient is taken; None: of all.

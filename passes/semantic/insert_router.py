@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class InsertRouter(SemanticPass):
-    """Adds, after block ``router_layers``, without gradient and sharing the prefix with the main forward::
+    """Adds a router behind block ``router_layers``, without gradient, on the prefix of the main forward::
 
     h = x_k.detach()
     lse, entropy, top1, top2, label_logprob = cggr.score(norm(h), lm_head.detach(), None, target, 1.0, 0.0)

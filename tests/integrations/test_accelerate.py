@@ -12,7 +12,7 @@ accelerate = pytest.importorskip("accelerate")
 
 
 def train(folder, steps, resume=None, save=None):
-    """The loop of the README, for optimizer steps ``steps``."""
+    """The loop of docs/fine-tuning.md, for optimizer steps ``steps``."""
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, project_dir=str(folder))
     model = plain()
     model.compile(backend="cggr", options={**OPTIONS, "advance": "manual", "warmup_steps": 3, "ladder": [1.0, 0.5]})
