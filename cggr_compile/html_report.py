@@ -127,7 +127,7 @@ def _layers(report: Mapping[str, Any], records: Mapping[str, Any]) -> list[dict[
             if any(place is not None and (place == name or place.startswith(f"{name}.")) for place in places)
         ]
         kind = "dense" if report["level"] != "routed" else "partly" if inside else "routed"
-        layers.append({"name": name, "attention": block["attention"], "dense": inside, "kind": kind})
+        layers.append({"name": name, "mixes": " and ".join(block["mixes"]), "dense": inside, "kind": kind})
     return layers
 
 
