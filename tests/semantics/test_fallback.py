@@ -81,18 +81,20 @@ class Convolved(models.Decoder):
     def __init__(self) -> None:
         super().__init__()
         for block in self.blocks:
+            block.in_proj = nn.Identity()  # where the reference stops the gradient
             block.conv = nn.Conv1d(models.HIDDEN, models.HIDDEN, 3)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
         for block in self.blocks:
             x = block(x)
-            x = x + 0.1 * block.conv(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+            mixed = block.conv(F.pad(block.in_proj(x).transpose(1, 2), (2, 0))).transpose(1, 2)
+            x = x + 0.1 * mixed
         return self.lm_head(self.ln_f(x))
 
 
 def test_tokens_mixed_outside_attention_are_never_wrong() -> None:
-    """Rewritten, it must equal the reference, which routes at attention only; else it is the dense model."""
+    """Rewritten, it must equal the reference, which gates what the convolutions read; else it is the dense model."""
     model, batch = Convolved(), make_batch()
 
     def step(ids: Tensor, labels: Tensor) -> Tensor:
