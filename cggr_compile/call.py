@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cggr_compile.options import Options
-from cggr_compile.passes.step_interface import StepOutputs
+from cggr_compile.passes.step_interface import PredictorKey, StepOutputs
 from cggr_compile.report import GraphReport
 from cggr_compile.runtime import Measurement, Runtime
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Drawn:
-    """What a call was given: the ratio that the schedule wanted, how often slots were doubled, and (seed, step), int64
-    [2] on the device."""
+    """What a call was given: the ratio that the schedule wanted, how often slots were doubled, (seed, step), int64 [2]
+    on the device, and predictors."""
 
     ratio: float | None = None
     growth: int | None = None
     state: Tensor | None = None
+    predictors: tuple[Tensor, ...] | None = None
 
 
 class Call:
@@ -56,6 +57,11 @@ class Call:
         self.drawn.state = self.runtime.state(device)
         self.advance()
         return self.drawn.state
+
+    def predictors(self, keys: Sequence[PredictorKey], device: torch.device) -> tuple[Tensor, ...]:
+        """See :meth:`Runtime.predictors`."""
+        self.drawn.predictors = self.runtime.predictors(keys, device)
+        return self.drawn.predictors
 
     def advance(self) -> None:
         """A training forward without a selection happens."""

@@ -20,7 +20,7 @@ from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.lower import lower_dense, lower_selective
 from cggr_compile.passes.facts import Block, LayerStack, Outputs
 from cggr_compile.passes.nodes import fake_value
-from cggr_compile.passes.step_interface import STATE, Form
+from cggr_compile.passes.step_interface import Form
 from cggr_compile.pipeline import copy_module
 from cggr_compile.replay import Replay
 from cggr_compile.report import Verification
@@ -69,9 +69,11 @@ class CompiledVariant:
         if self._verify_steps and not call.repeats:
             self._verify(call, args)
         if self._selective:
-            state = call.state(self._device)
-            call.look(self.report, lambda: self._selects.view([*args, state]))
-            results = self._compiled(*args, state)
+            # predictors first: the state begins the step
+            predictors = call.predictors(self._returns.predictors, self._device)
+            step_inputs = [call.state(self._device), *predictors]
+            call.look(self.report, lambda: self._selects.view([*args, *step_inputs]))
+            results = self._compiled(*args, *step_inputs)
         else:
             every_token = self._scheduled and self.report.cause is Cause.EVERY_TOKEN  # else a piece, beside the step's
             if every_token or call.runtime.agreement is not None:  # other processes' steps go on
@@ -88,18 +90,26 @@ class CompiledVariant:
         """Gradients of the objective beside the training step; of a measured variant only."""
         if self._probe is None:
             raise ValueError("the gradient of this variant is not measured")
-        state = [self._resolver.runtime.other_state(self._device)] if self._selective else []
-        return self._probe.gradient(self._compiled, self._arguments(args), *state)
+        step_inputs = list[Tensor]()
+        if self._selective:
+            runtime = self._resolver.runtime
+            predictors = runtime.predictors(self._returns.predictors, self._device)
+            step_inputs = [runtime.other_state(self._device), *predictors]
+        return self._probe.gradient(self._compiled, self._arguments(args), *step_inputs)
 
     def _arguments(self, args: Sequence[Any]) -> list[Any]:
         return list(args) if self._kept is None else [args[i] for i in self._kept]
 
     def _compile_selective(self, variant: GraphVariant, inputs: list[Any]) -> None:
+        taken = [fake_value(n) for n in variant.graph.graph.find_nodes(op="placeholder")[len(inputs) :]]
+        self._device = taken[0].device
+        further = [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in taken]
+        with compat.static_inputs(further):
+            self._lower(variant, inputs, [*inputs, *further])
+
+    def _lower(self, variant: GraphVariant, inputs: list[Any], example: list[Any]) -> None:
         graph, options, report, resolver = variant.graph, variant.ctx.options, variant.report, self._resolver
         engine, patches = variant.configuration.engine, dict(variant.configuration.patches)
-        (state,) = (fake_value(n) for n in graph.graph.find_nodes(op="placeholder") if n.target == STATE)
-        self._device = state.device
-        example = [*inputs, torch.zeros(2, dtype=torch.int64, device=self._device)]
         semantic = copy_module(graph) if options.verify else graph  # a compiler may change the graph it gets
         ours = self._overwritten and not any(written_inputs(graph))  # else Inductor's, which see to what is written
         if ours:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cggr_compile.ops.gradient_norms import gradient_norms
+
 
 @torch.no_grad()
 def token_gradients(model: torch.nn.Module, batch: Mapping[str, Any], ignore_index: int = -100) -> Tensor:
@@ -35,15 +37,9 @@ def token_gradients(model: torch.nn.Module, batch: Mapping[str, Any], ignore_ind
     if not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
         raise ValueError(f"model must return logits [B, S, V] when it is called without labels, got {type(output)}")
     target = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    return torch.stack([_norms(row, each, ignore_index) for row, each in zip(logits, target, strict=True)])
-
-
-def _norms(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """[S], of one sequence: probabilities of a whole batch may not fit into memory."""
-    valid = target != ignore_index
-    p = logits.float().softmax(-1)
-    own = p.gather(-1, target.where(valid, 0)[:, None])[:, 0]
-    return ((p * p).sum(-1) - 2 * own + 1).clamp(min=0).sqrt() * valid
+    target = torch.where(target == ignore_index, -1, target)  # which may be a word of the vocabulary
+    # sequence by sequence: probabilities of a whole batch may not fit into memory
+    return torch.stack([gradient_norms(*each).float() for each in zip(logits, target, strict=True)])
 
 
 def concentration(gradients: Tensor) -> float:

@@ -49,13 +49,14 @@ class GradientProbe:
         objective: positions of the outputs that :meth:`gradient` differentiates.
 
     Attributes:
+        returns: as given.
         dtypes: floating-point types that gradients pass through.
         scale: what a gradient is multiplied with, so that it does not vanish in float16.
         names: of the graph's inputs.
     """
 
     def __init__(self, graph: GraphModule, device: torch.device, returns: Form, objective: Sequence[int] = ()) -> None:
-        self.device, self._returns, self._objective = device, returns, objective
+        self.device, self.returns, self._objective = device, returns, objective
         inputs = graph.graph.find_nodes(op="placeholder")
         self.names = [compat.source_name(node) for node in inputs]
         self._written = written_inputs(graph)
@@ -63,17 +64,19 @@ class GradientProbe:
         self.dtypes = {value.dtype for value in values if value.requires_grad}
         self.scale = _FLOAT16_SCALE if torch.float16 in self.dtypes else 1.0
 
-    def run(self, function: Callable[..., Any], args: Sequence[Any], state: Tensor, scale: float = 1.0) -> ProbeRun:
+    def run(
+        self, function: Callable[..., Any], args: Sequence[Any], step_inputs: Sequence[Tensor], scale: float = 1.0
+    ) -> ProbeRun:
         """Gradients of the sum of the outputs, times ``scale`` (and 4096 for float16).
 
         Random numbers are drawn from the generators as they are now, so two runs draw the same.
 
         Args:
-            args: the compiled graph's arguments without the last one. state: int64 [2], that last one.
+            args: the compiled graph's arguments without those of ``step_interface``. step_inputs: these.
         """
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)
-            outputs, others = self._returns.split(function(*fresh, state.clone()))
+            outputs, others = self.returns.split(function(*fresh, *(value.clone() for value in step_inputs)))
             others = others.clone()  # as in training, nothing but the user's outputs outlives a CUDA graph
             places = [i for i, out in enumerate(outputs) if differentiable(out) and out.numel()]
             roots = [outputs[i] for i in places]
@@ -83,7 +86,7 @@ class GradientProbe:
             parts = [compat.local_part(grad) for grad in grads]
         return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], parts, places)
 
-    def gradient(self, function: Callable[..., Any], args: Sequence[Any], *state: Tensor) -> list[Tensor]:
+    def gradient(self, function: Callable[..., Any], args: Sequence[Any], *step_inputs: Tensor) -> list[Tensor]:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
 
         As in :class:`ProbeRun`.
@@ -91,13 +94,13 @@ class GradientProbe:
         With CUDA graphs they have to be read before the next compiled call, which may overwrite them.
 
         Args:
-            function: a compiled form of the graph, selective or dense. args: its arguments but for the state.
-            state: int64 [2]; a dense form has none.
+            function: a compiled form of the graph, selective or dense. args: its arguments without those of
+                ``step_interface``. step_inputs: these; a dense form has none.
         """
         restart = compat.cuda_graphs_restart(self.device)
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)
-            outputs = function(*fresh, *state)
+            outputs = function(*fresh, *step_inputs)
             roots = [outputs[i] for i in self._objective]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, self.scale) for root in roots]

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from cggr_compile.errors import OptionError
 from cggr_compile.scorings import SCORINGS
+from cggr_compile.scorings.record import Scoring
 from cggr_compile.selections import SELECTIONS
 from cggr_compile.selections.record import Scope, Selection
 
@@ -202,7 +203,7 @@ class Options:
     def _check_selection(self) -> None:
         record = self.selection_record
         if record.scores == "needed":
-            self._check_router(f"selection={self.selection!r} needs a score")
+            self._check_router(f"selection={self.selection!r} needs a score", lambda record: record.needs_router)
         if self.kv_weight != "1" and (not record.sampled or self.gradient == "exact"):
             raise OptionError(
                 f"kv_weight={self.kv_weight!r} needs gradient='routed' and a selection that samples, one of "
@@ -231,9 +232,9 @@ class Options:
                 "it here"
             )
 
-    def _check_router(self, why: str) -> None:
-        if not self.needs_router:
-            able = SCORINGS.names(lambda record: record.needs_router)
+    def _check_router(self, why: str, able_to: Callable[[Scoring], bool]) -> None:
+        able = SCORINGS.names(able_to)
+        if not callable(self.scoring) and self.scoring not in able:
             raise OptionError(f"{why}: scoring must be one of {able} or a function, got {self.scoring!r}")
 
     def _check_schedule(self) -> None:
@@ -245,7 +246,7 @@ class Options:
                 _check_ratio("ladder", ratio)
         _check_share("threshold_sensitivity", self.threshold_sensitivity)
         if self.dynamic_threshold is True:
-            self._check_router("dynamic_threshold needs the router's confidence")
+            self._check_router("dynamic_threshold needs the router's confidence", lambda record: record.reads_head)
         _check_number("variance_bound", self.variance_bound, "a number > 0")
         if self.variance_bound <= 0:
             raise OptionError(f"variance_bound must be a number > 0, got {self.variance_bound!r}")
@@ -328,6 +329,11 @@ class Options:
     @property
     def needs_router(self) -> bool:
         return callable(self.scoring) or SCORINGS[self.scoring].needs_router
+
+    @property
+    def predicts(self) -> bool:
+        """Whether a network beside the model predicts the scores."""
+        return not callable(self.scoring) and SCORINGS[self.scoring].predicted
 
     @property
     def scoring_name(self) -> str:

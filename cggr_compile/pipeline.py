@@ -56,6 +56,7 @@ from cggr_compile.passes.semantic.shorten_last_block import ShortenLastBlock
 from cggr_compile.passes.semantic.spell_losses import SpellLosses
 from cggr_compile.passes.semantic.split_reductions import SplitReductions
 from cggr_compile.passes.semantic.top_entropy import TopEntropy
+from cggr_compile.passes.semantic.train_predictor import TrainPredictor
 from cggr_compile.passes.semantic.trained_inputs import TrainedInputs
 from cggr_compile.report import GraphReport, PassRecord, operator_counts
 
@@ -91,9 +92,10 @@ PASSES: tuple[GraphPass, ...] = (
     InsertRouter(),
     ObserveRouter(),
     SelectRows(),
-    ReturnFigures(),
     RewriteLoss(),
     RewriteValues(),
+    TrainPredictor(),
+    ReturnFigures(),
     RouteGradient(),
     DetachOutputs(),
     RowSparseBackward(),

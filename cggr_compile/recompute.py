@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from cggr_compile import compat
 from cggr_compile.call import Call, Drawn, ObservedCall, Unrecorded
 from cggr_compile.options import Options
+from cggr_compile.passes.step_interface import PredictorKey
 from cggr_compile.runtime import Runtime
 
 _T = TypeVar("_T")
@@ -41,6 +43,9 @@ class RepeatedCall(Unrecorded):
 
     def state(self, device: torch.device) -> Tensor:
         return _known(self.drawn.state)
+
+    def predictors(self, keys: Sequence[PredictorKey], device: torch.device) -> tuple[Tensor, ...]:
+        return _known(self.drawn.predictors)
 
 
 def call_of(runtime: Runtime) -> Call:

@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,8 @@ from cggr_compile.data_parallel import seed_of_rank
 from cggr_compile.ops.metrics import GRADIENT, STAT_NAMES
 from cggr_compile.options import OptionError, Options
 from cggr_compile.overflow import Overflow
-from cggr_compile.passes.step_interface import StepOutputs
+from cggr_compile.passes.step_interface import PredictorKey, StepOutputs
+from cggr_compile.predictors import Predictors
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
 from cggr_compile.selections import SELECTIONS
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 # what ``Runtime.measure`` takes
 Measurement = Callable[[int], Tensor | None]
 NOTHING = "nothing compiled yet"
-_STATE_VERSION = 2
-_STATE_KEYS = {1: {"version", "step", "seed"}, 2: {"version", "step", "seed", "schedule"}}
+_STATE_VERSION = 3
+_STATE_KEYS = {1: {"version", "step", "seed"}}
+_STATE_KEYS[2] = _STATE_KEYS[1] | {"schedule"}
+_STATE_KEYS[3] = _STATE_KEYS[2] | {"predictors"}
 
 
 # what has been said of the pieces of a step: each has parameters of its own, and may have a runtime of its own
@@ -73,6 +76,7 @@ class Runtime:
         self._seed: int | None = None  # None: the options'
         self._schedule = Schedule()
         self._device_state: Tensor | None = None
+        self._predictors = Predictors()
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
@@ -109,7 +113,9 @@ class Runtime:
         why the level is not "routed" (None if it is); verify_steps, verify_max_error, verify_worst: steps that the
         option ``verify`` has compared, the largest error (None before
         the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
-        None; stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
+        None; score_correlation: of the gradients that ``scoring="learned"`` has predicted and those that the rows
+        turned out to have, over about the last 20 steps, weighted (None for other scorings, and before the first step);
+        stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
         has given up on the model's code (0 as long as it has not). Steps of a torch.optim.Optimizer are counted.
         """
         report = self._last
@@ -146,21 +152,24 @@ class Runtime:
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
             "added_variance": self._schedule.added,
+            "score_correlation": self._predictors.correlation(),
             "stale_steps": stale,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs: plain numbers, safe to store in any checkpoint.
+        """What resuming needs: plain numbers and text, safe to store in any checkpoint.
 
-        Waits for the device if a schedule is reading figures back from it.
+        Waits for the device if a schedule is reading figures back from it, or ``scoring="learned"`` trains there.
         """
-        schedule = self._schedule.state_dict(self._step)
-        return {"version": _STATE_VERSION, "step": self._step, "seed": self.seed, "schedule": schedule}
+        schedule, predictors = self._schedule.state_dict(self._step), self._predictors.state_dict()
+        state = {"version": _STATE_VERSION, "step": self._step, "seed": self.seed, "schedule": schedule}
+        return {**state, "predictors": predictors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`; the next forward selects what it would have selected then, at the same ratio.
 
-        States of version 1, which had no schedule, start it with what their step says.
+        States of version 1, which had no schedule, start it with what their step says; those of version 2 begin to
+        learn anew.
 
         Raises:
             ValueError: if ``state`` is not such a dict.
@@ -173,6 +182,7 @@ class Runtime:
         for name in ("step", "seed"):
             if not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(f"state: {name} must be an integer >= 0, got {state[name]!r}")
+        self._predictors.load_state_dict(state.get("predictors", {}))
         if "schedule" in state:
             self._schedule.load_state_dict(state["schedule"], state["step"])
         else:
@@ -263,6 +273,10 @@ class Runtime:
         state[0].add_(0x51ED2705)
         return state
 
+    def predictors(self, keys: Sequence[PredictorKey], device: torch.device) -> tuple[Tensor, ...]:
+        """What the next training forward predicts difficulties by, on ``device``. They are never written to."""
+        return tuple(self._predictors.get(key, device) for key in keys)
+
     def advance(self) -> None:
         """A training forward happens now; it is a step if that is automatic."""
         if self.options.advance == "auto":
@@ -293,6 +307,7 @@ class Runtime:
         self._stale.seen()
         self.selected, self.weights = (_only(values) for values in (returned.selected, returned.weights))
         self._stats = stats = returned.stats
+        self._predictors.update(returned.predictors)
         if returned.selected:
             for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
                 (self.warn if notice.alarm else self.notify)(notice.text)

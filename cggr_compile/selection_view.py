@@ -75,7 +75,7 @@ class SelectionGraph:
         """The selection of one call. Computes the router once more, and waits for the device.
 
         Args:
-            args: of the rewritten graph, with its state. Of those that it writes to copies are used.
+            args: of the rewritten graph, with those of ``step_interface``. Of those that it writes to copies are used.
         """
         args = [arg.clone() if written else arg for arg, written in zip(args, self._written, strict=True)]
         with torch.no_grad(), compat.modes_kept():

@@ -90,12 +90,12 @@ class Verifier:
         """
         self.remaining -= 1
         runtime = call.runtime
-        state = runtime.state(self.device)
-        ours = self.probe.run(self.ours, args, state)
+        step_inputs = [runtime.state(self.device), *runtime.predictors(self.probe.returns.predictors, self.device)]
+        ours = self.probe.run(self.ours, args, step_inputs)
         report.verification = report.verification or Verification(tolerance=self.tolerance)
         if self.captured is not None:
             self._compare_captured(self.captured, args, ours, runtime, report.verification)
-        outcome = self.compare(args, state, ours)
+        outcome = self.compare(args, step_inputs, ours)
         if isinstance(outcome, str):
             report.verification.note = f"some steps could not be compared: {outcome}"
             runtime.notify(f"verify: a step cannot be compared: {outcome}")
@@ -126,15 +126,15 @@ class Verifier:
                 "graphs that options={'dump_dir': ...} writes"
             )
 
-    def compare(self, args: Sequence[Any], state: Tensor, ours: ProbeRun) -> tuple[float, str] | str:
+    def compare(self, args: Sequence[Any], step_inputs: Sequence[Tensor], ours: ProbeRun) -> tuple[float, str] | str:
         """The largest error and the name of its tensor; or, as one string, why this step cannot be compared.
 
         Args:
-            args: the compiled graph's arguments without the last one. state: int64 [2], that last one.
+            args: the compiled graph's arguments without those of ``step_interface``. step_inputs: these.
             ours: what the row-sparse form gave.
         """
-        dense = self.probe.run(self.dense, args, state)
-        other = self.probe.run(self.dense, args, state, _OTHER_SCALE)
+        dense = self.probe.run(self.dense, args, step_inputs)
+        other = self.probe.run(self.dense, args, step_inputs, _OTHER_SCALE)
         same = all(map(torch.equal, dense.selected, ours.selected))
         close = partial(torch.allclose, rtol=self.tolerance / 2, atol=0.0)
         if not same or not all(map(close, dense.weights, ours.weights)):

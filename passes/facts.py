@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cggr_compile.passes.patterns.token_values.layout import Layout
     from cggr_compile.passes.patterns.token_values.masks import Way
     from cggr_compile.passes.patterns.token_values.program import Taken
-    from cggr_compile.passes.step_interface import Form
+    from cggr_compile.passes.step_interface import Form, PredictorKey
 
 
 @dataclass(frozen=True)
@@ -279,11 +279,43 @@ class Candidates:
 
 @dataclass(frozen=True)
 class RouterScores:
-    """float32 [B, S] each: difficulty, top-1 probability and entropy per position."""
+    """float32 [B, S] each: difficulty per position; top-1 probability and entropy, None where no head was run."""
 
     difficulty: Node
-    top1: Node
-    entropy: Node
+    top1: Node | None
+    entropy: Node | None
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What predicts the difficulty; see ``cggr::predict``.
+
+    Attributes:
+        key: which of the model's predictors it is.
+        state: the graph input, float32, that it is before the step.
+        hidden: [B, S, H], what it reads of every position, without gradient.
+        weight: [V, E], the head, of which it reads the label's row, without gradient.
+    """
+
+    key: PredictorKey
+    state: Node
+    hidden: Node
+    weight: Node
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """float32 [B, K] of the rows that carry loss: ``norms`` of softmax - onehot(label), without gradient."""
+
+    norms: Node
+
+
+@dataclass(frozen=True)
+class FittedPredictor:
+    """``state`` of a predictor after the step, float32."""
+
+    key: PredictorKey
+    state: Node
 
 
 @dataclass(frozen=True)

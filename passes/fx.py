@@ -188,6 +188,11 @@ class Emitter:
     def minus(self, left: int | Node, right: int | Node) -> int | Node:
         return self.integer(operator.sub, left, right)
 
+    def changed(self, node: Node) -> None:
+        """The arguments of a call of a function are others now."""
+        function: Any = node.target
+        self._evaluate(node, function, node.args, node.kwargs)
+
     def copy(self, node: Node, mapping: dict[Node, Node]) -> Node:
         """A copy of ``node`` with its inputs replaced."""
         clone = self.graph.node_copy(node, lambda n: mapping.get(n, n))

@@ -149,4 +149,11 @@ from cggr_compile.compat.sources import (
 from cggr_compile.compat.templates import autotune, operator_choice, times_templates, triton_template
 from cggr_compile.compat.tensors import storage_id, unwrapped, weak_identity_dict, weak_tensor_dict
 from cggr_compile.compat.trace_log import trace_structured
-from cggr_compile.compat.tracing import compilation_id, compiling_later, separate_tracing_context, traced, tracing_under
+from cggr_compile.compat.tracing import (
+    compilation_id,
+    compiling_later,
+    separate_tracing_context,
+    static_inputs,
+    traced,
+    tracing_under,
+)

@@ -48,6 +48,22 @@ def separate_tracing_context() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def static_inputs(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Compile with numbers for the sizes of these arguments, which Dynamo does not know.
+
+    Else AOTAutograd makes them symbolic, and a guard on such a size has no variable of the user's to look at.
+    """
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    mode = None if context is None else context.fake_mode
+    # the mode hands out what it has made of a tensor, for as long as that is alive
+    alive = [] if mode is None else [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    yield
+    alive.clear()
+
+
 def compilation_id() -> Any:
     """What logs call the compilation under way: hand it to :func:`compiling_later`."""
     from torch._guards import CompileContext

@@ -26,7 +26,7 @@ def difficulty_reference(
     """
     formula = SCORINGS[scoring].formula if scoring in SCORINGS else None
     if formula is None:
-        names = SCORINGS.names(lambda record: record.needs_router)
+        names = SCORINGS.names(lambda record: record.reads_head)
         raise ValueError(f"scoring must be one of {names}, got {scoring!r}")
     values = {**further, **dict(zip(ALWAYS, (entropy, top1, top2, label_logprob), strict=True))}
     return formula(**{name: values[name] for name in SCORINGS[scoring].inputs})

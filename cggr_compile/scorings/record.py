@@ -24,7 +24,8 @@ class Scoring:
         name: as the option ``scoring`` takes it.
         doc: the difficulty in one phrase (Markdown).
         formula: from float32 tensors of one shape, to one. It takes what it reads by name: of STATISTICS and FURTHER.
-            None for a scoring without a router.
+            None for a scoring that no head computes.
+        predicted: whether a network that is trained beside the model predicts the difficulty (``cggr::predict``).
 
     Raises:
         ValueError: for a formula that reads something else.
@@ -33,6 +34,7 @@ class Scoring:
     name: str
     doc: str
     formula: Callable[..., Tensor] | None
+    predicted: bool = False
 
     def __post_init__(self) -> None:
         known = (*STATISTICS, *FURTHER)
@@ -45,13 +47,18 @@ class Scoring:
         return () if self.formula is None else tuple(inspect.signature(self.formula).parameters)
 
     @property
-    def needs_router(self) -> bool:
+    def reads_head(self) -> bool:
+        """Whether the router runs final norm and head, and so knows how sure the model is of every token."""
         return self.formula is not None
+
+    @property
+    def needs_router(self) -> bool:
+        return self.reads_head or self.predicted
 
     @property
     def in_modules(self) -> bool:
         """Whether the modules, which have the router's logits and nothing else, can compute it."""
-        return self.needs_router and not set(self.inputs) & set(FURTHER)
+        return self.reads_head and not set(self.inputs) & set(FURTHER)
 
     @property
     def cells(self) -> dict[str, str]:

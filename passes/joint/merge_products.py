@@ -85,10 +85,12 @@ class MergeProducts(JointPass):
 
 def _groups(graph: Graph) -> list[tuple[Node, list[Product]]]:
     order = {node: position for position, node in enumerate(graph.nodes)}
+    backward = backward_of(graph)  # a product of the forward pass may look the same, and has to stay there
     sharing: dict[tuple[Node, tuple[int, ...], torch.dtype], list[tuple[Node, Product]]] = defaultdict(list)
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
         left, x = node.args
-        if left.target is aten.permute.default and list(left.args[1]) == [1, 0] and is_static(left, x):
+        transposed = left.target is aten.permute.default and list(left.args[1]) == [1, 0]
+        if node in backward and transposed and is_static(left, x):
             key = (_behind_views(x), tuple(shape_of(x)), fake_value(x).dtype)
             sharing[key].append((x, Product(left.args[0], node)))
     found = []

@@ -133,3 +133,15 @@ def router_output(ctx: GraphContext) -> Node:
     if count > len(blocks):
         raise OptionError(f"router_layers must be at most {len(blocks)}, the model's number of blocks, got {count}")
     return blocks[count - 1].output
+
+
+def place_of(ctx: GraphContext, source: Node) -> str:
+    """Where the router reads the hidden states, in words."""
+    stack = ctx.get(LayerStack)
+    return f"after block {layer_of(ctx, source)} of {len(stack.blocks)}" if stack else "of the final states"
+
+
+def layer_of(ctx: GraphContext, source: Node) -> int:
+    """How many blocks the router reads; 0 where there are none."""
+    stack = ctx.get(LayerStack)
+    return [block.output for block in stack.blocks].index(source) + 1 if stack else 0

@@ -12,12 +12,23 @@ from cggr_compile import compat
 from cggr_compile.passes.analysis.hoist import Hoist
 from cggr_compile.passes.analysis.modes import Modes
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, FinalStates, LayerStack, LossSite, NoRouter, RouterScores
+from cggr_compile.passes.facts import (
+    Candidates,
+    FinalStates,
+    LayerStack,
+    LossSite,
+    NoRouter,
+    Predictor,
+    RouterScores,
+    TokenValues,
+)
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.patterns.tail import copy_tail
-from cggr_compile.passes.semantic.align_targets import router_output
+from cggr_compile.passes.patterns.token_values.region import TokenRegion
+from cggr_compile.passes.semantic.align_targets import place_of, router_output
 from cggr_compile.passes.semantic.difficulty import difficulty
+from cggr_compile.passes.semantic.predicted_difficulty import insert_predictor
 from cggr_compile.scorings.record import STATISTICS
 
 if TYPE_CHECKING:
@@ -30,12 +41,14 @@ class InsertRouter(SemanticPass):
     h = x_k.detach()
     lse, entropy, top1, top2, label_logprob = cggr.score(norm(h), lm_head.detach(), None, target, 1.0, 0.0)
     difficulty = cggr.difficulty(entropy, top1, top2, label_logprob, "combined")     # [B, S]
+
+    ``scoring="learned"`` runs no head: see :mod:`cggr_compile.passes.semantic.predicted_difficulty`.
     """
 
     name = "insert_router"
     needs = (LossSite, FinalStates, Candidates)
-    uses = (LayerStack,)
-    provides = (RouterScores, NoRouter)
+    uses = (LayerStack, TokenValues, TokenRegion)
+    provides = (RouterScores, NoRouter, Predictor)
     optional = True
 
     def enabled(self, ctx: GraphContext) -> bool:
@@ -44,6 +57,8 @@ class InsertRouter(SemanticPass):
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if not ctx.options.needs_router:
             return PassResult(False, f"scoring={ctx.options.scoring_name!r} needs no router")
+        if ctx.options.predicts:
+            return insert_predictor(gm, ctx, self.name)
         final, loss, anchor = ctx[FinalStates], ctx[LossSite], ctx[Candidates].anchor
         source = router_output(ctx)
         hoist = Hoist(gm.graph, anchor)
@@ -78,15 +93,7 @@ class InsertRouter(SemanticPass):
             found = difficulty(emit, statistics, ctx.options.scoring, lambda: emit.item(score(2.0), 0))
         _, entropy, top1, _, _ = statistics
         ctx.add(RouterScores(found, top1, entropy))
-        return PassResult(True, f"{ctx.options.scoring_name} difficulty {_place(ctx, source)}")
-
-
-def _place(ctx: GraphContext, source: Node) -> str:
-    """Where the router reads the hidden states."""
-    stack = ctx.get(LayerStack)
-    if stack is None:
-        return "of the final states"
-    return f"after block {[block.output for block in stack.blocks].index(source) + 1} of {len(stack.blocks)}"
+        return PassResult(True, f"{ctx.options.scoring_name} difficulty {place_of(ctx, source)}")
 
 
 def _needed(ctx: GraphContext) -> list[tuple[Node, Node]]:

@@ -8,7 +8,7 @@ import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Figures, ObservedRouter, Selection
+from cggr_compile.passes.facts import Figures, FittedPredictor, ObservedRouter, Selection
 from cggr_compile.passes.fx import Emitter
 from cggr_compile.passes.step_interface import StepOutputs
 
@@ -25,11 +25,12 @@ class ReturnFigures(SemanticPass):
 
         stats = cggr.join_stats([stats_1, stats_2])
 
-    What the passes in front have computed; where every position is trained on, the figures of the router, if any.
+    What the passes in front have computed; where every position is trained on, the figures of the router, if any. And
+    what the predictors have become.
     """
 
     name = "return_figures"
-    uses = (Selection, ObservedRouter)
+    uses = (Selection, ObservedRouter, FittedPredictor)
     provides = (Figures,)
     whole_graph = True
 
@@ -47,7 +48,8 @@ class ReturnFigures(SemanticPass):
             with emit.before(max(every).next, self.name):
                 stats = emit.call(torch.ops.cggr.join_stats.default, every)
         weights, public = (tuple(getattr(found, name) for found in selections) for name in ("weights", "public"))
-        returned = StepOutputs(weights, public, stats)
+        predictors = {found.key: found.state for found in ctx.every(FittedPredictor)}
+        returned = StepOutputs(weights, public, stats, predictors)
         returned.append_to(gm.graph)
         ctx.add(Figures(returned.form))
         kept = f"weights and positions of {len(selections)} selections" if len(selections) > 1 else "the selection"

@@ -10,7 +10,16 @@ from torch.fx import Node
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, FinalStates, LossSite, RowTail, Selection, TokenValues
+from cggr_compile.passes.facts import (
+    Candidates,
+    FinalStates,
+    LossSite,
+    Predictor,
+    RowGradients,
+    RowTail,
+    Selection,
+    TokenValues,
+)
 from cggr_compile.passes.fx import Emitter, layout_only
 from cggr_compile.passes.nodes import fake_value, op_name
 from cggr_compile.passes.patterns.tail import copy_rows, copy_tail, gather_rows
@@ -46,12 +55,17 @@ class RewriteLoss(SemanticPass):
     that. With ``cross_entropy="fused"`` the head and everything behind it are one operator, and the logits of the rows
     are not kept::
 
-        each, _ = cggr.linear_cross_entropy(norm(h).flatten(0, 1), lm_head, None, t.flatten(), 1.0, 0.0, 0.0)
+        each, _, _ = cggr.linear_cross_entropy(norm(h).flatten(0, 1), lm_head, None, t.flatten(), 1.0, 0.0, 0.0)
+
+    Where a predictor learns from them, the norms of the rows' gradients are computed besides::
+
+        g = cggr.gradient_norms(linear(norm(h), lm_head).detach().flatten(0, 1), t.flatten())
     """
 
     name = "rewrite_loss"
     needs = (LossSite, FinalStates, Candidates, Selection)
-    uses = (RowTail, TokenValues)
+    uses = (RowTail, TokenValues, Predictor)
+    provides = (RowGradients,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         if ctx.get(TokenValues) is not None:
@@ -64,15 +78,18 @@ class RewriteLoss(SemanticPass):
         taken = {entry: gather_rows(emit, entry, readers, selection, self.name) for entry in entries}
         taken |= copy_rows(emit, inside, taken)
         mapping = copy_tail(emit, final, taken[last], in_place=True)
-        dtype = fake_value(loss.loss).dtype
+        dtype, learns = fake_value(loss.loss).dtype, ctx.get(Predictor) is not None
         logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
         # a fused head reads its weights where the head does: a write, or another autocast, may come after it
         with emit.before(loss.loss if logits is not None else loss.head, self.name):
             target = emit.call(torch.gather, candidates.target, 1, selection.rows)
             target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
+            norms = None
             if logits is None:
-                each = _fused(emit, loss, mapping[loss.hidden], emit.method("flatten", target))
+                each, norms = _fused(emit, loss, mapping[loss.hidden], emit.method("flatten", target), learns)
             else:
+                if learns:
+                    norms = _norms(emit, logits, target, selection)
                 if dtype in (torch.float16, torch.bfloat16):
                     logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit
                 each = emit.call(
@@ -91,6 +108,8 @@ class RewriteLoss(SemanticPass):
                 self._guard_user_count(emit, loss.loss, total)
             if fake_value(value).dtype != dtype:
                 value = emit.method("to", value, dtype)
+            if norms is not None:
+                ctx.add(RowGradients(emit.method("view_as", norms, selection.rows)))
         loss.loss.replace_all_uses_with(value)
         gm.graph.erase_node(loss.loss)
         how = "from their logits" if logits is not None else "fused with the head: no logits"
@@ -118,8 +137,18 @@ class RewriteLoss(SemanticPass):
                     user.replace_input_with(divisor, emit.call(torch.where, some, divisor, 1))
 
 
-def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:
-    """The loss of every row of ``hidden`` [B, K, H] without logits; ``target``: int64 [B * K]."""
+def _norms(emit: Emitter, logits: Node, target: Node, selection: Selection) -> Node:
+    """How large the gradient of every row's loss is, [B, K], of logits [B, K, V] or [B * K, V]."""
+    whole = emit.method("detach", emit.method("flatten", logits, 0, -2))
+    labels = emit.call(torch.where, selection.keep, target, NO_LABEL)
+    return emit.call(torch.ops.cggr.gradient_norms.default, whole, emit.method("flatten", labels))
+
+
+def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node, norms: bool) -> tuple[Node, Node | None]:
+    """The loss of every row of ``hidden`` [B, K, H] without logits, and, if wanted, how large its gradient is.
+
+    ``target``: int64 [B * K].
+    """
     weight = emit.method("t", loss.weight) if loss.transposed else loss.weight
     labelled = emit.call(operator.ne, target, loss.ignore_index)
     dtype = fake_value(loss.head).dtype  # autocast's, where the head runs under it
@@ -129,7 +158,8 @@ def _fused(emit: Emitter, loss: LossSite, hidden: Node, target: Node) -> Node:
     ]
     labels = emit.call(torch.where, labelled, target, NO_LABEL)
     numbers = loss.scale, loss.softcap, loss.label_smoothing
-    return emit.item(emit.call(torch.ops.cggr.linear_cross_entropy.default, *operands, labels, *numbers), 0)
+    found = emit.call(torch.ops.cggr.linear_cross_entropy.default, *operands, labels, *numbers, norms)
+    return emit.item(found, 0), emit.item(found, 2) if norms else None
 
 
 NO_LABEL = -100

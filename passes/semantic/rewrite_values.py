@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import cggr_compile.ops  # noqa: F401  (registers torch.ops.cggr)
+from cggr_compile.ops.gradient_norms import gradient_norms_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass
-from cggr_compile.passes.facts import Candidates, FinalStates, Selection, TokenValues
+from cggr_compile.passes.facts import Candidates, FinalStates, Predictor, RowGradients, Selection, TokenValues
 from cggr_compile.passes.fx import Emitter, descendants, place_behind
 from cggr_compile.passes.nodes import fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.tail import copy_tail, gather_rows, rows_of
@@ -16,7 +18,7 @@ from cggr_compile.passes.patterns.token_values.layout import Layout
 from cggr_compile.passes.patterns.token_values.program import Call, Ref
 from cggr_compile.passes.patterns.token_values.region import TokenRegion
 from cggr_compile.passes.patterns.token_values.row_writer import RowWriter
-from cggr_compile.passes.patterns.token_values.rules.head_values import is_head_of_values, labels_of
+from cggr_compile.passes.patterns.token_values.rules.head_values import SQUARES, is_head_of_values, labels_of
 from cggr_compile.passes.patterns.token_values.writer import as_before, tokens_first
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ class RewriteValues(SemanticPass):
 
     name = "rewrite_values"
     needs = (FinalStates, Candidates, Selection)
-    uses = (TokenValues, TokenRegion)
+    uses = (TokenValues, TokenRegion, Predictor)
+    provides = (RowGradients,)
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
         found = ctx.get(TokenValues)
@@ -82,18 +85,24 @@ class RewriteValues(SemanticPass):
             taken = gather_rows(emit, final.states, readers, selection, self.name)
             rows = copy_tail(emit, final, taken, in_place=True)[found.stem]
         writer = RowWriter(emit, begin, selection, rows, final.tail_start, self.name)
-        details = {"values": [str(node) for node in region.values]}
+        details, learns = {"values": [str(node) for node in region.values]}, ctx.get(Predictor) is not None
         program = region.planner.program
         if (calls := _calls(region)) is not None:
             written = writer.write(program, list(calls.values()))
             for call, source in calls.items():
-                _place_call(emit, writer, call, region.layout(call), written[source], self.name)
+                norms = _place_call(emit, writer, call, region.layout(call), written[source], self.name, learns)
+                if norms is not None:
+                    ctx.add(RowGradients(norms))
             return PassResult(True, f"{len(region.values)} values of {', '.join(map(str, calls))}", details)
         inside = {*region.planner.found}
         refs = [region.planner.found[node].ref for node in region.values]
-        written = writer.write(program, refs)
+        logits = region.final_logits if learns else None
+        further = [] if logits is None else [region.planner.found[logits].ref]
+        written = writer.write(program, [*refs, *further])
         for node, ref in zip(region.values, refs, strict=True):
             self._place(emit, writer, node, region.layout(node), written[ref], inside, region)
+        if logits is not None:
+            ctx.add(RowGradients(_norms_of_rows(emit, written[further[0]], ctx[Candidates], selection, self.name)))
         return PassResult(True, f"{len(region.values)} values: {len(written)} steps on rows", details)
 
     def _place(
@@ -139,20 +148,40 @@ def _calls(region: TokenRegion) -> dict[Node, Ref] | None:
     return found
 
 
-def _place_call(emit: Emitter, writer: RowWriter, call: Node, layout: Layout, hidden: Node, origin: str) -> None:
-    """Let all that reads the values of a call read placed ones."""
+def _place_call(
+    emit: Emitter, writer: RowWriter, call: Node, layout: Layout, hidden: Node, origin: str, learns: bool
+) -> Node | None:
+    """Let all that reads the values of a call read placed ones; if wanted, how large each row's gradient is, [B, K]."""
     readers = [user for user in call.users if op_name(user) == "getitem"]
     index, factors = writer.places(layout.window)
     _, weight, bias, *_ = call.args
     scale, softcap = call.args[7:9]
     place = call.next if writer.begin < call.next else writer.begin
     readers = [user for user in readers if not user < place]  # not what rows are selected by
+    if learns:  # sums of squares are wanted
+        call.update_arg(SQUARES, True)
+        emit.changed(call)
     with emit.before(place, origin):
         exact = [emit.method("detach", emit.item(call, i)) for i in range(PLACED)]
         operands = (labels_of(call), hidden, weight, bias, index, factors, scale, softcap)
         placed = emit.call(torch.ops.cggr.place_token_values.default, *exact, *operands)
         values = [emit.item(placed, i) for i in range(PLACED)]
+        norms = _norms_of_values(emit, exact[0], exact[3], index) if learns else None
     for reader in readers:
         if reader.args[1] in range(PLACED):
             reader.replace_all_uses_with(values[reader.args[1]])  # type: ignore[index]
             emit.graph.erase_node(reader)
+    return norms
+
+
+def _norms_of_values(emit: Emitter, log_prob: Node, log_squares: Node, index: Node) -> Node:
+    """How large the gradient of every row is, [B, K], from values of all positions, and where the rows' are."""
+    own, squares = (emit.call(operator.getitem, emit.method("flatten", v), index) for v in (log_prob, log_squares))
+    return emit.node(gradient_norms_of(emit.proxy(own), emit.proxy(squares)))
+
+
+def _norms_of_rows(emit: Emitter, logits: Node, candidates: Candidates, selection: Selection, origin: str) -> Node:
+    """The same from the logits of the rows, [B, K, V]."""
+    with emit.before(logits.next, origin):
+        labels = emit.call(torch.gather, candidates.target, 1, selection.rows)
+        return emit.call(torch.ops.cggr.gradient_norms.default, emit.method("detach", logits), labels)

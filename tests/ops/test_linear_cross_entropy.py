@@ -38,7 +38,7 @@ def make_grads(case, with_logsumexp=True):
 def run(case, grads):
     """Loss, logsumexp and the gradients that they have under ``grads``."""
     hidden, weight, bias = (None if t is None else t.detach().requires_grad_() for t in case[:3])
-    loss, logsumexp = linear_cross_entropy(hidden, weight, bias, *case[3:])
+    loss, logsumexp, _ = linear_cross_entropy(hidden, weight, bias, *case[3:])
     outputs = [(o, g) for o, g in zip((loss, logsumexp), grads, strict=True) if g is not None]
     inputs = [t for t in (hidden, weight, bias) if t is not None]
     found = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs])
@@ -120,7 +120,7 @@ def test_z_loss():
     case = make_case(8, 30, 5)
     hidden, weight = (t.requires_grad_() for t in case[:2])
     known, counts = (case[3] >= 0) & (case[3] < 30), torch.rand(8)
-    loss, logsumexp = linear_cross_entropy(hidden, weight, *case[2:])
+    loss, logsumexp, _ = linear_cross_entropy(hidden, weight, *case[2:])
     got = torch.autograd.grad((counts * (loss + 0.1 * known * logsumexp**2)).sum(), (hidden, weight))
     z = hidden @ weight.T
     target = torch.where(known, case[3], -100)
@@ -166,7 +166,7 @@ def test_in_generated_code():
     hidden, weight, bias = (t.requires_grad_() for t in case[:3])
 
     def step(hidden, weight, bias):
-        loss, logsumexp = linear_cross_entropy(hidden.sin(), weight, bias, *case[3:])
+        loss, logsumexp, _ = linear_cross_entropy(hidden.sin(), weight, bias, *case[3:])
         return (loss * logsumexp.cos()).sum()
 
     wanted = torch.autograd.grad(step(hidden, weight, bias), (hidden, weight, bias))

@@ -13,7 +13,7 @@ from cggr_compile.passes.base import refused
 from cggr_compile.passes.fx import ancestors, descendants
 from cggr_compile.passes.nodes import differentiable, fake_value, op_name, shape_of
 from cggr_compile.passes.patterns.forwards import embeddings, mixed
-from cggr_compile.passes.patterns.token_values.heads import find_heads, head_input
+from cggr_compile.passes.patterns.token_values.heads import OF_LOGITS, find_heads, head_input
 from cggr_compile.passes.patterns.token_values.layout import FEATURE, FLAT, Layout
 from cggr_compile.passes.patterns.token_values.planner import NotByPositionError, Planned, Planner, whole_layout
 from cggr_compile.passes.patterns.token_values.rules.along import SPLIT
@@ -55,6 +55,17 @@ class TokenRegion:
 
     def layout(self, node: Node) -> Layout:
         return self.planner.found[node].layout
+
+    @property
+    def final_logits(self) -> Node | None:
+        """The logits that all of the values are probabilities of; None where they are of several, or never exist."""
+        sources: set[Node] = set()
+        for node in (*self.logits, *self.values):
+            if op_name(node) in OF_LOGITS:
+                source: Any = node.all_input_nodes[0]
+                if source in self.planner.found and op_name(source) not in OF_LOGITS:
+                    sources.add(source)
+        return sources.pop() if len(sources) == 1 else None
 
     @property
     def beside(self) -> tuple[Node, ...]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 NO_LABEL = -100  # others outside of the vocabulary are as well
 _NAMES = ("token_log_probs", "token_log_probs.default")
 _LABELS, _ROWS = 3, slice(4, 7)
+SQUARES = 9  # the argument that asks for sums of squares
 
 
 def is_head_of_values(node: Node) -> bool:

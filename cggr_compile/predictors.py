@@ -1,0 +1,80 @@
+"""What a model's runtime keeps of ``scoring="learned"``: the networks that predict difficulties, see ``cggr::predict``."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cggr_compile.ops.predictor import SUMS, correlation, new_predictor, predictor_size
+from cggr_compile.passes.step_interface import PredictorKey
+
+
+class Predictors:
+    """The predictors of one model, each as its last step has returned it."""
+
+    def __init__(self) -> None:
+        self._states: dict[PredictorKey, Tensor] = {}
+        self._last: tuple[PredictorKey, ...] = ()  # those of the last step
+
+    def get(self, key: PredictorKey, device: torch.device) -> Tensor:
+        """float32 on ``device``; untrained at the first time, the same in every process."""
+        state = self._states.get(key)
+        if state is None or state.device != device:
+            state = (new_predictor(key.features) if state is None else state).to(device)
+            self._states[key] = state
+        return state
+
+    def update(self, states: Mapping[PredictorKey, Tensor]) -> None:
+        """A training step has returned these."""
+        self._states.update(states)
+        self._last = tuple(states)
+
+    def correlation(self) -> float | None:
+        """Of predicted and true gradients, of the last steps; None if none has predicted. Waits for the device."""
+        sums = [self._states[key][:SUMS].detach().cpu() for key in self._last]
+        return correlation(torch.stack(sums).sum(0)) if sums else None
+
+    def state_dict(self) -> dict[str, str]:
+        """By their keys, as text: little-endian float32 in base64. Waits for the device."""
+        return {str(key): _encoded(state) for key, state in self._states.items()}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Resume from :meth:`state_dict`.
+
+        Raises:
+            ValueError: if ``state`` is no such dict.
+        """
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state: predictors must be a dict, got {state!r}")
+        keys = {PredictorKey.parse(text): text for text in state}
+        self._states = {key: _decoded(key, state[text]) for key, text in keys.items()}
+        self._last = ()
+
+
+def _encoded(state: Tensor) -> str:
+    return base64.b64encode(_little_endian(array("f", state.tolist())).tobytes()).decode("ascii")
+
+
+def _decoded(key: PredictorKey, text: Any) -> Tensor:
+    numbers = array("f")
+    try:
+        numbers.frombytes(base64.b64decode(text, validate=True))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"state: predictor {key} must be float32 numbers in base64: {error}") from error
+    if len(numbers) != predictor_size(key.features):
+        raise ValueError(
+            f"state: predictor {key} must be {predictor_size(key.features)} numbers, there are {len(numbers)}"
+        )
+    return torch.tensor(_little_endian(numbers))
+
+
+def _little_endian(numbers: array[float]) -> array[float]:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
