@@ -107,6 +107,7 @@ def compile_captured(gm: GraphModule, inputs: list[Any], options: Options, mode:
 def _join(runtime: Runtime, resolver: RuntimeResolver, options: Options) -> None:
     """Decide together with the other processes of this training, if there are any, and something to decide."""
     decides = AUTO in (options.selection, options.min_tokens_ratio) or options.dynamic_threshold or options.verify
+    decides = decides or options.predicts
     if not decides or options.min_tokens_ratio == 1.0 or runtime.agreement is not None or runtime.is_observed:
         return
     agreement = agreement_for(resolver.module)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import sys
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from cggr_compile.ops.predictor import SUMS, correlation, new_predictor, predictor_size
 from cggr_compile.passes.step_interface import PredictorKey
+from cggr_compile.predictor_exchange import PERIOD, PredictorExchange, mean_of
+from cggr_compile.shared_readback import SharedReadback
 
 
 class Predictors:
@@ -21,6 +23,13 @@ class Predictors:
     def __init__(self) -> None:
         self._states: dict[PredictorKey, Tensor] = {}
         self._last: tuple[PredictorKey, ...] = ()  # those of the last step
+        self._exchange: PredictorExchange | None = None
+
+    def share(self, shared: Callable[..., SharedReadback]) -> SharedReadback:
+        """Learn from the rows of all processes; returns what has to be advanced at every step."""
+        found = shared("predictors", mean_of, period=PERIOD)
+        self._exchange = PredictorExchange(found)
+        return found
 
     def get(self, key: PredictorKey, device: torch.device) -> Tensor:
         """float32 on ``device``; untrained at the first time, the same in every process."""
@@ -32,7 +41,7 @@ class Predictors:
 
     def update(self, states: Mapping[PredictorKey, Tensor]) -> None:
         """A training step has returned these."""
-        self._states.update(states)
+        self._states.update(states if self._exchange is None else self._exchange.after(states))
         self._last = tuple(states)
 
     def correlation(self) -> float | None:

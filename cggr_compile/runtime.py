@@ -216,9 +216,12 @@ class Runtime:
         return self._agreement
 
     def join(self, agreement: Agreement, options: Options) -> None:
-        """From now on the schedule decides by what all of this model's processes have measured."""
+        """From now on the schedule decides, and what predicts difficulties learns, by what all of this model's
+        processes have measured."""
         self._agreement = agreement
         self._shared += self._schedule.share(options, self._readback)
+        if options.predicts:
+            self._shared.append(self._predictors.share(self._readback))
 
     def first_batch(self, measured: Any, combine: Callable[[list[Any]], Any]) -> Any:
         """What all processes have ``measured`` on their first batches, combined; alone, what this one has."""

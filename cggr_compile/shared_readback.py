@@ -58,8 +58,18 @@ class SharedReadback(Readback):
         """The period, and the step in it."""
         return divmod(self._step() - self._offset, self._period)
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process decides for itself."""
+        return self._agreement.alone
+
+    @property
+    def due(self) -> bool:
+        """Whether something is sent in this step."""
+        return self.alone or self._place[1] == 0
+
     def send(self, value: Tensor) -> bool:
-        return (self._agreement.alone or self._place[1] == 0) and super().send(value)
+        return self.due and super().send(value)
 
     def advance(self) -> None:
         """To be called at every step."""

@@ -20,6 +20,7 @@ from cggr_compile.ops.library import define_composite
 
 # columns of the first layer: a linear unit, which is added to the output, and tanh units
 WIDTH = 32
+# Adam's, of the first layer's n features: 1 / n, as each of its steps moves all of them at once; and of the rest
 LEARNING_RATE = 1e-3
 _BETA1, _BETA2, _EPSILON = 0.9, 0.99, 1e-8
 # of the sums, from one step to the next: they are about the last 20 steps
@@ -58,6 +59,17 @@ def _parameters(state: Tensor, features: int) -> list[Tensor]:
     sizes = [math.prod(shape) for shape in shapes]
     flat = state.narrow(0, _BEGIN, sum(sizes))
     return [each.view(shape) for each, shape in zip(flat.split(sizes), shapes, strict=True)]
+
+
+def parameters_of(state: Tensor) -> Tensor:
+    """A view of all parameters, flat."""
+    return state[_BEGIN:].tensor_split(3)[0]
+
+
+def with_parameters(state: Tensor, parameters: Tensor) -> Tensor:
+    """A copy with others in their place."""
+    end = _BEGIN + parameters.numel()
+    return torch.cat([state[:_BEGIN], parameters, state[end:]])
 
 
 def predict_reference(predictor: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -113,9 +125,10 @@ def fit_reference(
         parameters, mean, square = predictor[_BEGIN:].chunk(3)
         mean = torch.lerp(gradient, mean, _BETA1)
         square = torch.lerp(gradient.square(), square, _BETA2)
-        rate = LEARNING_RATE / (1.0 - torch.exp(steps * math.log(_BETA1)))
         scale = (square / (1.0 - torch.exp(steps * math.log(_BETA2)))).sqrt() + _EPSILON
-        parameters = parameters - rate * mean / scale
+        direction = mean / (1.0 - torch.exp(steps * math.log(_BETA1))) / scale
+        of_first, of_rest = direction.tensor_split([first.numel()])
+        parameters = parameters - torch.cat([of_first / first.shape[0], LEARNING_RATE * of_rest])
 
         products = (torch.ones_like(found), found, norms, found.square(), norms.square(), found * norms)
         sums = _DECAY * predictor[:SUMS] + torch.stack([(share * each).sum() for each in products])
