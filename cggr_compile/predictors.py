@@ -1,4 +1,4 @@
-"""What a model's runtime keeps of ``scoring="learned"``: the networks that predict difficulties, see ``cggr::predict``."""
+"""What a runtime keeps of ``scoring="learned"``: the networks that predict difficulties, see ``cggr::predict``."""
 
 from __future__ import annotations
 

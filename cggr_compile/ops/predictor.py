@@ -25,7 +25,7 @@ LEARNING_RATE = 1e-3
 _BETA1, _BETA2, _EPSILON = 0.9, 0.99, 1e-8
 # of the sums, from one step to the next: they are about the last 20 steps
 _DECAY = 0.95
-# decayed sums over the rows that carried loss, each step's weights w adding up to 1: of w, w f, w g, w f^2, w g^2, w f g
+# sums over the rows that carried loss, each step's weights w adding up to 1: of w, w f, w g, w f^2, w g^2 and w f g
 SUMS = 6
 _STEPS = SUMS  # where the number of steps is
 _BEGIN = SUMS + 1  # and the parameters begin

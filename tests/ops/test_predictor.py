@@ -1,4 +1,4 @@
-"""The predictor of gradients: its training against autograd and ``torch.optim.Adam``, what it says, what it survives."""
+"""The predictor of gradients: its training against autograd and ``torch.optim.Adam``, and what it says."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from models import SEQ, VOCAB, PlainLM, compiled, make_batch, slow_but
+from models import VOCAB, PlainLM, compiled, make_batch, slow_but
 from reference import shift
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
