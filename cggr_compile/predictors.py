@@ -27,7 +27,7 @@ class Predictors:
 
     def share(self, shared: Callable[..., SharedReadback]) -> SharedReadback:
         """Learn from the rows of all processes; returns what has to be advanced at every step."""
-        found = shared("predictors", mean_of, period=PERIOD)
+        found = shared("predictors", mean_of, period=PERIOD, offset=1)  # the first step is step 1 when it ends
         self._exchange = PredictorExchange(found)
         return found
 

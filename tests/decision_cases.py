@@ -147,6 +147,12 @@ def fails(rank: int) -> dict[str, Any]:
     return {"error": "", "compared": len(compared)}
 
 
+def learned(rank: int) -> dict[str, Any]:
+    """Each draws by what it has learned itself, until they hear of each other."""
+    batches = [models.make_batch(seed=10 * rank + number) for number in range(3 * LAG + 2)]
+    return train(batches, {"scoring": "learned", "selection": "importance"})
+
+
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "measured": measured,
     "measured, each alone": alone(measured),
@@ -162,6 +168,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "given up": given_up,
     "refused": refused,
     "verification fails": fails,
+    "learned": learned,
 }
 SLOW = (
     *("confident", "confident, each alone", "growing, each alone", "kind, each alone"),

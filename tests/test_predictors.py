@@ -53,16 +53,16 @@ class Process:
     def __init__(self, agreement, learns, keys=(KEY, OTHER)):
         self.step, self.learns, self.keys, self.predictors = 0, learns, keys, Predictors()
         self.shared = self.predictors.share(
-            lambda topic, combine, period: SharedReadback(agreement, topic, combine, lambda: self.step, period)
+            lambda topic, combine, **when: SharedReadback(agreement, topic, combine, lambda: self.step, **when)
         )
 
     def run(self):
+        self.step += 1
+        self.shared.advance()
         states = {key: self.predictors.get(key, CPU) for key in self.keys}
         kept = {key: state.clone() for key, state in states.items()}
         self.predictors.update({key: state + self.learns for key, state in states.items()})
         assert all(torch.equal(states[key], kept[key]) for key in self.keys)  # never written to
-        self.step += 1
-        self.shared.advance()
 
 
 def mean_parameter(process, key=KEY):

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import models
 import pytest
-from decision_cases import PERIOD
+import torch
+from decision_cases import LAG, PERIOD
+
+from cggr_compile.ops.predictor import parameters_of
+from cggr_compile.passes.step_interface import PredictorKey
+from cggr_compile.predictors import Predictors
 
 
 def by_rank(results, case, key):
@@ -67,6 +75,26 @@ def test_alone_each_decides_by_its_own(slow_results):
 def test_a_rank_whose_first_batch_has_no_labels(slow_results):
     assert by_rank(slow_results, "no labels at first", "selection") == [["labels"] * 2] * 2
     assert by_rank(slow_results, "no labels at first", "slots") == [[3] * 2] * 2
+
+
+def test_predictors_learn_from_the_rows_of_all_ranks(results):
+    """Both take up the mean of what they were after the first step, in the same step."""
+    key = PredictorKey(0, 1, 2 * models.HIDDEN)
+    ranks = []
+    for one in results["learned"]:
+        steps = []
+        for step in one["steps"]:
+            predictors = Predictors()
+            predictors.load_state_dict(step["state"]["predictors"])
+            steps.append(parameters_of(predictors.get(key, torch.device("cpu"))))
+        ranks.append(steps)
+    mean = (ranks[0][0] + ranks[1][0]) / 2
+    for steps in ranks:
+        towards = mean - steps[0]
+        taken = [float((after - before) @ towards / towards.square().sum()) for before, after in pairwise(steps)]
+        assert taken[3 * LAG - 1] == pytest.approx(1.0, abs=0.3), "all of the way, behind what it learned by itself"
+        assert max(abs(taken[3 * LAG - 2]), abs(taken[3 * LAG])) < 0.3
+    assert not torch.equal(*(steps[-1] for steps in ranks))
 
 
 def test_they_decide_together(results):

@@ -23,10 +23,10 @@ def tensors(*widths, rows=ROWS, seed=0):
 check = functools.partial(merging.check, MergeProducts(), torch.ops.aten.mm.default)
 
 
-def linear_backward(grads, weights, x):
+def linear_backward(tangents, weights, x):
     """dW of each layer, and dx."""
-    inputs = [g @ w for g, w in zip(grads, weights, strict=True)]
-    return *(g.permute(1, 0) @ x for g in grads), functools.reduce(torch.add, inputs)
+    inputs = [g @ w for g, w in zip(tangents, weights, strict=True)]
+    return *(g.permute(1, 0) @ x for g in tangents), functools.reduce(torch.add, inputs)
 
 
 def test_layers_that_share_an_input():
@@ -37,8 +37,8 @@ def test_layers_that_share_an_input():
 
 
 def test_through_views_in_any_order():
-    def backward(grads, weights, x):
-        q, k, v = grads
+    def backward(tangents, weights, x):
+        q, k, v = tangents
         wide = x.view(2, 3, WIDTH)
         dv = (v @ weights[2]).view(2, 3, WIDTH)
         dwv = v.permute(1, 0) @ wide.view(ROWS, WIDTH)
@@ -51,28 +51,32 @@ def test_through_views_in_any_order():
 
 
 def test_an_input_gradient_used_on_its_own_stays():
-    def backward(grads, weights, x):
-        *rest, dx = linear_backward(grads, weights, x)
-        return *rest, dx, (grads[0] @ weights[0]).relu()
+    def backward(tangents, weights, x):
+        *rest, dx = linear_backward(tangents, weights, x)
+        return *rest, dx, (tangents[0] @ weights[0]).relu()
 
     check(backward, *tensors(3, 2), before=5, after=4)  # its product is found twice: which of them is dx's is open
 
 
 def test_a_scaled_sum_is_not_a_sum():
-    def backward(grads, weights, x):
-        a, b = (g @ w for g, w in zip(grads, weights, strict=True))
-        return grads[0].permute(1, 0) @ x, grads[1].permute(1, 0) @ x, torch.add(a, b, alpha=2)
+    def backward(tangents, weights, x):
+        a, b = (g @ w for g, w in zip(tangents, weights, strict=True))
+        return tangents[0].permute(1, 0) @ x, tangents[1].permute(1, 0) @ x, torch.add(a, b, alpha=2)
 
     check(backward, *tensors(3, 2), before=4, after=3)
 
 
 def test_frozen_layers_have_no_weight_gradient():
-    check(lambda grads, weights, x: (grads[0] @ weights[0] + grads[1] @ weights[1],), *tensors(3, 2), before=2, after=2)
+    def backward(tangents, weights, x):
+        return (tangents[0] @ weights[0] + tangents[1] @ weights[1],)
+
+    _, result = check(backward, *tensors(3, 2), before=2, after=1)
+    assert result.reason == "0 weight gradients in 0 products; 1 sums of input gradients, each in one"
 
 
 def test_other_inputs_are_other_products():
-    def backward(grads, weights, x):
-        return grads[0].permute(1, 0) @ x, grads[1].permute(1, 0) @ (x * 2)
+    def backward(tangents, weights, x):
+        return tangents[0].permute(1, 0) @ x, tangents[1].permute(1, 0) @ (x * 2)
 
     check(backward, *tensors(3, 2), before=2, after=2)
 
@@ -86,6 +90,16 @@ def test_wide_products_stay(monkeypatch):
 def test_of_few_rows_wide_weight_gradients_are_merged_too():
     _, result = check(linear_backward, *tensors(MAX_MERGED_COLUMNS, MAX_MERGED_COLUMNS + 1, rows=2), before=4, after=3)
     assert result.reason == "2 weight gradients in 1 products; 0 sums of input gradients, each in one"
+
+
+def test_products_of_the_forward_pass_stay():
+    """They look like weight gradients, and are needed there."""
+
+    def forward(rows, weights, x):
+        return tuple(row.permute(1, 0) @ x for row in rows)
+
+    check(forward, *tensors(3, 2), before=2, after=2)
+    check(lambda tangents, weights, x: forward(tangents, weights, x), *tensors(3, 2), before=2, after=1)  # the control
 
 
 def summed(tangents_1, tangents_2, tangents_3, weights, x):
@@ -178,9 +192,9 @@ def test_sums_of_wide_products_stay():
 
 
 def test_a_gradient_computed_from_another_is_not_merged_with_it():
-    def backward(grads, weights, x):
-        later = (grads[0] @ weights[0]).relu() @ weights[1].permute(1, 0)  # the same input again, one layer down
-        return grads[0].permute(1, 0) @ x, later.permute(1, 0) @ x, grads[1].permute(1, 0) @ x
+    def backward(tangents, weights, x):
+        later = (tangents[0] @ weights[0]).relu() @ weights[1].permute(1, 0)  # the same input again, one layer down
+        return tangents[0].permute(1, 0) @ x, later.permute(1, 0) @ x, tangents[1].permute(1, 0) @ x
 
     check(backward, *tensors(3, 2), before=5, after=4)
 
