@@ -56,6 +56,10 @@ BAD = [
     ({"variance_bound": "small"}, "variance_bound"),
     ({"measure_every": 0}, "measure_every must be an integer >= 1"),
     ({"min_tokens_ratio": "auto", "selection": "topk"}, "'auto' measures the variance of a random selection"),
+    (
+        {"dynamic_threshold": True, "scoring": "learned"},
+        r"dynamic_threshold needs the router's confidence: scoring must be one of \['combined', .*got 'learned'",
+    ),
     ({"min_tokens_ratio": "auto", "dynamic_threshold": True}, "dynamic_threshold must be False"),
     ({"min_tokens_ratio": "auto", "ladder": [1.0]}, "ladder must have a ratio below 1.0"),
     ({"dump_dir": 3}, "dump_dir"),

@@ -36,3 +36,16 @@ def test_a_second_graph_has_a_tracing_context_of_its_own():
         assert TracingContext.get() is first and first.fw_metadata is None
     with compat.separate_tracing_context():  # outside a capture
         assert TracingContext.try_get() is None
+
+
+def test_arguments_that_dynamo_does_not_know_have_numbers_for_sizes():
+    from torch._guards import TracingContext, tracing
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    ours, other = torch.zeros(7), torch.zeros(5)
+    with tracing(TracingContext(mode)), compat.static_inputs([ours]):
+        assert isinstance(mode.from_tensor(ours).shape[0], int)
+        assert isinstance(mode.from_tensor(other).shape[0], torch.SymInt)  # else nothing is to be done
+    with compat.static_inputs([ours]):  # outside a capture
+        assert TracingContext.try_get() is None

@@ -11,6 +11,7 @@ from torch.library import opcheck
 
 import cggr_compile.ops.head_gradients as backward
 import cggr_compile.ops.token_log_probs as forward
+from cggr_compile.ops.head_gradients import logits_of
 from cggr_compile.ops.linear_cross_entropy import linear_cross_entropy
 
 NAMES = ("loss", "logsumexp", "d_hidden", "d_weight", "d_bias")
@@ -28,6 +29,17 @@ def make_case(
     labels[-1:] = vocab + 7
     bias = torch.randn(vocab, device=device).to(dtype) if bias else None
     return hidden, weight, bias, labels, scale, softcap, smoothing
+
+
+def test_norms_of_the_gradients():
+    """Of the loss without smoothing; they have no gradient, and are 0 where there is no label."""
+    case = make_case(11, 30, 8, bias=True, softcap=2.0, smoothing=0.1)
+    hidden, weight, bias, labels, scale, softcap, _ = case
+    norms = linear_cross_entropy(*[t.requires_grad_() for t in case[:3]], *case[3:], True)[2]
+    z = logits_of(hidden, weight, bias, scale, softcap).detach()
+    torch.testing.assert_close(norms, torch.ops.cggr.gradient_norms(z, labels))
+    assert not norms.requires_grad and (norms[::5] == 0).all() and (norms > 0).any()
+    assert linear_cross_entropy(*case)[2].numel() == 0
 
 
 def make_grads(case, with_logsumexp=True):
