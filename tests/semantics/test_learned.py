@@ -80,7 +80,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", slow_but(["logits", "fused"], CASES))
+@pytest.mark.parametrize("case", slow_but(["fused"], CASES))
 def test_it_learns_from_the_loss(case: str) -> None:
     model = PlainLM()
     compiled(model, **{**LEARNED, **CASES[case]})
@@ -216,6 +216,7 @@ def test_one_predictor_on_all_rungs() -> None:
     assert [count for _, count in steps] == [sum(learned[: i + 1]) for i in range(6)]
 
 
+@pytest.mark.slow
 def test_several_forwards_have_one_each() -> None:
     model = models.Decoder(layers=1)
     other = make_batch(4, seed=9)["input_ids"]
