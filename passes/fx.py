@@ -96,8 +96,13 @@ class Emitter:
 
     @contextmanager
     def before(self, anchor: Node, origin: str) -> Iterator[Emitter]:
-        """Insert in front of ``anchor``; ``origin`` names the pass in the dumped graph's comments."""
+        """Insert in front of ``anchor``; ``origin`` names the pass in the dumped graph's comments.
+
+        In an ATen graph what is inserted is of the module that ``anchor`` is of.
+        """
         self.origin = {"stack_trace": f'File "cggr_compile/passes", line 0, in {origin}\n    {origin}'}
+        if self.key != "example_value":
+            self.origin |= {name: anchor.meta[name] for name in compat.MODULE_STACKS if name in anchor.meta}
         outer = self._modes
         if self.key == "example_value":  # an ATen graph has no modes
             if anchor not in self._places:

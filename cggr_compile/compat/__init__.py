@@ -128,7 +128,13 @@ from cggr_compile.compat.modules import (
     with_child,
 )
 from cggr_compile.compat.operators import CROSS_ENTROPIES, HigherOrderOperator, OpOverload, OpOverloadPacket, schema
-from cggr_compile.compat.partition import aot_eager, default_partition, keep_in_backward
+from cggr_compile.compat.partition import (
+    MODULE_STACKS,
+    aot_eager,
+    default_partition,
+    keep_in_backward,
+    minimum_partition,
+)
 from cggr_compile.compat.saved_tensors import (
     kept_for_backward,
     no_saved_tensors_hooks,

@@ -11,6 +11,9 @@ from torch.fx import GraphModule, Node
 
 from cggr_compile.scoped_patch import ScopedPatch
 
+# where AOTAutograd says which module a node computes, or the gradient of which
+MODULE_STACKS = ("fwd_nn_module_stack", "nn_module_stack")
+
 
 def aot_eager(gm: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any]) -> Callable[..., Any]:
     """AOTAutograd with the given partition function, both halves run by plain PyTorch."""
@@ -57,3 +60,11 @@ def _minimum_cut_patch() -> ScopedPatch:
         return usual(graph, source, sink, *args, **{**chosen, **kwargs})
 
     return ScopedPatch(networkx, "minimum_cut", minimum_cut)
+
+
+def minimum_partition(joint: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+    """The halves of a joint graph as Inductor cuts it: what is cheap is computed again and not kept."""
+    from torch._functorch.partitioners import min_cut_rematerialization_partition as partition
+
+    with quick_minimum_cuts():
+        return partition(joint, inputs, compiler="inductor", **kwargs)
