@@ -58,6 +58,7 @@ class GraphVariant:
         scheduled: bool,
         growth: int = 0,
         first_batch: FirstBatches | None = None,
+        dumped: bool = True,
     ) -> GraphVariant:
         """Rewrite ``gm`` for a ratio, if it is ``rewritable``. ``gm`` stays as it is.
 
@@ -65,9 +66,11 @@ class GraphVariant:
             scheduled: whether there are other ratios.
             growth: how often slots that are measured on the first batch are doubled.
             first_batch: see :class:`GraphContext`.
+            dumped: whether the graphs are written where the options and CGGR_DUMP_DIR say.
         """
         options = configuration.options
-        dump = GraphDump(options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None, report)
+        folder = options.dump_dir or os.environ.get("CGGR_DUMP_DIR") or None
+        dump = GraphDump(folder if dumped else None, report)
         ctx = GraphContext(
             replace(options, min_tokens_ratio=ratio),
             list(inputs),
