@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="versions, device, compiler, and which path will run and why")
     show = commands.add_parser(
-        "explain", help="what the backend does with a model: passes, matches, reasons; builds it with random weights"
+        "explain",
+        help="what the backend does with a model: passes, matches, reasons, cost; builds it with random weights",
     )
     show.add_argument("model", help="a transformers config folder or config.json, or package.module:function")
     show.add_argument("--batch", type=int, default=2, help="sequences in the trial batch (default 2)")
@@ -97,6 +98,8 @@ def _explain(chosen: argparse.Namespace) -> int:
     ids = torch.randint(0, vocab, (chosen.batch, chosen.seq))
     explanation = explain(model.train(), input_ids=ids, labels=ids.clone(), options=options)
     print(explanation)
+    if explanation.cost is not None:
+        print(explanation.cost)
     if chosen.save:
         print(f"written: {explanation.save(chosen.save)}")
     return 0 if explanation.matched else 1

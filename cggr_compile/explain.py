@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from cggr_compile.graph_dump import folder_of, read_stages
 from cggr_compile.options import Options
 from cggr_compile.registry import registry
 from cggr_compile.report import GraphReport
+from cggr_compile.trial import device_of, left_alone
+
+if TYPE_CHECKING:
+    from cggr_compile.cost.step import Cost
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Explanation:
@@ -31,8 +35,8 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         options: for a model that is not compiled yet.
 
     Returns:
-        an :class:`Explanation`; ``print`` it, or read ``.matched``, ``.reason``, ``.passes``, ``.save(folder)``,
-        ``.to_html(path)``.
+        an :class:`Explanation`; ``print`` it, or read ``.matched``, ``.reason``, ``.passes``, ``.cost``,
+        ``.save(folder)``, ``.to_html(path)``.
 
     Raises:
         ValueError: for unusable options.
@@ -60,7 +64,27 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
         stages = [_stages(report) for report in graphs]
         for report in graphs:
             report.options["dump_dir"] = settings.dump_dir if call is not model else report.options["dump_dir"]
-    return Explanation(graphs, stages, _token_ids(graphs, args, kwargs))
+    if call is model and graphs:
+        settings = Options.parse(graphs[0].options)
+    count = _counting(target, args, kwargs, settings)
+    return Explanation(graphs, stages, _token_ids(graphs, args, kwargs), count)
+
+
+def _counting(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], options: Options
+) -> Callable[[], Cost | None]:
+    """Counts the step, in the mode and under the autocast of now."""
+    device = device_of(model)
+    training, cast, dtype = model.training, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def count() -> Cost | None:
+        from cggr_compile.cost.step import cost
+
+        with left_alone(model), torch.autocast(device, dtype, enabled=cast):
+            model.train(training)
+            return cost(model, args, kwargs, options)
+
+    return count
 
 
 def _stages(report: GraphReport) -> list[tuple[str, str]]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cggr_compile.html_report import graph_section, selection_section, write_page
+from cggr_compile.html_report import cost_section, graph_section, selection_section, write_page
 from cggr_compile.report import GraphReport, delta_text
+
+if TYPE_CHECKING:
+    from cggr_compile.cost.step import Cost
 
 LEVELS = ("routed", "loss", "dense")
 _MATCHED = {True: "yes", False: "no", None: "?"}
@@ -28,6 +33,8 @@ class Explanation:
         view: the selection of the call, where a graph trains on selected positions.
         ids: the batch of tokens, ``[B][S]`` in plain lists, that it was made in, if the call had one.
         stages: of every graph, names and texts of the graph after every pass, as far as it was dumped.
+        cost: FLOPs, bytes and memory of the training step as expressions, a :class:`cggr_compile.cost.step.Cost`; None
+            where no graph trains. Counted when it is first read, which captures the model once more.
     """
 
     def __init__(
@@ -35,8 +42,9 @@ class Explanation:
         graphs: list[GraphReport],
         stages: list[list[tuple[str, str]]] | None = None,
         ids: list[list[int]] | None = None,
+        count: Callable[[], Cost | None] = lambda: None,
     ) -> None:
-        self.graphs, self.ids = graphs, ids
+        self.graphs, self.ids, self._count = graphs, ids, count
         self.stages = stages or [[] for _ in graphs]
         self.view = next((graph.view for graph in graphs if graph.view is not None), None)
         training = [g for g in graphs if g.training]
@@ -47,6 +55,10 @@ class Explanation:
         self.cause = chosen.cause if chosen else None
         self.obstacle = chosen.obstacle if chosen else ""
         self.passes = chosen.passes if chosen else []
+
+    @cached_property
+    def cost(self) -> Cost | None:
+        return self._count()
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -90,12 +102,14 @@ class Explanation:
     def to_html(self, path: str | Path, decode: Callable[[list[int]], str] | None = None) -> Path:
         """Write one self-contained page; returns its path.
 
-        It shows the levels, a strip of the layers with what stays dense in each, the passes with what each changed, and
-        the batch's tokens coloured by score, with marks for those that were selected, and for context.
+        It shows the levels, a strip of the layers with what stays dense in each, the passes with what each changed, the
+        cost of the step, dense and selective, and the batch's tokens coloured by score, with marks for those that were
+        selected, and for context.
 
         Args:
             decode: makes text of token ids, such as a tokenizer's ``decode``; without it ids are shown.
         """
         graphs = [graph_section(g.as_dict(), texts) for g, texts in zip(self.graphs, self.stages, strict=True)]
         seen = None if self.view is None else selection_section(self.view.as_dict(), self.ids, decode)
-        return write_page(path, graphs=graphs, selection=seen)
+        cost = None if self.cost is None else cost_section(self.cost)
+        return write_page(path, graphs=graphs, selection=seen, cost=cost)

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cggr_compile.charts import histogram, line_chart
 from cggr_compile.graph_diff import diff_texts
 from cggr_compile.report import delta_text
+
+if TYPE_CHECKING:
+    from cggr_compile.cost.step import Cost
 
 DIFF_LINES = 400  # shown of what a pass changed
 BINS = 30
@@ -57,6 +60,13 @@ def selection_section(
     return {"sequences": sequences, "counts": counts, "positions": total, "histogram": chart, "scored": bool(scores)}
 
 
+def cost_section(cost: Cost) -> dict[str, Any]:
+    """What the page shows of what a training step costs."""
+    from cggr_compile.cost.text import legend, lines, times
+
+    return {"lines": lines(cost), "legend": legend(cost), "times": times(cost)}
+
+
 def metrics_section(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Charts of a run's metrics, given as a trainer or :class:`MetricsLogger` logs them."""
     charts = []
@@ -81,6 +91,7 @@ def write_page(
     *,
     graphs: Sequence[Mapping[str, Any]] = (),
     selection: Mapping[str, Any] | None = None,
+    cost: Mapping[str, Any] | None = None,
     metrics: Sequence[Mapping[str, str]] = (),
     title: str = "cggr_compile report",
 ) -> Path:
@@ -91,7 +102,7 @@ def write_page(
     template = environment.get_template("report.html.j2")
     # inside of a script element only "<" could end it
     data = json.dumps(selection["sequences"] if selection else []).replace("<", "\\u003c")
-    page = template.render(title=title, graphs=graphs, selection=selection, metrics=metrics, data=data)
+    page = template.render(title=title, graphs=graphs, selection=selection, cost=cost, metrics=metrics, data=data)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")

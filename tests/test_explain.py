@@ -63,7 +63,8 @@ def test_save(tmp_path):
 def test_command_line(tmp_path, capsys):
     models.family("llama", num_hidden_layers=1).config.save_pretrained(tmp_path)
     assert main(["explain", str(tmp_path), "--seq", "16", "--save", str(tmp_path / "out")]) == 0
-    assert "matched: True" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "matched: True" in told and "kept for the backward, bytes: dense" in told
     assert (tmp_path / "out" / "00_captured.py").exists()
     assert main(["explain", "no/such/config.json"]) == 2
     assert "no such file" in capsys.readouterr().err
