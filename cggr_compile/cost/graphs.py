@@ -17,6 +17,7 @@ from cggr_compile.configuration import Configuration
 from cggr_compile.graph_dump import GraphDump
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.options import Options
+from cggr_compile.passes.analysis.modes import remove_dead_code
 from cggr_compile.passes.facts import Candidates, Outputs, Selection
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.pipeline import copy_module, run_joint_passes
@@ -106,9 +107,9 @@ def _halves(variant: GraphVariant, graph: GraphModule, inputs: Sequence[Any]) ->
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     names = [compat.source_name(node) for node in placeholders]
     trained = [isinstance(value, torch.nn.Parameter) for value in arguments]
-    if variant.selective:
-        arguments.append(torch.zeros(2, dtype=torch.int64, device=_device(arguments)))
-        trained.append(False)
+    taken = [fake_value(node) for node in placeholders[len(arguments) :]]  # of step_interface
+    further = [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in taken]
+    trained += [False for _ in further]
     report, found = variant.report, list[Halves]()
 
     def partition(joint: GraphModule, example: Any, **settings: Any) -> Any:
@@ -119,8 +120,8 @@ def _halves(variant: GraphVariant, graph: GraphModule, inputs: Sequence[Any]) ->
         return forward, backward
 
     static = nullcontext() if variant.static is None else compat.tracing_under(variant.ctx.fake_mode)
-    with static, compat.separate_tracing_context():
-        compat.aot_eager(graph, arguments, partition)
+    with static, compat.static_inputs(further), compat.separate_tracing_context():
+        compat.aot_eager(graph, [*arguments, *further], partition)
     return found[0]
 
 
@@ -129,7 +130,7 @@ def _with_results(gm: GraphModule, places: set[int]) -> GraphModule:
     work = copy_module(gm)
     output = work.graph.output_node()
     output.args = (tuple(value for place, value in enumerate(output.args[0]) if place in places),)  # type: ignore[arg-type]
-    work.graph.eliminate_dead_code()
+    remove_dead_code(work.graph)
     work.recompile()
     return work
 
@@ -154,7 +155,3 @@ def _shape(node: Node) -> Any:
     value = fake_value(node)
     assert isinstance(value, Tensor)
     return value.shape
-
-
-def _device(values: Sequence[Any]) -> torch.device:
-    return next(value.device for value in values if isinstance(value, Tensor))

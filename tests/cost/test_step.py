@@ -54,6 +54,11 @@ def test_sizes_that_are_the_same_number_stay_apart():
     assert sympy.expand(cost.selective.backward.flops - rows - every) == 0
 
 
+def test_a_step_that_takes_a_predictor():
+    cost = count(captured(models.family("llama", num_hidden_layers=1), batch_of(2, 16), scoring="learned"))
+    assert cost.at(cost.selective.backward.flops) < cost.at(cost.dense.backward.flops) / 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt2", "gemma3", "gpt_oss"])
 def test_families(name):
