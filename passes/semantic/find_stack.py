@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING
@@ -108,12 +108,7 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
             raise NoLayerStackError(f"{op_name(node)!r} ({node}) writes in place, to or from the residual stream")
     ordered = in_order(gm.graph, stream)
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
-    # several embeddings (tokens, positions) join before the first block: look from the join on
-    spines = [_common_path(ordered, roots)]
-    learned = [root for root in roots if root is roots[0] or _is_trained(root)]
-    if len(learned) < len(roots):  # a fixed table of positions may go into every layer: look without it
-        spines.append(_common_path(in_order(gm.graph, _carrying(learned) & reaching), learned))
-    attentions, calls, boundaries = _along(spines, ordered, gm, stream, place)
+    attentions, calls, boundaries = _along(gm, ordered, roots, stream, place)
     blocks = []
     for i, (begin, end) in enumerate(pairwise(boundaries)):
         body = [n for n in ordered if place[begin] < place[n] <= place[end]]
@@ -136,23 +131,23 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
 
 
 def _along(
-    spines: list[list[Node]], ordered: list[Node], gm: GraphModule, stream: set[Node], place: dict[Node, int]
+    gm: GraphModule, ordered: list[Node], roots: list[Node], stream: set[Node], place: dict[Node, int]
 ) -> tuple[list[Attention], list[Node], list[Node]]:
     """The attentions, what else mixes positions, and the blocks' boundaries.
 
-    They are on the first of ``spines`` that has a boundary before and after each.
+    They are on the first of :func:`_paths` that has a boundary before and after each.
 
     Raises:
         NoLayerStackError: none has; says why not the first.
     """
     refusals = []
-    for spine in spines:
+    for path in _paths(ordered, roots, stream):
         # a prompt may be in front of the embedding, which may be narrower than the stream: what attention sees counts
-        for shape in _stream_shapes(spine):
-            attentions = [a for n in ordered if (a := find_attention(n, stream, *shape[:2])) is not None]
+        for shape in _stream_shapes(path):
+            attentions = _attentions(ordered, roots, stream, *shape[:2])
             if not attentions:
                 continue
-            along = [n for n in spine if _has_shape(n, *shape)]
+            along = [n for n in path if _has_shape(n, *shape)]
             calls = mixing_calls(ordered, stream, attentions, along[0])
             found = _boundaries(along, attentions, calls, place)
             if not isinstance(found, str):
@@ -160,11 +155,32 @@ def _along(
             refusals.append(found)
     if refusals:
         raise NoLayerStackError(refusals[0])
-    if not spines[0]:
+    path = _common_path(ordered, roots)
+    if not path:
         raise NoLayerStackError("no node lies on every path from the embedding to the head")
-    if not _stream_shapes(spines[0]):
+    if not _stream_shapes(path):
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
     raise _no_attention(gm, stream)
+
+
+def _attentions(
+    ordered: list[Node], roots: list[Node], stream: set[Node], batch: object, length: object
+) -> list[Attention]:
+    """Attentions over the sequence: where tokens are looked up, those that see them (others are of images)."""
+    tokens = [root for root in roots if _is_by_position(root, batch, length)]
+    seeing = descendants(tokens) if tokens else stream
+    return [a for n in ordered if n in seeing and (a := find_attention(n, stream, batch, length)) is not None]
+
+
+def _paths(ordered: list[Node], roots: list[Node], stream: set[Node]) -> Iterator[list[Node]]:
+    """Where the residual stream may run, the likeliest first: nodes that every path from embedding to head crosses."""
+    # several embeddings (tokens, positions) join before the first block: look from the join on
+    yield _common_path(ordered, roots)
+    learned = [root for root in roots if root is roots[0] or _is_trained(root)]
+    if len(learned) < len(roots):  # a fixed table of positions may go into every layer: look without it
+        carrying = _carrying(learned)
+        yield _common_path([node for node in ordered if node in carrying], learned)
+    yield _path_beside(ordered, roots, stream)
 
 
 def _table(node: Node) -> Node | None:
@@ -261,6 +277,38 @@ def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:
         return found
     last_root = max(ordered.index(r) for r in roots)
     return [n for n in found if ordered.index(n) > last_root]
+
+
+def _path_beside(ordered: list[Node], roots: list[Node], stream: set[Node]) -> list[Node]:
+    """The path from the first attention's input, without what goes past it to the same position of later layers.
+
+    Such is an embedding for each layer (Gemma 4), computed before the first attention::
+
+        beside = embed_per_layer(ids) + project(x0)
+        x1 = mlp(x0 + attention(norm(x0))); x1 = x1 + out(gate(x1) * beside[:, :, 0])
+
+    Its gradient needs no gate: an unselected position's is that of the stream there. Empty: there is no such path.
+    """
+    for batch, length, _ in _stream_shapes(roots):
+        attentions = _attentions(ordered, roots, stream, batch, length)
+        if not attentions:
+            continue
+        first = attentions[0].node
+        inside = descendants([first])
+        behind = [n for n in ordered if n in inside]
+        beside = [(n, source) for n in behind[1:] for source in n.all_input_nodes if source in stream - inside]
+        entry = next((source for n, source in beside if shape_of(source) == shape_of(n)), None)
+        if entry is None or not all(_is_by_position(source, batch, length) for _, source in beside):
+            continue
+        fed = (ancestors([first]) & stream) - ancestors([entry])
+        if all(source is entry or source in fed for n in fed for source in n.all_input_nodes if source in stream):
+            return [entry, *bottlenecks(behind)]
+    return []
+
+
+def _is_by_position(node: Node, batch: object, length: object) -> bool:
+    shape = shape_of(node)
+    return len(shape) >= 2 and same_size(shape[0], batch) and same_size(shape[1], length)
 
 
 def _stream_shapes(spine: list[Node]) -> list[tuple[object, object, object]]:

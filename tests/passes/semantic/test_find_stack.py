@@ -8,7 +8,7 @@ from capture import Captured
 
 from cggr_compile.causes import Cause
 from cggr_compile.passes.facts import FinalStates, LayerStack, NoLayerStack
-from cggr_compile.passes.nodes import shape_of
+from cggr_compile.passes.nodes import op_name, shape_of
 from cggr_compile.pipeline import semantic_passes
 
 
@@ -191,3 +191,53 @@ def test_activation_checkpoints_that_were_not_inlined_are_named(batch):
     captured = Captured(model, **batch, use_cache=False)
     result = captured.run("find_stack", semantic_passes(captured.ctx)[1:])
     assert not result.matched and captured.ctx[NoLayerStack].refusal.cause is Cause.CLOSED_CHECKPOINTS
+
+
+class EveryLayer(models.Decoder):
+    """Each layer is given an embedding of its own: behind the block, or into its keys and values."""
+
+    def __init__(self, *, into_keys=False):
+        super().__init__(layers=3)
+        self.beside, self.into_keys = torch.nn.Embedding(models.VOCAB, 3 * models.HIDDEN), into_keys
+
+    def forward(self, ids):
+        x = self.wte(ids)
+        own = self.beside(ids).chunk(3, dim=-1)
+        for i, block in enumerate(self.blocks):
+            keys = own[0] if self.into_keys else own[i]
+            x = block(x) + F.gelu(x) * keys
+            if self.into_keys:
+                q, k = models.split_heads(x), models.split_heads(keys)
+                x = x + models.attend_sdpa(q, k, k).transpose(1, 2).reshape(x.shape)
+        return self.lm_head(self.ln_f(x))
+
+
+def test_what_goes_past_the_layers_position_by_position(batch):
+    decoder = EveryLayer()
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    assert captured.run("find_stack").matched, captured.results["find_stack"].reason
+    stack = captured.ctx[LayerStack]
+    assert op_name(stack.source) == "embedding" and shape_of(stack.source) == (2, 16, models.HIDDEN)
+    assert [op_name(block.output) for block in stack.blocks] == ["add"] * 3
+
+
+def test_keys_that_go_past_the_layers_are_no_stack(batch):
+    decoder = EveryLayer(into_keys=True)
+    captured = Captured(lambda ids: F.cross_entropy(decoder(ids).flatten(0, 1), ids.flatten()), batch["input_ids"])
+    result = captured.run("find_stack")
+    assert not result.matched and "no residual stream between attention" in result.reason
+
+
+def test_attention_over_an_image_with_as_many_patches_as_tokens(batch):
+    decoder, image = models.Decoder(layers=2), torch.randn(2, 16, models.HIDDEN)
+    tower = models.Decoder(layers=1)
+
+    def step(ids, image):
+        patches = tower.blocks[0](image + tower.wpe(torch.arange(16)))
+        x = decoder.wte(ids).masked_scatter((ids < 3)[..., None], patches)
+        for block in decoder.blocks:
+            x = block(x)
+        return F.cross_entropy(decoder.lm_head(decoder.ln_f(x)).flatten(0, 1), ids.flatten())
+
+    captured = Captured(step, batch["input_ids"], image)
+    assert captured.run("find_stack").reason == "2 blocks, alike"
