@@ -86,6 +86,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_config": {"hidden_size_global": 64, "cross_attn_k": 1},
     },
     "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 2},
     "cpmant": {"prompt_length": 4},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -127,6 +128,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _INDEXED,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {**_MLA, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "chunk_size": 8},

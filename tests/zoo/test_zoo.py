@@ -20,7 +20,8 @@ KINDS = {
     "bloom": "routed",  # baddbmm, ALiBi
     "xglm": "routed",  # heads folded into the sequences
     "roformer": "routed",  # a fixed table of positions in every layer
-    "granitemoehybrid": "loss",  # experts behind a state space
+    "granitemoehybrid": "routed",  # experts behind a state space, and behind attention
+    "gemma4_text": "routed",  # an embedding for each layer
     "llava:vision": "loss",  # it compares sizes on the host, which breaks the graph
     "phimoe": "loss",  # its router's own backward pass writes in place
     "cpmant": "loss",  # a prompt in front of the tokens
