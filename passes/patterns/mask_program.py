@@ -227,7 +227,7 @@ def _moved(value: Any, device: str, strings: bool) -> Any:
 
 
 def _check_memory(values: Iterable[Any], node: Node) -> None:
-    tensors = [value for value in values if isinstance(value, Tensor)]
+    tensors = [compat.unwrapped(value) for value in values if isinstance(value, Tensor)]
     used = sum({compat.storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
     if used > MEMORY_LIMIT:
         raise TooLarge(f"computing it takes {used / 2**30:.1f} GiB at {node.name}, too much to check")

@@ -298,6 +298,14 @@ def test_right_padding_becomes_causal(build, dtype, padding):
     torch.testing.assert_close(after[real], before[real])
 
 
+def test_a_padded_mask_that_is_built_under_vmap_stays():
+    def build(s: int, pad: Tensor) -> Tensor:
+        return torch.vmap(lambda real: (tril(s) & real.bool())[None])(pad)
+
+    result, _ = capture(attend(build), qkv(), right_padded(16, 9)).apply()
+    assert not result.matched and "_remove_batch_dim" in result.reason
+
+
 @pytest.mark.parametrize("build", PADDED)
 def test_a_long_padded_mask(build):
     pad = right_padded(LONG, LONG // 3, size=LONG)
