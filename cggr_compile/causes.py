@@ -28,8 +28,8 @@ class Cause(enum.Enum):
         "embedding nor loss; compile the whole model, or the step that calls it, and not its blocks"
     )
     GRAPH_BREAK = (
-        "a graph break at {where} separates the model from its loss: {why}; take it out of the compiled function "
-        "(TORCH_LOGS=graph_breaks prints all of them)"
+        "a graph break at {where} separates the model from its loss: {why}; take it out of the compiled function"
+        "{or_else} (TORCH_LOGS=graph_breaks prints all of them)"
     )
     PLAIN_PYTHON = (
         "Dynamo runs the function at {where} as plain Python and compiles what it calls piece by piece, as it does for "

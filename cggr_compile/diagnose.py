@@ -172,7 +172,22 @@ def _broken(scene: _Scene) -> Found:
     if _in(end.filename, "transformers") and any(map(_caches_under_checkpoints, scene.modules)):
         return Cause.CACHE_WARNING, Cause.CACHE_WARNING.says(where=where)
     why = found.reason.strip().partition("\n")[0]
-    return Cause.GRAPH_BREAK, Cause.GRAPH_BREAK.says(where=where, why=why)
+    return Cause.GRAPH_BREAK, Cause.GRAPH_BREAK.says(where=where, why=why, or_else=_settings(found))
+
+
+def _settings(found: compat.GraphBreak) -> str:
+    """What of Dynamo's settings may help: the one that its message names; in a called function, nested breaks.
+
+    Otherwise a break ends the graphs of all callers; with nested ones the next graph goes on in the callers.
+    """
+    ways = [f"keep it in the graph by torch._dynamo.config.{found.setting} = True"] if found.setting else []
+    called = sum(not _is_torch(frame.filename) for frame in found.stack) > 1
+    if called and not compat.nested_graph_breaks():
+        ways.append(
+            "let one graph reach from behind it to the loss by torch._dynamo.config.nested_graph_breaks = True, which "
+            "no function with a try or with block around the break allows"
+        )
+    return "".join(f", or {way}" for way in ways)
 
 
 def _plain_python(scene: _Scene) -> Found:

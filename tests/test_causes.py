@@ -140,6 +140,32 @@ def test_a_piece_behind_a_graph_break_names_it():
     assert {report.cause for report in reports} == {Cause.GRAPH_BREAK} and len({r.reason for r in reports}) == 1
 
 
+class Checks(models.SlicedLoss):
+    """A function that is called checks its input on the host, as vision-language models of transformers do."""
+
+    def hidden(self, ids):
+        x = self.wte(ids)
+        torch._check_tensor_all(ids >= 0)
+        return self.ln_f(self.blocks[1](self.blocks[0](x)))
+
+    def forward(self, ids, labels=None):
+        logits = self.lm_head(self.hidden(ids))
+        return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+
+def test_a_graph_break_says_what_keeps_it_in_the_graph():
+    model = compiled(Checks(layers=2), fallback="warn")
+    text = told_once(Cause.GRAPH_BREAK, lambda: model(IDS, LABELS).backward())
+    settings = re.findall(r"torch\._dynamo\.config\.(\w+) = True", text)
+    assert settings == ["capture_scalar_outputs", "nested_graph_breaks"]
+    for setting in settings:
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch({setting: True}):
+            again = compiled(Checks(layers=2), compiler="eager", fallback="warn")
+            again(IDS, LABELS).backward()
+        assert metrics(again)["level"] == "routed" and again.wte.weight.grad.any()
+
+
 def test_graph_break_in_a_loop():
     """Dynamo leaves the whole function to Python, and compiles the blocks."""
     text = told_once(Cause.PLAIN_PYTHON, lambda: compiled(Broken("loop"), fallback="warn")(IDS, LABELS).backward())

@@ -79,7 +79,14 @@ from cggr_compile.compat.frames import (
     recompilations_left,
 )
 from cggr_compile.compat.fsdp import default_store, fsdp_group
-from cggr_compile.compat.graph_breaks import GraphBreak, break_at_end, capture_again, graph_breaks, resumed_at
+from cggr_compile.compat.graph_breaks import (
+    GraphBreak,
+    break_at_end,
+    capture_again,
+    graph_breaks,
+    nested_graph_breaks,
+    resumed_at,
+)
 from cggr_compile.compat.inductor import (
     CUDA_GRAPHS,
     compile_fx,

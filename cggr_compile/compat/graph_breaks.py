@@ -18,6 +18,12 @@ class GraphBreak:
     reason: str
     stack: tuple[FrameSummary, ...]
 
+    @property
+    def setting(self) -> str:
+        """The name in ``torch._dynamo.config`` that Dynamo says to make True; empty: it names none."""
+        found = re.search(r"torch\._dynamo\.config\.(\w+) = True", self.reason)
+        return found[1] if found else ""
+
 
 def graph_breaks() -> list[GraphBreak]:
     """Those since the last ``torch._dynamo.reset()``, oldest first; a function that is skipped whole leaves none."""
@@ -32,6 +38,13 @@ def break_at_end() -> GraphBreak | None:
     tx = translator()
     reason = None if tx is None else tx.output.compile_subgraph_reason
     return None if reason is None or not reason.graph_break else _graph_break(reason)
+
+
+def nested_graph_breaks() -> bool:
+    """Whether a graph that begins behind a break in a function goes on in the function's callers."""
+    from torch._dynamo import config
+
+    return bool(config.nested_graph_breaks)
 
 
 def capture_again() -> NoReturn:
