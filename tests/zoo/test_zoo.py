@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+import torch
 from models import slow_but
 from zoo import __main__ as sweep
 from zoo import page
@@ -34,7 +35,7 @@ REST = [name for name in (*causal_types(), *OTHERS) if name not in KINDS]
 
 @pytest.mark.parametrize("name", slow_but(list(KINDS)[:6], KINDS))
 def test_kind(name):
-    row = check(name, layers=1)
+    row = check(name, layers=2 if name == "gemma4_text" else 1)  # it has two kinds of layers
     assert row["status"] == "right", row
     assert page.level(row) == KINDS[name], row
 
@@ -43,6 +44,20 @@ def test_kind(name):
 def test_checks_that_transformers_leaves_out_break_no_graph(monkeypatch):
     monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
     assert page.level(check("llava:vision", layers=1)) == "routed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gemma3:vision", ["capture_scalar_outputs"]),
+        ("smolvlm:vision", ["capture_scalar_outputs", "capture_dynamic_output_shape_ops"]),
+        ("qwen2_5_vl:vision", ["nested_graph_breaks"]),
+    ],
+)
+def test_settings_of_dynamo_with_which_text_and_loss_are_one_graph(name, settings):
+    with torch._dynamo.config.patch(dict.fromkeys(settings, True)):
+        assert page.level(check(name)) == "routed"
 
 
 @pytest.mark.slow
