@@ -50,6 +50,9 @@ class Options:
             where difficult sequences get more.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.
         min_tokens_per_sequence: tokens that ``sequence_aware`` takes from every sequence (that has so many), >= 1.
+        span: the most positions of a block of ``spans``, >= 1. As few blocks as can fill a sequence's slots do so, all of
+            one size: with 512 slots and 64 here they are 8 of 64 positions, with 100 slots 2 of 50, with 20 slots 1 of
+            20. The last block of a sequence may be shorter. Slots of positions without a label stay empty.
         max_selected: the most positions of one sequence that get a slot, a share of its length in (0, 1] (float) or a
             number >= 1 (int). With ``selection="labels"`` None stands for ``min_tokens_ratio``; where the scope is the
             batch, for 1.5 times that. With ``context`` these are the slots of all that carries gradient, context
@@ -140,6 +143,7 @@ class Options:
     scope: Scope = "sequence"
     num_strata: int = 4
     min_tokens_per_sequence: int = 1
+    span: int = 64
     max_selected: float | int | None = None
     context: int | Literal["auto"] = "auto"
     top_entropy_quantile: float = 1.0
@@ -209,7 +213,7 @@ class Options:
                 f"kv_weight={self.kv_weight!r} needs gradient='routed' and a selection that samples, one of "
                 f"{_sampled()}; got gradient={self.gradient!r}, selection={self.selection!r}"
             )
-        for name in ("num_strata", "min_tokens_per_sequence"):
+        for name in ("num_strata", "min_tokens_per_sequence", "span"):
             _check_integer(name, getattr(self, name), 1)
         if self.scope == "batch" and "batch" not in record.scopes:
             able = SELECTIONS.names(lambda record: "batch" in record.scopes)

@@ -30,6 +30,7 @@ from cggr_compile.ops import (
     score,
     score_logits,
     slots,
+    spans,
     token_log_probs,
     top_quantile,
     uniform,

@@ -57,16 +57,20 @@ def inclusion_probabilities_reference(
     return probability.masked_fill(certain, ONE).float() * (1.0 / ONE)
 
 
+def on_grid(scores: Tensor, over: tuple[int, ...]) -> Tensor:
+    """Finite float32 scores as int64, below 2**20, by a power of two that brings the largest into the upper half."""
+    exponent = scores.abs().amax(over, keepdim=True).view(torch.int32) >> 23
+    scale = ((2 * 127 + _SCORE_BITS - 1 - exponent.clamp(min=_SCORE_BITS)) << 23).view(torch.float32)
+    return (scores * scale).long()
+
+
 def _shares(scores: Tensor, valid: Tensor, whole_batch: bool) -> Tensor:
     """a_i in units of 2**-16, int64 [B, S]; 0 for positions that are no candidates."""
     over = (0, 1) if whole_batch else (1,)
     scores = scores.float()
     scores = torch.where(valid & scores.isfinite(), scores, 0.0)
     scores = torch.where(valid, scores - scores.amin(over, keepdim=True).clamp(max=0.0), 0.0)
-    # onto a grid of 2**20 steps, by a power of two that brings the highest score into its upper half
-    exponent = scores.amax(over, keepdim=True).view(torch.int32) >> 23
-    scale = ((2 * 127 + _SCORE_BITS - 1 - exponent.clamp(min=_SCORE_BITS)) << 23).view(torch.float32)
-    grid = (scores * scale).long()
+    grid = on_grid(scores, over)
     total = grid.sum(over, keepdim=True).clamp(min=1)
     return torch.where(valid, _HALF + grid * valid.sum(over, keepdim=True) * _HALF // total, 0)
 

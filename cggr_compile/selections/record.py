@@ -24,6 +24,13 @@ class SelectionOptions(Protocol):
     def min_tokens_per_sequence(self) -> int: ...
 
 
+class SlotOptions(SelectionOptions, Protocol):
+    """Those of the backend."""
+
+    @property
+    def span(self) -> int: ...
+
+
 class Request(Protocol):
     """What every selection is asked, by the backend and by the modules.
 
@@ -70,7 +77,7 @@ class SlotRequest:
     slots: int
     budget: int
     whole_batch: bool
-    options: SelectionOptions
+    options: SlotOptions
 
     @property
     def number(self) -> int:

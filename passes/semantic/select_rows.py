@@ -110,7 +110,7 @@ def _without_scores(ctx: GraphContext, unrouted: str) -> Options:
         options = replace(options, selection="random", scope="batch" if options.whole_batch else "sequence")
         told.append(f"selection={ctx.options.selection!r} has nothing to rank by and becomes 'random'")
     elif scores == "used":
-        told.append(f"selection={options.selection!r} draws every candidate with the same probability, like 'random'")
+        told.append(f"selection={options.selection!r} draws every candidate with the same probability")
     if options.dynamic_threshold:
         told.append("dynamic_threshold does nothing")
     if told:

@@ -41,6 +41,8 @@ def test_opcheck_all():
         (ops.inclusion_probabilities.default, (None, valid, 3, 5)),
         (ops.systematic_sample.default, (torch.full((2, 8), 0.25), state)),
         (ops.stratified_sample.default, (torch.rand(2, 8), valid, state, 3, 2)),
+        (ops.span_sample.default, (torch.rand(2, 8), valid, state, 4, None, 3)),
+        (ops.span_sample.default, (None, valid, state, 3, 5, 3)),
         (ops.hardest.default, (torch.rand(2, 8), valid, 3)),
         (ops.hardest_of_batch.default, (torch.rand(2, 8), valid, 3, 4, 1)),
         (ops.pack_rows.default, (valid, 8)),

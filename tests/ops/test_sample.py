@@ -120,6 +120,7 @@ def select_in_every_way(scores, valid, state):
         p = ops.inclusion_probabilities(scores, valid, 6, cap)
         rows, keep = ops.pack_rows(ops.systematic_sample(p, state), 9)
         found += [p, rows, keep, ops.row_weights(rows, keep, valid, p)]
+        found += ops.span_sample(scores, valid, state, 6, cap, 3)
     found += ops.stratified_sample(scores, valid, state, 7, 3)
     return [*found, ops.hardest(scores, valid, 5), ops.hardest_of_batch(scores, valid, 5, 8, 2)]
 

@@ -165,6 +165,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], int]] = {
     "importance-weighed": ({"kv_weight": "1/sqrt(p)"}, 8),
     "random-weighed-stop": ({"selection": "random", "kv_weight": "1/sqrt(p)", "kv_gradient": "stop"}, 8),
     "topk": ({"selection": "topk", "max_selected": 6}, 6),
+    "spans-weighed": ({"selection": "spans", "span": 3, "kv_weight": "1/sqrt(p)"}, 8),
     "batch": ({"scope": "batch", "max_selected": 7}, 7),
     "labels-weighed": ({"selection": "labels", "max_selected": 7, "kv_weight": "1/sqrt(p)"}, 7),
 }

@@ -22,6 +22,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "importance-batch": {"scope": "batch"},
     "random-batch": {"selection": "random", "scope": "batch", "max_selected": 7},
     "stratified": {"selection": "stratified", "num_strata": 2},
+    "spans": {"selection": "spans", "span": 3},
+    "spans-batch": {"selection": "spans", "span": 3, "scope": "batch"},
     "labels": {"selection": "labels", "max_selected": 9, "context": 0},
     "topk-batch": {"selection": "topk", "scope": "batch"},
     "sequence_aware": {"selection": "sequence_aware", "min_tokens_per_sequence": 3},
@@ -42,7 +44,7 @@ def by_position(chosen: Any, size: int = SEQ) -> Tensor:
     return torch.zeros(rows.shape[0], size + 1).scatter(1, rows, chosen.weights)[:, :size]
 
 
-ONE_OF_EACH = ["importance", "importance-batch", "stratified", "labels", "sequence_aware"]
+ONE_OF_EACH = ["importance", "importance-batch", "stratified", "spans", "labels", "sequence_aware"]
 
 
 @pytest.mark.parametrize("name", slow_but(ONE_OF_EACH, CHOICES))
@@ -66,6 +68,12 @@ def test_equals_the_weighted_reference(name: str) -> None:
             for half in (ranked[: -(-len(ranked) // 2)], ranked[-(-len(ranked) // 2) :]):
                 assert int(mask[row, half].sum()) == 2
                 torch.testing.assert_close(weights[row, half][mask[row, half]], torch.full((2,), len(half) / 2))
+    elif name == "spans":  # 4 slots: 2 blocks of 2
+        pairs, count = valid.view(-1, SEQ // 2, 2), valid.view(-1, SEQ // 2, 2).sum(2)
+        means = scores.where(valid, 0.0).view(-1, SEQ // 2, 2).sum(2) / count.clamp(min=1)
+        p = expected(means, pairs.any(2), 2).repeat_interleave(2, 1)
+        torch.testing.assert_close(weights[mask], (1 / p)[mask].float(), atol=0, rtol=1e-4)
+        assert torch.equal(mask, valid & mask.view(-1, SEQ // 2, 2).any(2).repeat_interleave(2, 1))
     elif name == "labels":
         assert torch.equal(mask.sum(1), valid.sum(1).clamp(max=9))
         count = valid.sum(1, keepdim=True)
@@ -77,7 +85,7 @@ def test_equals_the_weighted_reference(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["importance", "importance-batch", "labels", "stratified"])
+@pytest.mark.parametrize("name", ["importance", "importance-batch", "spans", "labels", "stratified"])
 def test_the_loss_is_unbiased(name: str) -> None:
     """The mean over many selections is the loss over all labels; that of the hardest tokens is not."""
     model, batch = PlainLM(), uneven()
@@ -130,7 +138,7 @@ def test_ratio_one_is_the_unmodified_model(name: str) -> None:
     assert_same(backward(model, model(**batch).loss), dense(model, batch))
 
 
-ONE_TOKEN = ["importance", "importance-batch", "stratified", "sequence_aware"]
+ONE_TOKEN = ["importance", "importance-batch", "stratified", "spans", "sequence_aware"]
 
 
 @pytest.mark.parametrize("name", slow_but(["importance-batch", "stratified"], ONE_TOKEN))
@@ -157,10 +165,10 @@ def test_same_tokens_at_the_same_step() -> None:
     assert all(torch.equal(*pair) for pair in zip(picks(model), first, strict=True))
 
 
-SYMBOLIC = ["importance-batch", "labels", "sequence_aware"]
+SYMBOLIC = ["importance-batch", "spans", "spans-batch", "labels", "sequence_aware"]
 
 
-@pytest.mark.parametrize("name", slow_but(["importance-batch", "labels"], SYMBOLIC))
+@pytest.mark.parametrize("name", slow_but(["importance-batch", "spans", "labels"], SYMBOLIC))
 def test_sizes_that_stay_symbolic(name: str) -> None:
     model = models.Decoder(layers=1)
     run = compiled(lambda ids, labels: F.cross_entropy(model(ids).flatten(0, 1), labels.flatten()), **CHOICES[name])

@@ -50,6 +50,8 @@ def test_rows(options, ratio, decoder_step):
         ({"scope": "batch", "selection": "random", "max_selected": 3}, 3),
         ({"scope": "batch", "selection": "topk", "min_tokens_ratio": 0.9}, 16),
         ({"selection": "sequence_aware"}, 6),
+        ({"selection": "spans", "span": 2}, 4),
+        ({"selection": "spans", "scope": "batch"}, 6),
         ({"selection": "sequence_aware", "min_tokens_per_sequence": 5, "max_selected": 4}, 4),
     ],
     ids=str,
@@ -84,7 +86,7 @@ def test_unweighted_selections_are_told(selection, decoder_step):
 
 
 def test_weighted_selections_are_not(decoder_step):
-    for selection in ("importance", "random", "stratified", "labels"):
+    for selection in ("importance", "random", "stratified", "spans", "labels"):
         captured = decoder_step({"selection": selection})
         captured.run("select_rows")
         assert not captured.ctx.notices
