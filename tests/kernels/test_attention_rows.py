@@ -122,6 +122,31 @@ def test_rows_in_any_order(all_keys):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("rows", "tiles"),
+    [
+        ([*range(32, 64), *range(128, 160)], 2 + 5),  # two blocks: the keys up to the end of each
+        (range(3, 256, 4), 4 + 8),  # as many, scattered
+    ],
+    ids=["spans", "scattered"],
+)
+def test_tiles_behind_the_last_row_are_left_out(rows, tiles, monkeypatch):
+    """Tiles of 32 queries and 32 keys, 3 products each for dq and 4 for dk and dv."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products = []
+    multiply = InterpreterBuilder.create_dot
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda *args, **kwargs: products.append(1) or multiply(*args, **kwargs)
+    )
+    arguments, _ = make_case(64, 256, 16, batch=1, heads=1, all_keys=True)
+    grad, query, key, value, out, logsumexp, _, *rest = arguments
+    rows = torch.tensor([list(rows)])
+    kernels.attention_rows_backward_triton(grad, query, key, value, out, logsumexp, rows, *rest)
+    assert len(products) == (3 + 4) * tiles
+
+
+@interpreted
 def test_logsumexp_of_fully_masked_queries():
     arguments, _ = make_case(20, 50, 16, mask="bool")
     logsumexp, blind = arguments[5], ~arguments[7].any(-1).expand(-1, 2, -1)

@@ -19,7 +19,7 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("marks", "at_least"),
     [
-        pytest.param("not slow", {"attention_rows": 41, "moe_gate": 6}, id="attention"),
+        pytest.param("not slow", {"attention_rows": 43, "moe_gate": 6}, id="attention"),
         pytest.param("not slow", {"token_log_probs": 30, "score": 22, "moe_routing": 23}, id="head and routing"),
         pytest.param("not slow", {"moe": 23, "moe_clamped": 13}, id="experts", marks=pytest.mark.slow),
         pytest.param("slow", {"attention_rows": 8, "score": 12}, id="slow", marks=pytest.mark.slow),
