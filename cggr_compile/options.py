@@ -50,9 +50,9 @@ class Options:
             where difficult sequences get more.
         num_strata: parts of the score ranking, >= 1, of ``stratified``.
         min_tokens_per_sequence: tokens that ``sequence_aware`` takes from every sequence (that has so many), >= 1.
-        span: the most positions of a block of ``spans``, >= 1. As few blocks as can fill a sequence's slots do so, all of
-            one size: with 512 slots and 64 here they are 8 of 64 positions, with 100 slots 2 of 50, with 20 slots 1 of
-            20. The last block of a sequence may be shorter. Slots of positions without a label stay empty.
+        span: the most positions of a block of ``spans``, >= 1. As few blocks as can fill a sequence's slots do so, all
+            of one size: with 512 slots and 64 here they are 8 of 64 positions, with 100 slots 2 of 50, with 20 slots 1
+            of 20. The last block of a sequence may be shorter. Slots of positions without a label stay empty.
         max_selected: the most positions of one sequence that get a slot, a share of its length in (0, 1] (float) or a
             number >= 1 (int). With ``selection="labels"`` None stands for ``min_tokens_ratio``; where the scope is the
             batch, for 1.5 times that. With ``context`` these are the slots of all that carries gradient, context

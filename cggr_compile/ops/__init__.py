@@ -64,6 +64,7 @@ __all__ = [
     "score",
     "score_logits",
     "slots",
+    "spans",
     "token_log_probs",
     "top_quantile",
     "uniform",

@@ -1,4 +1,4 @@
-"""``selection="spans"`` with what surrounds it: padding, other scorings, checks, blocks that do not divide a sequence."""
+"""``selection="spans"`` with what surrounds it: padding, other scorings, checks, a last block that is shorter."""
 
 from __future__ import annotations
 
