@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import models
 import numpy as np
@@ -16,6 +17,7 @@ import cggr_compile
 from cggr_compile import MetricsLogger
 from cggr_compile.__main__ import main
 from cggr_compile.charts import histogram, line_chart
+from cggr_compile.explanation import Explanation
 from cggr_compile.run_folder import report_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -103,6 +105,14 @@ def test_dense_page(tmp_path):
     found = cggr_compile.explain(models.PlainLM().eval(), **models.make_batch())
     page = found.to_html(tmp_path / "report.html").read_text()
     assert found.view is None and 'class="level dense"' in page and 'id="selection"' not in page
+
+
+def test_a_graph_that_waits_says_so(explanation, tmp_path):
+    graphs = [replace(graph, waiting=True) for graph in explanation[1].graphs]
+    page = Explanation(graphs, [[] for _ in graphs], None, lambda: None).to_html(tmp_path / "page.html").read_text()
+    assert "Graph 0: training · not needed so far" in page and "not needed" not in page.replace(
+        "not needed so far", "", 1
+    )
 
 
 def test_page_of_a_run(explanation, tmp_path):
