@@ -17,7 +17,7 @@ from cggr_compile.cost.graphs import Captured, Halves, capture
 from cggr_compile.cost.kernels import Kernel, bytes_of, kernels, storage
 from cggr_compile.cost.propagate import Sizes, sizes_of
 from cggr_compile.cost.roles import Role, axes, name_roles, short_names
-from cggr_compile.cost.sizes import Atom, Shape, number, symbol
+from cggr_compile.cost.sizes import Atom, Shape, number, symbol, value_of
 from cggr_compile.cost.text import text
 from cggr_compile.cost.work import Work, per_layer, work_of
 from cggr_compile.options import Options
@@ -57,8 +57,9 @@ class Cost:
     """What a training step costs.
 
     Attributes:
-        values: of the symbols in the capture: B sequences of S positions, L layers; ``rho`` and ``r``, the shares of
-            the rows that carry loss and gradient (where they are the same, only ``rho``); and sizes of the model.
+        values: of the symbols in the capture: B sequences (no symbol of a single one) of S positions, L layers;
+            ``rho`` and ``r``, the shares of the rows that carry loss and gradient (where they are the same, only
+            ``rho``); and sizes of the model.
         roles: which size of the model a symbol stands for.
         dense: the graph as it was captured, differentiated from the loss alone.
         selective: as it was rewritten; None where it stays dense.
@@ -106,7 +107,8 @@ def cost(model: Module, args: Sequence[Any], kwargs: Mapping[str, Any], options:
 def count(captured: Captured, device: str = "cpu") -> Cost:
     """Put what the graphs do into expressions."""
     tokens = {} if captured.tokens is None else {"B": captured.tokens[0], "S": captured.tokens[1]}
-    atoms = {name: (Atom(value, {name}),) for name, value in tokens.items()}
+    # a batch of one comes and goes as an axis, so that nothing tells where it is a factor
+    atoms = {name: (Atom(value, {name}),) if value > 1 else () for name, value in tokens.items()}
     parameters: dict[str, Shape] = {}
     halves = [half for half in (captured.dense, captured.selective) if half is not None]
     counted = [
@@ -125,7 +127,7 @@ def count(captured: Captured, device: str = "cpu") -> Cost:
     short = short_names({name: role for name, role in roles.items() if name in used})
     names = {symbol(long): symbol(name) for long, name in short.items()}
     steps = [step.renamed(names) for step in steps]
-    always = {*tokens, "L"}
+    always = {"L", *(name for name, size in atoms.items() if size)}
     values = {short.get(name, name): value for name, value in values.items() if name in used or name in always}
     told = {short[long]: role for long, role in roles.items() if long in used}
     return Cost(values, told, steps[0], steps[1] if len(steps) > 1 else None, device)
@@ -177,7 +179,7 @@ class _Counted:
         names, trained = self._halves.names, self._halves.trained
         if place < len(names) and (trained[place] or names[place] in parameters):
             return parameters.setdefault(names[place], axes(names[place], values))
-        if tokens and values[:2] == tuple(size[0].value for size in tokens.values()):
+        if tokens and values[:2] == tuple(map(value_of, tokens.values())):
             return (*tokens.values(), *map(number, values[2:]))
         return tuple(map(number, values))
 

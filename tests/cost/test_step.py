@@ -54,6 +54,13 @@ def test_sizes_that_are_the_same_number_stay_apart():
     assert sympy.expand(cost.selective.backward.flops - rows - every) == 0
 
 
+def test_one_sequence():
+    first, second = (models.family("llama", head_dim=8, num_hidden_layers=1, **sizes) for sizes in (ALIKE, OTHER))
+    cost = agree(first, second, (batch_of(1, 8), batch_of(1, 20)), selection="importance")
+    with pytest.raises(ValueError, match="B"):
+        cost.at(cost.dense.flops, B=2)
+
+
 def test_a_step_that_takes_a_predictor():
     cost = count(captured(models.family("llama", num_hidden_layers=1), batch_of(2, 16), scoring="learned"))
     assert cost.at(cost.selective.backward.flops) < cost.at(cost.dense.backward.flops) / 2
