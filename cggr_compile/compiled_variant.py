@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -19,8 +18,7 @@ from cggr_compile.graph_dump import GraphDump
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.lower import lower_dense, lower_selective
 from cggr_compile.passes.facts import Block, LayerStack, Outputs
-from cggr_compile.passes.nodes import fake_value
-from cggr_compile.passes.step_interface import Form
+from cggr_compile.passes.step_interface import Form, example_step_inputs
 from cggr_compile.pipeline import copy_module
 from cggr_compile.replay import Replay
 from cggr_compile.report import Verification
@@ -101,9 +99,8 @@ class CompiledVariant:
         return list(args) if self._kept is None else [args[i] for i in self._kept]
 
     def _compile_selective(self, variant: GraphVariant, inputs: list[Any]) -> None:
-        taken = [fake_value(n) for n in variant.graph.graph.find_nodes(op="placeholder")[len(inputs) :]]
-        self._device = taken[0].device
-        further = [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in taken]
+        further = example_step_inputs(variant.graph.graph, len(inputs))
+        self._device = further[0].device
         with compat.static_inputs(further):
             self._lower(variant, inputs, [*inputs, *further])
 

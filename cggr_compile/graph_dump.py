@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from cggr_compile import compat
 from cggr_compile.graph_text import graph_text, input_names, node_line, pass_of
+from cggr_compile.passes.nodes import fake_value
 from cggr_compile.report import GraphReport, PassRecord, delta_text
 
 log = logging.getLogger(__name__)
@@ -90,12 +91,12 @@ class GraphDump:
         joint = [node for node in places if str(node).startswith("primals")]
         if not joint:
             names = input_names(module.graph)
-            self._inputs = [(names[str(node)], _value(node)) for node in places]
+            self._inputs = [(names[str(node)], fake_value(node)) for node in places]
             return names
         if len(joint) != len(self._inputs):
             return {}
         pairs = list(zip(joint, self._inputs, strict=True))
-        if not all(_alike(_value(node), value) for node, (_, value) in pairs):
+        if not all(_alike(fake_value(node), value) for node, (_, value) in pairs):
             return {}
         return {str(node): name for node, (name, _) in pairs}
 
@@ -105,10 +106,6 @@ class GraphDump:
             if str(node) not in self._before and pass_of(node):
                 log.debug("%s: + %s", name, node_line(node, names))
         self._before = {str(node) for node in nodes}
-
-
-def _value(node: Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _alike(value: Any, other: Any) -> bool:

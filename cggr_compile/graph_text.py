@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from cggr_compile import compat
+from cggr_compile.passes.nodes import fake_value
 
 WIDTH = 110  # of a call that stays on one line
 _INFIX = {
@@ -106,7 +107,7 @@ def _function(graph: Graph, title: str, names: Mapping[str, str] | None) -> str:
     placeholders = list(graph.find_nodes(op="placeholder"))
     lines = [f"def {_identifier(title)}("]
     for node in placeholders:
-        shape, path = value_text(_value(node)), pass_of(node) or compat.source_name(node)
+        shape, path = value_text(fake_value(node)), pass_of(node) or compat.source_name(node)
         name = names[str(node)]
         comment = f"  # {path}" if path != name else ""
         lines.append(f"    {name}" + (f': "{shape}"' if shape else "") + f",{comment}")
@@ -130,7 +131,7 @@ def _assignment(node: Node, names: Mapping[str, str], indent: str, width: int | 
             return f"{indent}return {_text(results, names)}"
         inner = "".join(f"{indent}    {_text(each, names)},\n" for each in results)
         return f"{indent}return (\n{inner}{indent})"
-    shape = value_text(_value(node))
+    shape = value_text(fake_value(node))
     begin = f"{indent}{_name(node, names)}" + (f': "{shape}"' if shape else "") + " = "
     ours = f"  # <- {made_by}" if (made_by := pass_of(node)) else ""
     function, arguments = _call(node, names)
@@ -198,10 +199,6 @@ def _text(value: Any, names: Mapping[str, str]) -> str:
 
 def _name(node: Node, names: Mapping[str, str]) -> str:
     return names.get(str(node), str(node))
-
-
-def _value(node: Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _frame(node: Node) -> tuple[str, str, str, str] | None:

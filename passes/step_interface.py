@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from cggr_compile import compat
+from cggr_compile.passes.nodes import fake_value
 
 STATE = "cggr_state"
 PREDICTOR = "cggr_predictor_"
@@ -41,6 +42,12 @@ class PredictorKey:
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
             raise ValueError(f"a predictor's key must be 'forward/layer/features', three numbers, got {text!r}")
         return cls(*map(int, parts))
+
+
+def example_step_inputs(graph: Graph, users: int) -> list[torch.Tensor]:
+    """Zeros like what a graph takes behind its first ``users`` inputs, to compile it with."""
+    taken = [fake_value(node) for node in graph.find_nodes(op="placeholder")[users:]]
+    return [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in taken]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cggr_compile.options import Options
 from cggr_compile.passes.analysis.modes import remove_dead_code
 from cggr_compile.passes.facts import Candidates, Outputs, Selection
 from cggr_compile.passes.nodes import fake_value
+from cggr_compile.passes.step_interface import example_step_inputs
 from cggr_compile.pipeline import copy_module, run_joint_passes
 from cggr_compile.registry import registry
 from cggr_compile.report import GraphReport
@@ -107,8 +108,7 @@ def _halves(variant: GraphVariant, graph: GraphModule, inputs: Sequence[Any]) ->
     placeholders = list(graph.graph.find_nodes(op="placeholder"))
     names = [compat.source_name(node) for node in placeholders]
     trained = [isinstance(value, torch.nn.Parameter) for value in arguments]
-    taken = [fake_value(node) for node in placeholders[len(arguments) :]]  # of step_interface
-    further = [torch.zeros(value.shape, dtype=value.dtype, device=value.device) for value in taken]
+    further = example_step_inputs(graph.graph, len(arguments))
     trained += [False for _ in further]
     report, found = variant.report, list[Halves]()
 
