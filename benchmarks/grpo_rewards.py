@@ -15,18 +15,14 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
 from arguments import items
-from machine import describe
-from results import save
-from rich.console import Console
 from rich.table import Table
-from turns import cards, in_turns
+from turns import answer, conclude, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -132,37 +128,18 @@ def run(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def _problems(tokenizer: Any, seed: int, args: argparse.Namespace) -> list[dict[str, str]]:
     """As many as are trained on, each with prompts of its own."""
-    from gsm8k_prompts import BANK, problems
+    from gsm8k_prompts import prompts_in_random_order
 
-    every = problems(ROOT / "data" / "gsm8k" / "train.jsonl")
-    generator = torch.Generator().manual_seed(seed)
     found = []
-    for number in (torch.randperm(len(every) - BANK, generator=generator) + BANK).tolist():
-        shown = [every[i] for i in torch.randint(BANK, (args.shots,), generator=generator).tolist()]
-        before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shown)
-        question, answer = every[number]
-        prompt = f"{before}Question: {question}\nAnswer:"
+    for prompt, solved in prompts_in_random_order(ROOT / "data" / "gsm8k" / "train.jsonl", args.shots, seed):
         if len(tokenizer(prompt).input_ids) <= args.prompt_length:
-            found.append({"prompt": prompt, "answer": answer})
+            found.append({"prompt": prompt, "answer": solved})
         if len(found) == args.steps * args.prompts:
             return found
     raise SystemExit(f"error: {len(found)} prompts fit into --prompt-length {args.prompt_length}")
 
 
 # All of them.
-
-
-def measure(argv: list[str], args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    document: dict[str, Any] = {"machine": describe(args.device), "results": []}
-    script = [sys.executable, str(Path(__file__)), *argv, "--run"]
-    runs = {f"{arm}-{seed}": (arm, seed) for seed in range(args.seeds) for arm in args.arms}
-    commands = {name: [*script, arm, str(seed)] for name, (arm, seed) in runs.items()}
-    for name, found in in_turns(commands, cards(args.device), args.json.parent / f"{args.json.stem}-logs"):
-        arm, seed = runs[name]
-        document["results"].append({"arm": arm, "seed": seed, **found})
-        say(f"{arm}, seed {seed}: " + found.get("error", "done"))
-        save(document, args.json)
-    return document
 
 
 def table(document: dict[str, Any]) -> Table:
@@ -188,14 +165,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     if args.run:
-        answers, sys.stdout = sys.stdout, sys.stderr  # what trainers print is no answer
         arm, seed = args.run
-        print(json.dumps(run(arm, int(seed), args), default=str), file=answers, flush=True)
-        return 0
-    console = Console(width=max(130, Console().width))
-    document = measure(argv, args, lambda line: console.print(line, highlight=False, markup=False))
-    console.print(table(document))
-    return int(any("error" in record for record in document["results"]))
+        return answer(lambda _: run(arm, int(seed), args))
+    runs = [{"arm": arm, "seed": seed} for seed in range(args.seeds) for arm in args.arms]
+    document = measure(__file__, argv, runs, args, lambda found: "done")
+    return conclude(document, table(document))
 
 
 if __name__ == "__main__":

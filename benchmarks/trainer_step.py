@@ -32,12 +32,9 @@ from typing import Any
 
 import torch
 from arguments import items
-from machine import describe
-from results import save
-from rich.console import Console
 from rich.table import Table
 from shapes import MODELS
-from turns import cards, in_turns, wait_for_turn
+from turns import answer, conclude, measure, wait_for_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "examples"))
@@ -280,20 +277,6 @@ def _count_apart(trainer: Any, clock: Any) -> None:
 # All of them.
 
 
-def measure(argv: list[str], args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
-    document: dict[str, Any] = {"machine": describe(args.device), "results": []}
-    script = [sys.executable, str(Path(__file__)), *argv, "--run"]
-    runs = {f"{method}-{arm}": (method, arm) for method in args.methods for arm in args.arms}
-    commands = {name: [*script, *run] for name, run in runs.items()}
-    logs = args.json.parent / f"{args.json.stem}-logs"
-    for name, found in in_turns(commands, cards(args.device), logs, args.at_once):
-        method, arm = runs[name]
-        document["results"].append({"method": method, "arm": arm, **found})
-        say(f"{method}, {arm}: " + (f"{found['step_ms']:.0f} ms" if "step_ms" in found else found["error"]))
-        save(document, args.json)
-    return document
-
-
 def table(document: dict[str, Any]) -> Table:
     found = Table(title=document["machine"]["device"])
     for name in ("method", "arm", "update ms", "× stock", "peak MB", "memory ×", "loss", "level"):
@@ -318,15 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     if args.run:
-        answers, sys.stdout = sys.stdout, sys.stderr  # what trainers print is no answer
         method, arm = args.run
-        found = run(method, arm, args, lambda: wait_for_turn(answers))
-        print(json.dumps(found, default=str), file=answers, flush=True)
-        return 0
-    console = Console(width=max(130, Console().width))
-    document = measure(argv, args, lambda line: console.print(line, highlight=False, markup=False))
-    console.print(table(document))
-    return int(any("error" in record for record in document["results"]))
+        return answer(lambda answers: run(method, arm, args, lambda: wait_for_turn(answers)))
+    runs = [{"method": method, "arm": arm} for method in args.methods for arm in args.arms]
+    document = measure(__file__, argv, runs, args, lambda found: f"{found['step_ms']:.0f} ms")
+    return conclude(document, table(document))
 
 
 if __name__ == "__main__":

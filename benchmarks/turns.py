@@ -6,15 +6,20 @@ A process writes JSON objects to its standard output, one a line: ``{"ready": tr
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from machine import describe
+from results import save
+from rich.console import Console
+from rich.table import Table
 
 LAST_LINES = 12  # of a log, in an error
 
@@ -57,6 +62,49 @@ def in_turns(
         finally:
             for process in processes.values():
                 process.end()
+
+
+def measure(
+    script: str | Path,
+    argv: Sequence[str],
+    runs: Sequence[Mapping[str, Any]],
+    args: argparse.Namespace,
+    said: Callable[[dict[str, Any]], str],
+) -> dict[str, Any]:
+    """All runs of a benchmark; its document, which is saved after each one.
+
+    A run is ``script *argv --run VALUE...`` with the values that tell it, which begin its record. ``said``: what is
+    printed of one that has not failed. ``args``: ``device`` and ``json``, and ``at_once`` where there is one.
+    """
+    console = _console()
+    document: dict[str, Any] = {"machine": describe(args.device), "results": []}
+    named = {"-".join(map(str, run.values())): run for run in runs}
+    begin = [sys.executable, str(script), *argv, "--run"]
+    commands = {name: [*begin, *map(str, run.values())] for name, run in named.items()}
+    logs = args.json.parent / f"{args.json.stem}-logs"
+    for name, found in in_turns(commands, cards(args.device), logs, getattr(args, "at_once", None)):
+        document["results"].append({**named[name], **found})
+        called = ", ".join(map(str, named[name].values()))
+        console.print(f"{called}: {found['error'] if 'error' in found else said(found)}", highlight=False, markup=False)
+        save(document, args.json)
+    return document
+
+
+def conclude(document: dict[str, Any], table: Table) -> int:
+    """Prints the table; the exit status, 1 if a run has failed."""
+    _console().print(table)
+    return int(any("error" in record for record in document["results"]))
+
+
+def answer(run: Callable[[TextIO], dict[str, Any]]) -> int:
+    """In a run's process: its result goes to standard output, and what trainers print, which is none, to the log."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(run(answers), default=str), file=answers, flush=True)
+    return 0
+
+
+def _console() -> Console:
+    return Console(width=max(130, Console().width))
 
 
 class _Process:

@@ -36,6 +36,17 @@ def write_prompts(source: Path, folder: Path, shots: int, solved: bool = True) -
     return paths
 
 
+def prompts_in_random_order(path: Path, shots: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Prompts, ``shots`` solved problems and then one, and its answers: of all but the first ``BANK`` problems."""
+    every = problems(path)
+    generator = torch.Generator().manual_seed(seed)
+    for number in (torch.randperm(len(every) - BANK, generator=generator) + BANK).tolist():
+        shown = [every[i] for i in torch.randint(BANK, (shots,), generator=generator).tolist()]
+        before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shown)
+        question, answer = every[number]
+        yield f"{before}Question: {question}\nAnswer:", answer
+
+
 def problems(path: Path) -> list[tuple[str, str]]:
     """Questions and worked answers, without the marks that are meant for a calculator."""
     with path.open(encoding="utf-8") as file:

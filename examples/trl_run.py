@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gsm8k_prompts import BANK, problems
+from gsm8k_prompts import prompts_in_random_order
 from smollm2 import smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
@@ -61,14 +61,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def gsm8k(args: argparse.Namespace, tokenizer: Any, count: int) -> list[tuple[str, str]]:
     """``count`` prompts, solved problems and then one, and its answers, in at most ``args.length`` tokens each."""
-    every = problems(GSM8K / "train.jsonl")
-    generator = torch.Generator().manual_seed(args.seed)
     found: list[tuple[str, str]] = []
-    for number in (torch.randperm(len(every) - BANK, generator=generator) + BANK).tolist():
-        shown = [every[i] for i in torch.randint(BANK, (args.shots,), generator=generator).tolist()]
-        before = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in shown)
-        question, answer = every[number]
-        pair = f"{before}Question: {question}\nAnswer:", f" {answer}"
+    for prompt, answer in prompts_in_random_order(GSM8K / "train.jsonl", args.shots, args.seed):
+        pair = prompt, f" {answer}"
         if len(tokenizer("".join(pair)).input_ids) < args.length:  # the end takes one more
             found.append(pair)
         if len(found) == count:
