@@ -65,6 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=48)
     add("--measured", type=int, default=8, help="of the steps, the last ones")
     add("--at-once", type=int, help="arms that compile, and hold the device's memory, at the same time; default: all")
+    add("--within", type=float, help="seconds for an arm's first steps, which compile: one that takes longer is ended")
     add("--options", type=json.loads, default={}, help="of the callback, as JSON")
     add("--json", type=Path, default=Path("runs/benchmarks/trainer_step.json"))
     add("--tiny", action="store_true", help=f"changes the defaults to {TINY}")

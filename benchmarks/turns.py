@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,12 +41,16 @@ def wait_for_turn(answers: TextIO) -> None:
 
 
 def in_turns(
-    commands: Mapping[str, Sequence[str]], devices: Sequence[str], logs: Path, at_once: int | None = None
+    commands: Mapping[str, Sequence[str]],
+    devices: Sequence[str],
+    logs: Path,
+    at_once: int | None = None,
+    within: float | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each command's name and result, in order; ``{"error": ...}``, the end of its log, of one that failed.
 
     ``devices``: CUDA_VISIBLE_DEVICES of the processes, in turn. ``logs``: folder of what they print. ``at_once``: how
-    many prepare at a time, all by default.
+    many prepare at a time, all by default. ``within``: seconds, after which one that still prepares is ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
     names = list(commands)
@@ -54,9 +60,10 @@ def in_turns(
             name: _Process(commands[name], devices[index % len(devices)], logs / f"{name}.log")
             for index, name in enumerate(some, first)
         }
+        deadline = None if within is None else time.monotonic() + within
         try:
             for process in processes.values():
-                process.prepare()
+                process.prepare(deadline)
             for name, process in processes.items():
                 yield name, process.measure()
         finally:
@@ -74,7 +81,7 @@ def measure(
     """All runs of a benchmark; its document, which is saved after each one.
 
     A run is ``script *argv --run VALUE...`` with the values that tell it, which begin its record. ``said``: what is
-    printed of one that has not failed. ``args``: ``device`` and ``json``, and ``at_once`` where there is one.
+    printed of one that has not failed. ``args``: ``device`` and ``json``; ``at_once`` and ``within`` if it has them.
     """
     console = _console()
     document: dict[str, Any] = {"machine": describe(args.device), "results": []}
@@ -82,7 +89,8 @@ def measure(
     begin = [sys.executable, str(script), *argv, "--run"]
     commands = {name: [*begin, *map(str, run.values())] for name, run in named.items()}
     logs = args.json.parent / f"{args.json.stem}-logs"
-    for name, found in in_turns(commands, cards(args.device), logs, getattr(args, "at_once", None)):
+    limits = {name: getattr(args, name, None) for name in ("at_once", "within")}
+    for name, found in in_turns(commands, cards(args.device), logs, **limits):
         document["results"].append({**named[name], **found})
         called = ", ".join(map(str, named[name].values()))
         console.print(f"{called}: {found['error'] if 'error' in found else said(found)}", highlight=False, markup=False)
@@ -121,8 +129,14 @@ class _Process:
             )
         self._found: dict[str, Any] | None = None
 
-    def prepare(self) -> None:
-        """Waits until it is ready, or has ended."""
+    def prepare(self, deadline: float | None) -> None:
+        """Waits until it is ready, or has ended; ends it at the deadline."""
+        assert self._running.stdout is not None
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([self._running.stdout], [], [], left)[0]:
+            self._found = {"error": "it had not prepared in time"}
+            self.end()
+            return
         answer = self._answer()
         if not answer.get("ready"):
             self._found = answer

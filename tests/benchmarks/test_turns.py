@@ -7,7 +7,7 @@ import sys
 import torch
 from turns import cards, in_turns
 
-# writes when it began and ended its measurement; "fails" does not get so far
+# writes when it began and ended its measurement; "fails" and "slow" do not get so far
 PROGRAM = """
 import json, sys, time
 sys.path.insert(0, sys.argv[2])
@@ -15,6 +15,8 @@ from turns import wait_for_turn
 prepared = time.monotonic()
 if sys.argv[1] == "fails":
     sys.exit("no memory")
+if sys.argv[1] == "slow":
+    time.sleep(60)
 wait_for_turn(sys.stdout)
 begin = time.monotonic()
 time.sleep(0.05)
@@ -37,6 +39,11 @@ def test_one_measures_while_the_others_wait(tmp_path):
 def test_so_many_at_once(tmp_path):
     found = dict(in_turns(commands(["a", "b"]), [""], tmp_path, at_once=1))
     assert found["a"]["end"] <= found["b"]["prepared"]
+
+
+def test_one_that_prepares_for_too_long_is_ended(tmp_path):
+    found = dict(in_turns(commands(["slow", "fails"]), [""], tmp_path, within=5))
+    assert found == {"slow": {"error": "it had not prepared in time"}, "fails": {"error": "no memory"}}
 
 
 def test_the_cards(monkeypatch):
