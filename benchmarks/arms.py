@@ -6,11 +6,13 @@ fair         the same model and the same loss (transformers' own: float32 logits
              these two handicaps: SDPA with ``is_causal=True`` and no mask tensor, a compiled function that returns the
              loss alone. None of this project's code takes part.
 fair-checkpointed  `fair` with transformers' gradient checkpointing, which keeps the blocks' inputs only.
+fair-flash   `fair` with the kernels of the package flash-attn (CUDA, 16 bits) instead of the ones that SDPA takes.
 selective    ``backend="cggr"`` with its default options, router included.
 stop         the same with ``kv_gradient="stop"``.
 random       control: random tokens, no router.
 fused        ``stop`` with ``cross_entropy="fused"``.
 fp8          ``stop`` with ``router_precision="fp8"``.
+selective-flash  `selective` of the model that `fair-flash` has.
 exact        ``gradient="exact"``: the true gradient of the selected loss.
 dense-cggr   control: ``backend="cggr"`` at ratio 1.0, where it must equal the dense model.
 
@@ -32,11 +34,13 @@ from torch.fx import GraphModule
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from cggr_compile import enable_flash_attention
 from cggr_compile.backend import cggr
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
 BASELINES = ("plain", "fair", "fair-checkpointed")
+FLASH = ("fair-flash", "selective-flash")  # they train what `with_flash_attention` makes of the model
 # options of backend "cggr" beside the ratio
 SELECTIVE: dict[str, dict[str, Any]] = {
     "selective": {},
@@ -44,13 +48,14 @@ SELECTIVE: dict[str, dict[str, Any]] = {
     "random": {"scoring": "random"},
     "fused": {"kv_gradient": "stop", "cross_entropy": "fused"},
     "fp8": {"kv_gradient": "stop", "router_precision": "fp8"},
+    "selective-flash": {},
     "exact": {"gradient": "exact"},
     "dense-cggr": {"min_tokens_ratio": 1.0},
 }
-ARMS = (*BASELINES, *SELECTIVE)
+ARMS = (*BASELINES, "fair-flash", *SELECTIVE)
 DEFAULT_ARMS = ("plain", "fair", "selective", "stop", "random")
 # arms that compute the dense model: their losses and gradients must agree
-DENSE = ("fair", "plain", "fair-checkpointed", "dense-cggr")
+DENSE = ("fair", "plain", "fair-checkpointed", "fair-flash", "dense-cggr")
 
 MASKLESS = "sdpa_without_mask"
 AttentionInterface.register(MASKLESS, sdpa_attention_forward)
@@ -58,9 +63,24 @@ AttentionInterface.register(MASKLESS, sdpa_attention_forward)
 
 def without_mask(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """The model with causal attention that needs no mask tensor; the parameters are shared."""
-    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twin = _twin(model)
     twin.set_attn_implementation(MASKLESS)
     return twin
+
+
+def with_flash_attention(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The model with the package flash-attn, which needs no mask tensor either; the parameters are shared.
+
+    Raises:
+        ValueError: with the reason why it cannot be had here.
+    """
+    twin = _twin(model)
+    enable_flash_attention(twin, "flash_attention_2")
+    return twin
+
+
+def _twin(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def checkpointed(model: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -88,20 +108,24 @@ def build_arm(
     cuda_graphs: bool = False,
     dump_dir: str | None = None,
 ) -> Step:
-    """A function (ids, labels) -> loss, compiled at its first call. All arms of one ``model`` share its parameters."""
-    if name in BASELINES:
+    """A function (ids, labels) -> loss, compiled at its first call. All arms of one ``model`` share its parameters.
+
+    ``model``: of the arms in FLASH, what `with_flash_attention` has made of it.
+    """
+    if name not in SELECTIVE:
         return build_baseline(name, model, compiler=compiler, cuda_graphs=cuda_graphs)
     options = {"min_tokens_ratio": ratio, "compiler": compiler, "dump_dir": dump_dir, "cuda_graphs": cuda_graphs}
     return build_selective(model, options | SELECTIVE[name])
 
 
 def build_baseline(name: str, model: LlamaForCausalLM, *, compiler: str, cuda_graphs: bool) -> Step:
-    """One of BASELINES."""
+    """One of BASELINES, or `fair-flash`."""
     how = dense_compiler(compiler, cuda_graphs=cuda_graphs)
     if name == "plain":
         return loss_of(torch.compile(model, **how))
     # one graph: where one arm's graph breaks, Dynamo stops compiling frames whose code other arms share
-    twin = without_mask(model) if name == "fair" else checkpointed(model)
+    twins = {"fair": without_mask, "fair-checkpointed": checkpointed}
+    twin = twins[name](model) if name in twins else model
     return torch.compile(loss_of(twin), fullgraph=True, **how)
 
 

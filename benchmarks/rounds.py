@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from agreement import check_dense, first_layer_gradient
-from arms import DENSE, SELECTIVE, Step, build_arm
+from arms import DENSE, FLASH, SELECTIVE, Step, build_arm, with_flash_attention
 from kernel_times import profile_step
 from results import save, summary
 from shapes import SHAPES, build_model, make_batch
@@ -40,11 +40,13 @@ class Arm:
     selective: compiled by backend="cggr", which reports on it.
     same: what must equal the first dense arm's, of "loss" and "gradient"; where it does not, the arm has failed. (Where
         one of the dense arms of ``arms.DENSE`` differs, nothing can be compared, and the run ends.)
+    model: once it is built, the model that it trains; None where that is the run's.
     """
 
     build: Callable[[], Step]
     selective: bool = False
     same: tuple[str, ...] = ()
+    model: Callable[[], LlamaForCausalLM] | None = None
 
 
 def step_run(name: str, args: argparse.Namespace, document: dict[str, Any], say: Callable[[str], None]) -> ShapeRun:
@@ -52,14 +54,20 @@ def step_run(name: str, args: argparse.Namespace, document: dict[str, Any], say:
     shape = SHAPES[name]
     torch._dynamo.reset()
     model = build_model(shape, device=args.device, dtype=getattr(torch, args.dtype or shape.dtype), layers=args.layers)
+    flash = functools.cache(functools.partial(with_flash_attention, model))
     arms = {}
     for arm in args.arms:
         dump_dir = str(args.dump_dir / name / arm) if args.dump_dir else None
         settings = {"compiler": args.compiler, "cuda_graphs": args.cuda_graphs, "dump_dir": dump_dir}
-        build = functools.partial(build_arm, arm, model, ratio=args.ratio, **settings)
-        arms[arm] = Arm(build, selective=arm in SELECTIVE)
+        trained = flash if arm in FLASH else None
+        build = functools.partial(_build, arm, trained or (lambda: model), ratio=args.ratio, **settings)
+        arms[arm] = Arm(build, selective=arm in SELECTIVE, model=trained)
     batch = make_batch(shape, device=args.device)
     return ShapeRun(name, arms, model, batch, args, document, say, {"ratio": args.ratio})
+
+
+def _build(arm: str, model: Callable[[], LlamaForCausalLM], **settings: Any) -> Step:
+    return build_arm(arm, model(), **settings)
 
 
 class ShapeRun:
@@ -166,7 +174,8 @@ class ShapeRun:
             **summary(warm[1:], self.tokens),
         }
         if self.arms[arm].selective:
-            runtime = cggr_compile.runtime(self.model)
+            trained = self.arms[arm].model
+            runtime = cggr_compile.runtime(self.model if trained is None else trained())
             passes = runtime.reports[-1].passes
             self.records[arm] |= {
                 "options": runtime.reports[-1].options,

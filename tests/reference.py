@@ -260,7 +260,7 @@ def reference(
             picks.weights[rows >= 0].sqrt(),
         )
         factors = factors if extra is None else torch.where(extra, 1.0, factors)
-    hard = hard_mask(rows, target.shape[1])
+    hard = hard_mask(rows, target.shape[1]).to(target.device)
     if context is not None:
         factors = None if factors is None else torch.where(context & ~hard, 1.0, factors)
         hard = hard | context

@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 import agreement
 import arms
+import flash_attn_stand_in
 import results
 import rounds
 import step
@@ -43,14 +44,15 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.mark.slow
 def test_command_measures_every_arm(tmp_path: Path) -> None:
     path = tmp_path / "new" / "step.json"
+    names = [name for name in arms.ARMS if name not in arms.FLASH]
     command = [sys.executable, "benchmarks/step.py", "--shapes=tiny", "--compiler=eager", "--repeats=2", "--readme"]
-    command += [f"--arms={','.join(arms.ARMS)}", f"--json={path}", f"--dump-dir={tmp_path / 'graphs'}"]
+    command += [f"--arms={','.join(names)}", f"--json={path}", f"--dump-dir={tmp_path / 'graphs'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     document = json.loads(path.read_text())
     (result,) = document["results"]
-    assert list(result["arms"]) == list(arms.ARMS) and result["rounds"] == 2
+    assert list(result["arms"]) == names and result["rounds"] == 2
     assert {"device", "torch", "triton", "transformers", "date", "command"} <= set(document["machine"])
     for name, record in result["arms"].items():
         assert record["status"] == "ok", record
@@ -115,6 +117,29 @@ def test_a_graph_that_is_not_rewritten_is_a_failure(tmp_path, monkeypatch) -> No
     path = tmp_path / "step.json"
     assert step.main([*RUN, "--arms=exact", "--repeats=1", f"--json={path}"]) == 1
     assert "router_layers" in json.loads(path.read_text())["results"][0]["arms"]["exact"]["error"]
+
+
+def test_arms_of_flash_attention(tmp_path, monkeypatch) -> None:
+    """By the stand-in; where the package cannot run, the record has the reason."""
+    path = tmp_path / "step.json"
+    command = [*RUN, "--layers=1", "--repeats=1", f"--json={path}"]
+
+    def records() -> Any:
+        return json.loads(path.read_text())["results"][0]["arms"]
+
+    assert step.main([*command, "--arms=fair-flash"]) == 1
+    assert records()["fair-flash"]["status"] == "failed"
+    assert "'flash_attention_2' does not, it needs a CUDA device" in records()["fair-flash"]["error"]
+    flash_attn_stand_in.install(monkeypatch)
+    monkeypatch.setattr("cggr_compile.flash_attention._obstacle", lambda model, backend: "")
+    forward, calls = flash_attn_stand_in._forward, []
+    monkeypatch.setattr(flash_attn_stand_in, "_forward", lambda *args: calls.append(1) or forward(*args))
+    assert step.main([*command, "--arms=fair,fair-flash,selective-flash"]) == 0
+    assert len(calls) >= 2, "another attention than the package's"
+    found = records()
+    assert found["fair-flash"]["loss"] == pytest.approx(found["fair"]["loss"], rel=1e-5)
+    assert found["selective-flash"]["metrics"]["matched"]
+    assert found["selective-flash"]["passes"]["row_sparse"]["dense_attention"] == {}
 
 
 @pytest.mark.parametrize(
