@@ -2,8 +2,9 @@
 
 First the card's own bandwidth and product rate, then `cggr::score_partials` beside the product alone, and all of
 `cggr::score` in bfloat16 and in 8-bit floats with the rank correlation of the difficulties with float32's, then the
-backward of attention from the selected queries beside the dense backwards, then loss and gradients of the selected rows
-beside other ways to compute them (selected_ce.py), then log-probabilities and entropies of the positions with a label
+backward of attention from the selected queries beside dense forwards and backwards (by PyTorch's own kernels, and by
+those of the package flash-attn where it is installed), then loss and gradients of the selected rows beside other ways
+to compute them (selected_ce.py), then log-probabilities and entropies of the positions with a label
 (`cggr_compile.token_log_probs`), with gradients, beside log_softmax and gather over all logits. Medians; the
 second-level cache is cleared between runs. `of product rate`: arithmetic of the operator (of a loss: three products of
 the rows that have one, whatever an arm computes), over its time, over the rate of the card's own large product. Peak
@@ -172,17 +173,21 @@ def attentions(heads: Heads, device: str, dtype: torch.dtype, graph: bool) -> li
     shape = f"{batch}×{length}, {queries}/{keys} heads, d {width}"
     pairs = batch * queries * width * length * (length + 1) / 2  # under a causal mask
     shared = [tensor.repeat_interleave(queries // keys, 1).requires_grad_() for tensor in (key, value)]
-    found = []
-    for name, backend in _dense(device).items():
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(query, shared[0], shared[1], is_causal=True)
-        inputs = (query, *shared)
+    found: list[dict[str, Any]] = []
+    inputs = (query, *shared)
+    ways = _dense(device)
+    first: dict[str, float] = {}
 
-        def dense(out: Tensor = out, inputs: tuple[Tensor, ...] = inputs) -> Any:
-            return torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    def add(part: str, name: str, time: float, flops: float) -> None:
+        found.append(record(f"{part}, {name}", shape, time, flops, first.get(part)))
+        first.setdefault(part, time)
 
-        found.append(record(f"dense backward, {name}", shape, milliseconds(dense, device, graph), 10 * pairs, None))
-    baseline = found[0]["ms"]
+    for name, way in ways.items():
+        add("forward", name, milliseconds(partial(way, *inputs), device, graph), 4 * pairs)
+    for name, way in ways.items():
+        grads = partial(torch.autograd.grad, way(*inputs), inputs, upstream, retain_graph=True)
+        add("dense backward", name, milliseconds(grads, device, graph), 10 * pairs)
+    baseline = first["dense backward"]
 
     slots = length // RATIO
     rows = torch.rand(batch, length, device=device).argsort(1)[:, :slots].sort(1).values
@@ -266,10 +271,24 @@ def _ours(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return log_prob, entropy
 
 
-def _dense(device: str) -> dict[str, SDPBackend]:
-    if device == "cpu":
-        return {"flash": SDPBackend.FLASH_ATTENTION}
-    return {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+def _dense(device: str) -> dict[str, Callable[..., Tensor]]:
+    """Causal attention of query, key and value [batch, heads, length, width], by the names of the kernels."""
+    found: dict[str, Callable[..., Tensor]] = {"flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION)}
+    if device == "cuda":
+        found["cuDNN"] = partial(_sdpa, SDPBackend.CUDNN_ATTENTION)
+        try:
+            from flash_attn import flash_attn_func
+        except ImportError:  # not installed, or FlashAttention-4, which has its name
+            return found
+        found["flash-attn"] = lambda *qkv: flash_attn_func(*(x.transpose(1, 2) for x in qkv), causal=True).transpose(
+            1, 2
+        )
+    return found
+
+
+def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 def _logsumexp(query: Tensor, key: Tensor, rows: Tensor) -> Tensor:

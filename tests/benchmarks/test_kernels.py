@@ -19,6 +19,7 @@ def test_rehearsal(tmp_path, capsys):
         "score_partials",
         "score and difficulty",
         "score and difficulty, fp8",
+        "forward, flash",
         "dense backward, flash",
         "rows, gradients of selected keys",
         "rows, gradients of all keys",

@@ -81,7 +81,7 @@ def batches(case: Case):
 
 
 def assert_as_accurate(run: Run, other: Run, exact: Run):
-    """``run`` is at most twice as far from ``exact``, of float32, as ``other`` is; rounding apart, every gradient too."""
+    """``run`` is at most twice as far from ``exact``, of float32, as ``other`` is: as a whole, and part by part."""
     assert overall(other, exact) < 0.05, "the bound would mean nothing"
     assert overall(run, exact) < 2 * overall(other, exact)
     found, allowed = errors(run, exact), errors(other, exact)
