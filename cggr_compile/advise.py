@@ -144,7 +144,7 @@ def advise(
     chosen_options, reason = decide(found, half)
     return Advice(
         share,
-        concentration(torch.cat([each.flatten() for each in gradients])),
+        concentration(torch.cat([each[:, :-1] for each in gradients]), labelled),
         first.seconds / scale,
         first.kept_bytes,
         half,

@@ -12,7 +12,7 @@ from torch import Tensor
 from cggr_compile.options import Options
 from cggr_compile.passes.step_interface import PredictorKey, StepOutputs
 from cggr_compile.report import GraphReport
-from cggr_compile.runtime import Measurement, Runtime
+from cggr_compile.runtime import Measure, Runtime
 
 if TYPE_CHECKING:
     from cggr_compile.selection_view import SelectionView
@@ -67,7 +67,7 @@ class Call:
         """A training forward without a selection happens."""
         self.runtime.advance()
 
-    def measure(self, measurement: Measurement, ratio: float) -> None:
+    def measure(self, measurement: Measure, ratio: float) -> None:
         """See :meth:`Runtime.measure`."""
         self.runtime.measure(measurement, ratio)
 
@@ -97,7 +97,7 @@ class Unrecorded(Call):
     def advance(self) -> None:
         pass
 
-    def measure(self, measurement: Measurement, ratio: float) -> None:
+    def measure(self, measurement: Measure, ratio: float) -> None:
         pass
 
     def verified(self, error: float, worst: str) -> None:

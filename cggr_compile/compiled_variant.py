@@ -18,13 +18,14 @@ from cggr_compile.graph_dump import GraphDump
 from cggr_compile.graph_variant import GraphVariant
 from cggr_compile.lower import lower_dense, lower_selective
 from cggr_compile.passes.facts import Block, LayerStack, Outputs
-from cggr_compile.passes.step_interface import Form, example_step_inputs
+from cggr_compile.passes.step_interface import example_step_inputs
 from cggr_compile.pipeline import copy_module
 from cggr_compile.replay import Replay
 from cggr_compile.report import Verification
 from cggr_compile.runtime import Runtime
 from cggr_compile.runtime_resolver import RuntimeResolver
 from cggr_compile.selection_view import SelectionGraph
+from cggr_compile.variance import Gradients
 from cggr_compile.verify import VerificationError, Verifier, unverifiable
 
 
@@ -84,7 +85,7 @@ class CompiledVariant:
             call.grow(others.stats, self._doublings)
         return tuple(outputs)
 
-    def gradient(self, args: Sequence[Any]) -> list[Tensor]:
+    def gradient(self, args: Sequence[Any]) -> Gradients:
         """Gradients of the objective beside the training step; of a measured variant only."""
         if self._probe is None:
             raise ValueError("the gradient of this variant is not measured")
@@ -186,4 +187,4 @@ def nothing_to_verify(runtime: Runtime, report: Any, why: str) -> None:
 def _probe(variant: GraphVariant, inputs: Sequence[Any]) -> GradientProbe:
     device = next(t.device for t in inputs if isinstance(t, Tensor) and t.requires_grad)
     objective = sorted({place for outputs in variant.ctx.every(Outputs) for place in outputs.objective})
-    return GradientProbe(variant.graph, device, Form(), objective)
+    return GradientProbe(variant.graph, device, variant.returns, objective)

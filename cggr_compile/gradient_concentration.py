@@ -42,14 +42,17 @@ def token_gradients(model: torch.nn.Module, batch: Mapping[str, Any], ignore_ind
     return torch.stack([gradient_norms(*each).float() for each in zip(logits, target, strict=True)])
 
 
-def concentration(gradients: Tensor) -> float:
-    """(mean g)^2 / mean g^2 over the tokens that have a gradient: 1 where all are alike, small where few have most.
+def concentration(gradients: Tensor, labelled: Tensor) -> float:
+    """(mean g)^2 / mean g^2 over the labelled tokens: 1 where all are alike, or zeros, small where few have most.
+
+    A token that is known for sure, g = 0, counts as well.
 
     A share r of the tokens, drawn in proportion to g, gives an estimate with 1/r times this, relative to all of them;
     half of the batch gives one with 2. So a quarter of the tokens beats half of the batch below 1/2.
     """
-    found = gradients[gradients > 0].double()
-    return float(found.mean() ** 2 / (found**2).mean()) if found.numel() else 1.0
+    found = gradients[labelled].double()
+    square = float((found**2).mean()) if found.numel() else 0.0
+    return float(found.mean()) ** 2 / square if square > 0.0 else 1.0
 
 
 def added_variance(gradients: Tensor, weights: Tensor) -> float:

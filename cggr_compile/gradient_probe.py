@@ -15,6 +15,7 @@ from cggr_compile import compat
 from cggr_compile.passes.analysis.effects import memory, mutated_operands, overlap
 from cggr_compile.passes.nodes import fake_value
 from cggr_compile.passes.step_interface import Form
+from cggr_compile.variance import Gradients
 
 # Much of a float16 gradient is too small to be represented; a training loop has a GradScaler for that.
 _FLOAT16_SCALE = 4096.0
@@ -45,7 +46,7 @@ class GradientProbe:
     Args:
         graph: the rewritten graph, which takes and returns what ``step_interface`` says; or a dense one, for
             :meth:`gradient`.
-        returns: what :meth:`run` finds behind the user's results.
+        returns: what compiled forms return behind the user's results.
         objective: positions of the outputs that :meth:`gradient` differentiates.
 
     Attributes:
@@ -86,7 +87,7 @@ class GradientProbe:
             parts = [compat.local_part(grad) for grad in grads]
         return ProbeRun(others.selected, others.weights, [root.detach() for root in roots], parts, places)
 
-    def gradient(self, function: Callable[..., Any], args: Sequence[Any], *step_inputs: Tensor) -> list[Tensor]:
+    def gradient(self, function: Callable[..., Any], args: Sequence[Any], *step_inputs: Tensor) -> Gradients:
         """Gradients of the objective's sum, of all elements (times 4096 for float16). Zeros where there is none.
 
         As in :class:`ProbeRun`.
@@ -100,13 +101,14 @@ class GradientProbe:
         restart = compat.cuda_graphs_restart(self.device)
         with self.apart(), torch.enable_grad():
             fresh = self.fresh(args)
-            outputs = function(*fresh, *step_inputs)
+            outputs, others = self.returns.split(function(*fresh, *step_inputs))
             roots = [outputs[i] for i in self._objective]
             leaves = [arg for arg in fresh if differentiable(arg)]
             start = [torch.full_like(root, self.scale) for root in roots]
+            moments = None if others.moments is None else others.moments.clone()
             grads = torch.autograd.grad(roots, leaves, start, materialize_grads=True)
         restart()  # or this, and the step behind it, is a chain of graphs to record
-        return [compat.local_part(grad) for grad in grads]
+        return Gradients([compat.local_part(grad) for grad in grads], moments)
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -79,6 +79,7 @@ class GraphVariant:
             scheduled,
             growth,
             first_batch,
+            measured=options.min_tokens_ratio == "auto",
         )
         dump.stage("captured", gm)
         graph = rewrite(gm, ctx, report, dump) if rewritable else gm

@@ -20,7 +20,7 @@ LEVELS = {"dense": 0.0, "loss": 1.0, "routed": 2.0}
 FIGURES = (
     *("step", "ratio", "token_ratio", "tokens_selected", "tokens_total", "gradient_tokens"),
     *("avg_confidence", "avg_entropy", "avg_difficulty", "labels_overflow", "context_overflow"),
-    *("level", "verify_max_error", "added_variance", "score_correlation", "stale_steps"),
+    *("level", "verify_max_error", "added_variance", "score_correlation", "concentration", "stale_steps"),
 )
 
 

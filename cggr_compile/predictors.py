@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cggr_compile.ops.predictor import SUMS, correlation, new_predictor, predictor_size
+from cggr_compile.ops.predictor import SUMS, concentration, correlation, new_predictor, predictor_size
 from cggr_compile.passes.step_interface import PredictorKey
 from cggr_compile.predictor_exchange import PERIOD, PredictorExchange, mean_of
 from cggr_compile.shared_readback import SharedReadback
@@ -46,8 +46,17 @@ class Predictors:
 
     def correlation(self) -> float | None:
         """Of predicted and true gradients, of the last steps; None if none has predicted. Waits for the device."""
-        sums = [self._states[key][:SUMS].detach().cpu() for key in self._last]
-        return correlation(torch.stack(sums).sum(0)) if sums else None
+        sums = self._sums()
+        return None if sums is None else correlation(sums)
+
+    def concentration(self) -> float | None:
+        """Of the true gradients, of the last steps; None if none has predicted. Waits for the device."""
+        sums = self._sums()
+        return None if sums is None else concentration(sums)
+
+    def _sums(self) -> Tensor | None:
+        found = [self._states[key][:SUMS].detach().cpu() for key in self._last]
+        return torch.stack(found).sum(0) if found else None
 
     def state_dict(self) -> dict[str, str]:
         """By their keys, as text: little-endian float32 in base64. Waits for the device."""

@@ -22,21 +22,24 @@ from cggr_compile.options import OptionError, Options
 from cggr_compile.overflow import Overflow
 from cggr_compile.passes.step_interface import PredictorKey, StepOutputs
 from cggr_compile.predictors import Predictors
+from cggr_compile.recent_concentration import RecentConcentration
 from cggr_compile.report import GraphReport, Verification
 from cggr_compile.schedule import Schedule
 from cggr_compile.selections import SELECTIONS
 from cggr_compile.shared_readback import Combine, SharedReadback
 from cggr_compile.slot_growth import SlotGrowth
 from cggr_compile.stale_steps import StaleSteps
+from cggr_compile.variance import Measurement
 
 log = logging.getLogger(__name__)
 # what ``Runtime.measure`` takes
-Measurement = Callable[[int], Tensor | None]
+Measure = Callable[[int], Measurement | None]
 NOTHING = "nothing compiled yet"
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _STATE_KEYS = {1: {"version", "step", "seed"}}
 _STATE_KEYS[2] = _STATE_KEYS[1] | {"schedule"}
 _STATE_KEYS[3] = _STATE_KEYS[2] | {"predictors"}
+_STATE_KEYS[4] = _STATE_KEYS[3] | {"concentration"}
 
 
 # what has been said of the pieces of a step: each has parameters of its own, and may have a runtime of its own
@@ -77,6 +80,7 @@ class Runtime:
         self._schedule = Schedule()
         self._device_state: Tensor | None = None
         self._predictors = Predictors()
+        self._concentration, self._advised = RecentConcentration(), False
         self._warned: set[str] = set()
         self._observed: list[GraphReport] | None = None
         self._verification = Verification()
@@ -115,6 +119,9 @@ class Runtime:
         the first) and whose it was; added_variance: E / V_batch as last measured for ``min_tokens_ratio="auto"``, else
         None; score_correlation: of the gradients that ``scoring="learned"`` has predicted and those that the rows
         turned out to have, over about the last 20 steps, weighted (None for other scorings, and before the first step);
+        concentration: (mean g)^2 / mean g^2 over the labelled tokens of about the last 20 steps of this process, g =
+        ||softmax - onehot||, estimated from the rows that carry loss, with ``scoring="learned"`` or
+        ``min_tokens_ratio="auto"`` (None for others, before the first step, and without p: see docs/schedules.md);
         stale_steps: training steps since these figures were taken, which ran without the backend because Dynamo
         has given up on the model's code (0 as long as it has not). Steps of a torch.optim.Optimizer are counted.
         """
@@ -151,10 +158,18 @@ class Runtime:
             "verify_steps": self._verification.steps,
             "verify_max_error": self._verification.max_error,
             "verify_worst": self._verification.worst,
-            "added_variance": self._schedule.added,
+            "added_variance": self._schedule.auto.added,
             "score_correlation": self._predictors.correlation(),
+            "concentration": self._unequal(),
             "stale_steps": stale,
         }
+
+    def _unequal(self) -> float | None:
+        """The concentration, of the sums that the schedule keeps, or the predictors."""
+        found = self._concentration.value()
+        if found is None and self._last is not None and self._last.matched and SELECTIONS[self._last.selection].sampled:
+            found = self._predictors.concentration()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: plain numbers and text, safe to store in any checkpoint.
@@ -163,13 +178,13 @@ class Runtime:
         """
         schedule, predictors = self._schedule.state_dict(self._step), self._predictors.state_dict()
         state = {"version": _STATE_VERSION, "step": self._step, "seed": self.seed, "schedule": schedule}
-        return {**state, "predictors": predictors}
+        return {**state, "predictors": predictors, "concentration": self._concentration.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from :meth:`state_dict`; the next forward selects what it would have selected then, at the same ratio.
 
         States of version 1, which had no schedule, start it with what their step says; those of version 2 begin to
-        learn anew.
+        learn anew; before version 4 there is no concentration yet.
 
         Raises:
             ValueError: if ``state`` is not such a dict.
@@ -183,6 +198,7 @@ class Runtime:
             if not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(f"state: {name} must be an integer >= 0, got {state[name]!r}")
         self._predictors.load_state_dict(state.get("predictors", {}))
+        self._concentration.load_state_dict(state.get("concentration"))
         if "schedule" in state:
             self._schedule.load_state_dict(state["schedule"], state["step"])
         else:
@@ -287,22 +303,28 @@ class Runtime:
 
     def ratio(self, options: Options) -> float:
         """What the schedule wants for the step that is about to run."""
-        return self._schedule.ratio(options, self._step)
+        ratio = self._schedule.ratio(options, self._step)
+        if not self._advised and (message := self._schedule.auto.advice()):
+            self._advised = True
+            self.notify(message)
+        return ratio
 
     def preview(self, options: Options) -> float:
         """What :meth:`ratio` would say, deciding nothing. Waits for figures that are under way."""
         return self._schedule.preview(options, self._step)
 
-    def measure(self, measurement: Measurement, ratio: float) -> None:
+    def measure(self, measurement: Measure, ratio: float) -> None:
         """Before a training forward: measure what is added at ``ratio``, if this step is one to do so.
 
         Args:
-            measurement: given the step, the figures of :class:`VarianceMeter`; None at a step without a measurement.
+            measurement: given the step, that of :class:`VarianceMeter`; None at a step without a measurement.
         """
         if self._step >= self.options.warmup_steps:
-            figures = measurement(self._step)
-            if figures is not None:
-                self._schedule.measured(figures, ratio)
+            found = measurement(self._step)
+            if found is not None:
+                if found.moments is not None:
+                    self._concentration.add(found.moments, ratio)
+                self._schedule.auto.measured(found.figures, ratio, self._concentration.sums)
 
     def record(self, report: GraphReport, returned: StepOutputs) -> None:
         """A training forward has run, and the graph has returned this besides the user's results."""
@@ -314,6 +336,8 @@ class Runtime:
         if returned.selected:
             for notice in self._overflow.add(stats, SELECTIONS[report.selection].takes_all):
                 (self.warn if notice.alarm else self.notify)(notice.text)
+        if returned.moments is not None and report.ratio is not None:
+            self._schedule.auto.observe(self._concentration.add(returned.moments, report.ratio))
         if stats is not None and self.options.dynamic_threshold:
             self._schedule.observe(stats)
 

@@ -8,15 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from cggr_compile.measured_ratio import MeasuredRatio
 from cggr_compile.ops.metrics import STAT_NAMES
 from cggr_compile.options import Options
 from cggr_compile.readback import Readback
-from cggr_compile.shared_readback import SharedReadback, sums
-from cggr_compile.variance import added, move
+from cggr_compile.shared_readback import SharedReadback
 
 _SLACK = 1e-9  # rounding of the linear rule must not reach the next rung
 # not 0.75: on an H100 it saved a model of 23M parameters nothing
 _AUTO_LADDER = (1.0, 0.5, 0.375, 0.25)
+# of a state: what there was not before it predicted, and what is several numbers
+_PREDICTS = {"added_at", "settled", "then", "now", "gradients"}
+_LISTS = {"figures", "variance", "then", "now", "gradients"}
 _TOTAL, _CONFIDENCE = STAT_NAMES.index("tokens_total"), STAT_NAMES.index("avg_confidence")
 
 
@@ -69,7 +72,7 @@ def target(options: Options, step: int, confidence: float | None = None, level: 
 
     Args:
         confidence: the router's mean top-1 probability over the candidates, in [0, 1]; None if unknown.
-        level: the rung that the measured variance allows; None if unknown.
+        level: the rung that the measured variance, or what is predicted from it, allows; None if unknown.
     """
     base = options.min_tokens_ratio
     if base == "auto":
@@ -85,11 +88,11 @@ class Schedule:
     """The moving parts of one model's schedule; a step's ratio is decided once, so that micro-batches share it.
 
     Attributes:
-        added: E / V_batch as last measured (``min_tokens_ratio="auto"``); None before the first measurement.
+        auto: what ``min_tokens_ratio="auto"`` goes by.
     """
 
     def __init__(self) -> None:
-        self._figures, self._variance = Readback(), Readback()
+        self.auto, self._figures = MeasuredRatio(), Readback()
         self.reset()
 
     def share(self, options: Options, shared: Callable[..., SharedReadback]) -> list[SharedReadback]:
@@ -103,29 +106,23 @@ class Schedule:
         """
         if options.dynamic_threshold:
             self._figures = found = shared("confidence", _mean_confidence)
-        elif options.min_tokens_ratio == "auto":
-            every = options.measure_every
-            self._variance = found = shared("variance", sums, period=every, offset=1 % every)
-        else:
-            return []
-        return [found]
+            return [found]
+        return self.auto.share(options.measure_every, shared) if options.min_tokens_ratio == "auto" else []
 
     def reset(self) -> None:
         """Forget everything that was observed."""
-        self.added: float | None = None
+        self.auto.reset()
         self._figures.clear()
-        self._variance.clear()
         self._confidence: float | None = None
-        self._level: float | None = None
-        self._measured_at: float | None = None  # the ratio of the variance under way
         self._decided: tuple[int, float] | None = None  # (step, target)
 
     def ratio(self, options: Options, step: int) -> float:
         """:func:`target` of this step, from what has arrived so far. Does not wait for the device."""
         if self._decided is None or self._decided[0] != step:
             self._confidence = _confidence(self._figures.receive(), self._confidence)
-            self._level = self._moved(options, self._variance.receive())
-            self._decided = (step, target(options, step, self._confidence, self._level))
+            if options.min_tokens_ratio == "auto":
+                self.auto.decide(options, step, rungs(options))
+            self._decided = (step, target(options, step, self._confidence, self.auto.level))
         return self._decided[1]
 
     def preview(self, options: Options, step: int) -> float:
@@ -133,7 +130,7 @@ class Schedule:
         if self._decided is not None and self._decided[0] == step:
             return self._decided[1]
         copy = Schedule()
-        arriving = {"figures": self._figures.peek(), "variance": self._variance.peek()}
+        arriving = {"figures": self._figures.peek(), **self.auto.under_way()}
         copy.load_state_dict({**self.state_dict(step), **arriving}, step)
         return copy.ratio(options, step)
 
@@ -141,55 +138,41 @@ class Schedule:
         """The figures of a training forward (``cggr::stats``), on their way to the host."""
         self._figures.send(stats)
 
-    def measured(self, figures: Tensor, ratio: float) -> None:
-        """A measurement of :class:`VarianceMeter` at ``ratio``, on its way to the host."""
-        if self._variance.send(figures):
-            self._measured_at = ratio
-
-    def _moved(self, options: Options, figures: list[float] | None) -> float | None:
-        if options.min_tokens_ratio != "auto" or figures is None or self._measured_at is None:
-            return self._level
-        found = added(*figures)
-        if found is None:
-            return self._level
-        self.added = found
-        ladder = rungs(options)
-        return move(round_up(self._level or 1.0, ladder), ladder, found, self._measured_at, options.variance_bound)
-
     def state_dict(self, step: int) -> dict[str, Any]:
         """Plain numbers. Waits for figures that are under way."""
         return {
             "target": self._decided[1] if self._decided is not None and self._decided[0] == step else None,
             "confidence": self._confidence,
-            "level": self._level,
-            "added": self.added,
-            "measured_at": self._measured_at,
             "figures": self._figures.wait(),
-            "variance": self._variance.wait(),
+            **self.auto.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Resume from :meth:`state_dict`.
+        """Resume from :meth:`state_dict`, which may be one of a version that did not predict.
 
         Raises:
             ValueError: if ``state`` is no such dict.
         """
         fresh = Schedule().state_dict(0)
-        if not isinstance(state, Mapping) or set(state) != set(fresh):
+        if (
+            not isinstance(state, Mapping)
+            or set(fresh) - set(state) not in (set(), _PREDICTS)
+            or set(state) - set(fresh)
+        ):
             raise ValueError(f"state: schedule must have the keys {sorted(fresh)}, got {state!r}")
+        state = {**fresh, **state}
         for name, value in state.items():
-            if name in ("figures", "variance"):
+            if name in _LISTS:
                 if not (value is None or (isinstance(value, list) and all(map(_is_number, value)))):
                     raise ValueError(f"state: schedule's {name} must be a list of numbers or None, got {value!r}")
             elif not (value is None or _is_number(value)):
                 raise ValueError(f"state: schedule's {name} must be a number or None, got {value!r}")
         self.reset()
-        self._confidence, self._level, self.added = state["confidence"], state["level"], state["added"]
-        self._measured_at = state["measured_at"]
+        self.auto.load_state_dict(state)
+        self._confidence = state["confidence"]
         self._decided = None if state["target"] is None else (step, state["target"])
-        for readback, numbers in ((self._figures, state["figures"]), (self._variance, state["variance"])):
-            if numbers is not None:
-                readback.restore(numbers)
+        if state["figures"] is not None:
+            self._figures.restore(state["figures"])
 
 
 def _mean_confidence(values: list[Any]) -> list[float] | None:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 # Every 17th number of a gradient is compared: an odd prime, so that all columns of a matrix have their turn.
 _STRIDE = 17
+# how many figures a measurement has
+FIGURES = 2
 
-# from a graph's arguments the gradient of every trainable one
-Gradient = Callable[[Sequence[Any]], list[Tensor]]
+
+class Gradients(NamedTuple):
+    """Of every trainable argument of a graph; and ``cggr::gradient_moments`` of the rows, where they are known."""
+
+    grads: list[Tensor]
+    moments: Tensor | None = None
+
+
+# from a graph's arguments
+Gradient = Callable[[Sequence[Any]], Gradients]
+
+
+class Measurement(NamedTuple):
+    """``figures``: float32 [2], (within, between); ``moments``: those of the selection. Both on the device."""
+
+    figures: Tensor
+    moments: Tensor | None = None
 
 
 class VarianceMeter:
@@ -44,24 +61,26 @@ class VarianceMeter:
 
     def measure(
         self, step: int, args: Sequence[Any], gradients: Callable[[], tuple[Gradient, Gradient]]
-    ) -> Tensor | None:
-        """float32 [2], (within, between), on the device, if this forward is one to measure at; else None.
+    ) -> Measurement | None:
+        """What is found if this forward is one to measure at; else None.
 
         Args:
             args: the captured graph's arguments.
             gradients: gives what differentiates it, densely and under a selection, if that is needed.
         """
         before, self._before = self._before, None
-        figures = None
+        found = None
         if before is not None and step % self._every == 1 % self._every and before[0] in (step, step - 1):
             dense, selected = gradients()
-            here = _sample(dense(args))
-            other = _sample(dense([before[1].get(i, arg) for i, arg in enumerate(args)]))
-            figures = torch.stack([_distance(_sample(selected(args)), here), _distance(here, other) / 2])
+            here = _sample(dense(args).grads)
+            other = _sample(dense([before[1].get(i, arg) for i, arg in enumerate(args)]).grads)
+            drawn = selected(args)
+            figures = torch.stack([_distance(_sample(drawn.grads), here), _distance(here, other) / 2])
+            found = Measurement(figures, drawn.moments)
         if step % self._every == 0:
             # copies: the user may overwrite them with the next batch
             self._before = (step, {i: arg.clone() for i, arg in enumerate(args) if _is_data(arg)})
-        return figures
+        return found
 
 
 def added(within: float, between: float) -> float | None:
@@ -73,23 +92,20 @@ def added(within: float, between: float) -> float | None:
     return within / between if between > 0.0 else math.inf
 
 
-def move(rung: float, ladder: Sequence[float], measured: float, ratio: float, bound: float) -> float:
+def move(
+    rung: float, ladder: Sequence[float], expected: Callable[[float], float], bound: float, margin: float = 1.0
+) -> float:
     """The rung to train at next, at most one from ``rung``, so that the added error stays within ``bound``.
 
-    Where tokens are drawn independently, its variance is proportional to 1 / ratio - 1: so the next lower rung's is
-    predicted.
-
     Args:
-        ladder: descending, the first one 1.0. measured: E / V_batch, measured at ``ratio``, a rung below 1.0.
+        ladder: descending, the first one 1.0.
+        expected: E / V_batch at a ratio below 1.0, see :class:`cggr_compile.variance_prediction.VariancePrediction`.
+        margin: how many times the bound has to be exceeded, or the next lower rung's error fit in it.
     """
     position = list(ladder).index(rung)
-
-    def expected(other: float) -> float:
-        return measured * (1.0 / other - 1.0) / (1.0 / ratio - 1.0)
-
-    if expected(rung) > bound and position > 0:
+    if position > 0 and expected(rung) > margin * bound:
         return ladder[position - 1]
-    if position + 1 < len(ladder) and expected(ladder[position + 1]) <= bound:
+    if position + 1 < len(ladder) and margin * expected(ladder[position + 1]) <= bound:
         return ladder[position + 1]
     return rung
 

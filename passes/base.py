@@ -128,6 +128,7 @@ class GraphContext:
         growth: how often the slots that are measured on the first batch are doubled.
         first_batch: gives, for what was measured on the first batch and a way to combine such, that of all processes
             which train the model; None: there are no others.
+        measured: whether the ratios are chosen by the gradients (``min_tokens_ratio="auto"``).
         notices, warnings: what the user should hear once: in the log, or as a warning where something is not as the
             options ask.
     """
@@ -139,6 +140,7 @@ class GraphContext:
     scheduled: bool = False
     growth: int = 0
     first_batch: FirstBatches | None = None
+    measured: bool = False
     notices: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     running: SemanticPass | None = None

@@ -58,12 +58,14 @@ class StepOutputs:
         weights: of each forward that trains on selected positions, float32 [B, K], what the loss of each counts.
         selected: of each of these, int64 [B, K], the positions, -1 for an unused slot.
         stats: float32, the figures of ``cggr::stats``, of all forwards together; None where there are none.
+        moments: float32 [5], ``cggr::gradient_moments`` of all forwards together; None where no gradients are known.
         predictors: by their keys, float32, what they are after the step.
     """
 
     weights: tuple[Any, ...] = ()
     selected: tuple[Any, ...] = ()
     stats: Any = None
+    moments: Any = None
     predictors: Mapping[PredictorKey, Any] = field(default_factory=dict)
 
     def append_to(self, graph: Graph) -> None:
@@ -75,15 +77,15 @@ class StepOutputs:
     @property
     def form(self) -> Form:
         """How many there are."""
-        return Form(len(self.selected), self.stats is not None, tuple(self.predictors))
+        return Form(len(self.selected), self.stats is not None, self.moments is not None, tuple(self.predictors))
 
     def clone(self) -> StepOutputs:
         """Copies, for results that the next step overwrites."""
         return self.form.of([value.clone() for value in self._flat()])
 
     def _flat(self) -> list[Any]:
-        stats = [] if self.stats is None else [self.stats]
-        return [*self.weights, *self.selected, *stats, *self.predictors.values()]
+        figures = [each for each in (self.stats, self.moments) if each is not None]
+        return [*self.weights, *self.selected, *figures, *self.predictors.values()]
 
 
 @dataclass(frozen=True)
@@ -92,24 +94,26 @@ class Form:
 
     Attributes:
         selections: the number of forwards that train on selected positions; 0 where all positions are trained on.
-        stats: whether there are figures.
+        stats: whether there are figures. moments: whether there are moments.
         predictors: which there are.
     """
 
     selections: int = 0
     stats: bool = False
+    moments: bool = False
     predictors: tuple[PredictorKey, ...] = ()
 
     def of(self, values: Sequence[Any]) -> StepOutputs:
         """These results by their names."""
         n = self.selections
-        stats, rest = values[2 * n] if self.stats else None, values[2 * n + self.stats :]
+        rest = iter(values[2 * n :])
+        stats, moments = (next(rest) if there else None for there in (self.stats, self.moments))
         predictors = dict(zip(self.predictors, rest, strict=True))
-        return StepOutputs(tuple(values[:n]), tuple(values[n : 2 * n]), stats, predictors)
+        return StepOutputs(tuple(values[:n]), tuple(values[n : 2 * n]), stats, moments, predictors)
 
     def split(self, results: Sequence[Any]) -> tuple[list[Any], StepOutputs]:
         """The user's results, and the others."""
-        users = len(results) - 2 * self.selections - self.stats - len(self.predictors)
+        users = len(results) - 2 * self.selections - self.stats - self.moments - len(self.predictors)
         return list(results[:users]), self.of(results[users:])
 
 

@@ -39,14 +39,16 @@ def test_gradients_of_tokens_are_autograds():
 
 def test_concentration_and_variance():
     g = torch.tensor([[3.0, 1.0, 0.0, 0.0]])  # two of these have no label
-    assert concentration(g) == pytest.approx(4.0 / 5.0)
-    assert concentration(torch.zeros(1, 2)) == 1.0
+    labelled = torch.tensor([[True, True, False, False]])
+    assert concentration(g, labelled) == pytest.approx(4.0 / 5.0)
+    assert concentration(g, torch.tensor([[True, True, True, False]])) == pytest.approx(16.0 / 30.0), "one is known"
+    assert concentration(torch.zeros(1, 2), labelled[:, :2]) == concentration(g, labelled & False) == 1.0
     # one of two at random, then in proportion to g: expectations over both outcomes
     random = [added_variance(g, torch.tensor([w])) for w in ([2.0, 0, 0, 0], [0, 2.0, 0, 0])]
     assert sum(random) / 2 == pytest.approx(2.0)
     ours = [(0.75, [4 / 3, 0, 0, 0]), (0.25, [0, 4.0, 0, 0])]
     mean = sum(p * added_variance(g, torch.tensor([w])) for p, w in ours)
-    assert mean == pytest.approx(2.0 * concentration(g))
+    assert mean == pytest.approx(2.0 * concentration(g, labelled))
 
 
 def candidate(name, step, variance, level="routed"):

@@ -53,6 +53,7 @@ def test_metrics_keys_and_values():
         *("avg_difficulty", "gradient_tokens", "scoring", "selection", "labels_overflow", "context_overflow"),
         *("matched", "level", "fallback_reason", "verify_steps", "verify_max_error", "verify_worst", "added_variance"),
         "score_correlation",
+        "concentration",
         "stale_steps",
     ]
     candidates = int((batch["labels"][:, 1:] != -100).sum())
@@ -122,7 +123,7 @@ def test_resume():
 def test_resumes_from_a_state_without_a_schedule():
     rt = cggr_compile.runtime(models.Decoder())
     rt.load_state_dict({"version": 1, "step": 7, "seed": 3})
-    assert (rt.metrics()["step"], rt.seed) == (7, 3) and rt.state_dict()["version"] == 3
+    assert (rt.metrics()["step"], rt.seed) == (7, 3) and rt.state_dict()["version"] == 4
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,11 @@ def test_auto_starts_dense_and_follows_the_measurements():
     for step, within in enumerate([None, None, 3.0, None, 3.0, 20.0, 20.0]):
         ratios.append(schedule.ratio(options, step))
         if within is not None:
-            schedule.measured(torch.tensor([within, 10.0]), min(ratios[-1], 0.5))
+            schedule.auto.measured(torch.tensor([within, 10.0]), min(ratios[-1], 0.5), None)
     # 3 / 10 at 0.5 predicts 3 / 10 * 5 / 3 at 0.375; 20 / 10 is too much anywhere
-    assert ratios == [1.0, 1.0, 1.0, 0.5, 0.5, 0.375, 0.5] and schedule.added == pytest.approx(2.0)
+    assert ratios == [1.0, 1.0, 1.0, 0.5, 0.5, 0.375, 0.5] and schedule.auto.added == pytest.approx(2.0)
     resumed.load_state_dict(schedule.state_dict(7), 7)
-    assert resumed.ratio(options, 7) == schedule.ratio(options, 7) == 1.0 and resumed.added == schedule.added
+    assert resumed.ratio(options, 7) == schedule.ratio(options, 7) == 1.0 and resumed.auto.added == schedule.auto.added
 
 
 @pytest.mark.parametrize(

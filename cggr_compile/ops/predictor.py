@@ -180,6 +180,12 @@ def correlation(sums: Tensor) -> float | None:
     return max(-1.0, min(1.0, cov / scale)) if total > 0.0 and scale > 0.0 else None
 
 
+def concentration(sums: Tensor) -> float | None:
+    """(mean g)^2 / mean g^2 of the true norms, of sums as for :func:`correlation`; None where there is none."""
+    total, _, g, _, gg, _ = sums.double().tolist()
+    return min(1.0, g**2 / (total * gg)) if total * gg > 0.0 else None
+
+
 predict = define_composite(
     "predict(Tensor predictor, Tensor hidden, Tensor weight, Tensor labels) -> Tensor", predict_reference
 )

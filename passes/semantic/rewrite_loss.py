@@ -57,7 +57,8 @@ class RewriteLoss(SemanticPass):
 
         each, _, _ = cggr.linear_cross_entropy(norm(h).flatten(0, 1), lm_head, None, t.flatten(), 1.0, 0.0, 0.0)
 
-    Where a predictor learns from them, the norms of the rows' gradients are computed besides::
+    Where a predictor learns from them, or the schedule goes by them, the norms of the rows' gradients are computed
+    besides::
 
         g = cggr.gradient_norms(linear(norm(h), lm_head).detach().flatten(0, 1), t.flatten())
     """
@@ -78,17 +79,19 @@ class RewriteLoss(SemanticPass):
         taken = {entry: gather_rows(emit, entry, readers, selection, self.name) for entry in entries}
         taken |= copy_rows(emit, inside, taken)
         mapping = copy_tail(emit, final, taken[last], in_place=True)
-        dtype, learns = fake_value(loss.loss).dtype, ctx.get(Predictor) is not None
-        logits = None if ctx.options.cross_entropy == "fused" else self._copy_chain(emit, loss, mapping)
+        dtype = fake_value(loss.loss).dtype
+        fused = ctx.options.cross_entropy == "fused"
+        wanted = ctx.get(Predictor) is not None or ctx.measured
+        logits = None if fused else self._copy_chain(emit, loss, mapping)
         # a fused head reads its weights where the head does: a write, or another autocast, may come after it
         with emit.before(loss.loss if logits is not None else loss.head, self.name):
             target = emit.call(torch.gather, candidates.target, 1, selection.rows)
             target = emit.call(torch.where, selection.keep, target, loss.ignore_index)
             norms = None
             if logits is None:
-                each, norms = _fused(emit, loss, mapping[loss.hidden], emit.method("flatten", target), learns)
+                each, norms = _fused(emit, loss, mapping[loss.hidden], emit.method("flatten", target), wanted)
             else:
-                if learns:
+                if wanted:
                     norms = _norms(emit, logits, target, selection)
                 if dtype in (torch.float16, torch.bfloat16):
                     logits = emit.method("float", logits)  # a sum over thousands of tokens does not fit

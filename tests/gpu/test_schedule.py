@@ -82,6 +82,8 @@ def test_a_schedule_does_not_synchronise(options):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert again[0] == seen[0] == 1.0 and len(set(again)) >= 2
+    if options.get("min_tokens_ratio") == "auto":
+        assert 0.0 < rt.metrics()["concentration"] <= 1.0
     if not options.get("dynamic_threshold") and "min_tokens_ratio" not in options:  # those may be a step or two late
         assert again == seen == RATIOS[:3] + [0.25] * 9
 

@@ -29,6 +29,8 @@ def test_the_measured_variance_is_that_of_all_ranks(results):
     alone = by_rank(results, "measured, each alone", "added")
     left, right = (next(added for added in one if added is not None) for one in alone)
     assert min(left, right) < measured < max(left, right)
+    first, second = schedules(results, "measured", "then")
+    assert first == second and any(each is not None for each in first), "the tokens' gradients too"
     ratios = by_rank(results, "measured", "ratio")
     assert ratios[0] == ratios[1] and len(set(ratios[0])) == 2, "it has moved"
 
