@@ -10,6 +10,9 @@ fair-flash   `fair` with the kernels of the package flash-attn (CUDA, 16 bits) i
 selective    ``backend="cggr"`` with its default options, router included.
 stop         the same with ``kv_gradient="stop"``.
 random       control: random tokens, no router.
+learned      scores that a small network has learned: no head in the router.
+spans        blocks of consecutive tokens, by these scores.
+spans-random  blocks at random, no router.
 fused        ``stop`` with ``cross_entropy="fused"``.
 fp8          ``stop`` with ``router_precision="fp8"``.
 selective-flash  `selective` of the model that `fair-flash` has.
@@ -46,6 +49,9 @@ SELECTIVE: dict[str, dict[str, Any]] = {
     "selective": {},
     "stop": {"kv_gradient": "stop"},
     "random": {"scoring": "random"},
+    "learned": {"scoring": "learned"},
+    "spans": {"selection": "spans", "scoring": "learned"},
+    "spans-random": {"selection": "spans", "scoring": "random"},
     "fused": {"kv_gradient": "stop", "cross_entropy": "fused"},
     "fp8": {"kv_gradient": "stop", "router_precision": "fp8"},
     "selective-flash": {},
