@@ -7,10 +7,12 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from cggr_compile import compat
+from cggr_compile import compat, output_hooks
 from cggr_compile.compilation import compile_captured
 from cggr_compile.options import OptionError, Options
 from cggr_compile.runtime import reset as reset_runtimes
+
+output_hooks.watch()  # from the first compilation on
 
 
 def cggr(

@@ -51,11 +51,9 @@ def with_aux_loss(model: nn.Module, batch: dict[str, Any], **mode: str) -> Run:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
 def test_router_logits(name: str) -> None:
     model, batch = with_router_logits(name)
-    with torch.no_grad():
-        model(**batch)  # transformers installs its hooks under a lock, which Dynamo does not trace
     compiled(model, min_tokens_ratio=RATIO)
     got = backward(model, model(**batch).loss)
-    assert metrics(model)["matched"] is True, metrics(model)
+    assert metrics(model)["level"] == "routed", metrics(model)
     assert_same(got, with_aux_loss(model, batch))
     chosen = picks(model)
     with routing(model, hard_mask(chosen.rows, SEQ), "routed", "project"):  # the check can fail
@@ -64,20 +62,16 @@ def test_router_logits(name: str) -> None:
     assert worst(got, alone)[0] > 1e-3
 
 
-@pytest.mark.parametrize("hooks", [False, True])
-def test_router_logits_that_break_the_graph_are_reported(hooks: bool) -> None:
-    """Not every release of transformers breaks it without an attention mask."""
+@pytest.mark.slow
+def test_router_logits_without_a_mask() -> None:
+    """Which breaks the graph in some releases of transformers: then it is reported."""
     model, batch = with_router_logits("mixtral")
-    if hooks:
-        del batch["attention_mask"]
-        with torch.no_grad():
-            model(**batch)
+    del batch["attention_mask"]
     compiled(model, min_tokens_ratio=RATIO, fallback="warn")
     with complaints() as found:
         got = backward(model, model(**batch).loss)
     matched, level = metrics(model)["matched"], metrics(model)["level"]
     assert_same(got, with_aux_loss(model, batch) if matched else dense(model, batch))
-    assert level != "routed" or hooks
     assert level == "routed" or any("output_router_logits" in message for message in found), found
 
 
