@@ -59,7 +59,13 @@ class Cause(enum.Enum):
     )
     OUTPUT_HOOKS = (
         "with output_router_logits=True (or output_hidden_states, output_attentions), transformers breaks the graph "
-        "({where}), unless the model was called so once before it was compiled, and gets an attention_mask"
+        "({where}), unless the compiled function shows what is asked for (in its arguments, its code or the model's "
+        "config) or the model was called so once before it was compiled; some releases need an attention_mask as well"
+    )
+    EXPERT_PARALLEL = (
+        "the experts are spread over processes (ep_size > 1), and tokens are sent to them and back in each layer, by "
+        "counts that the host reads: keep every expert in every process (ep_size=1), and spread parameters by FSDP "
+        "around the root or cggr_compile.distributed.shard"
     )
 
     # The loss.

@@ -149,6 +149,13 @@ def _fsdp(scene: _Scene) -> Found:
     return (Cause.FSDP_BLOCKS, Cause.FSDP_BLOCKS.says(count=len(inner))) if inner else None
 
 
+def _expert_parallel(scene: _Scene) -> Found:
+    parts = (part for module in scene.modules for part in module.modules())
+    if any(getattr(part, "_is_expert_parallel", False) is True for part in parts):  # transformers says so
+        return Cause.EXPERT_PARALLEL, Cause.EXPERT_PARALLEL.says()
+    return None
+
+
 def _broken(scene: _Scene) -> Found:
     found = scene.graph_break()
     if found is None:
@@ -282,5 +289,5 @@ def _has_gradient(node: Node) -> bool:
 
 
 # The first that finds its evidence names the cause.
-_OF_PIECES: tuple[Callable[[_Scene], Found], ...] = (_fused_head, _fsdp, _broken, _plain_python)
+_OF_PIECES: tuple[Callable[[_Scene], Found], ...] = (_fused_head, _fsdp, _expert_parallel, _broken, _plain_python)
 _OF_LOSSES: tuple[Callable[[_Scene], Found], ...] = (_other_loss, _label_smoother, _one_block, _loss_outside)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch.nn import Module
@@ -55,7 +56,8 @@ def install(scope: Mapping[str, Any], named: frozenset[str] = frozenset()) -> li
 def _before_compiling() -> str:
     found = compat.compilation()
     if found is not None:
-        install(found.scope, frozenset(_strings(found.code.co_consts)))
+        theirs = "transformers" in Path(found.code.co_filename).parts  # which names every output that can be asked for
+        install(found.scope, frozenset() if theirs else frozenset(_strings(found.code.co_consts)))
     return ""
 
 

@@ -326,14 +326,34 @@ def test_loop_over_experts():
     matches(lambda: train(model, **make_batch()))
 
 
+@pytest.mark.parametrize("how", ["all_reduce", pytest.param("all_to_all", marks=pytest.mark.slow)])
+def test_experts_of_several_processes(process_group, how):
+    """Of one process here, which sends all tokens to itself."""
+    parallel = pytest.importorskip("transformers.distributed.expert_parallel")
+    model, mesh = family("mixtral", num_hidden_layers=1), process_group.device_mesh.init_device_mesh("cpu", (1,))
+    experts = "model.layers.0.mlp.experts"
+    plan = {f"{experts}.gate_up_proj": "grouped_gemm", f"{experts}.down_proj": "grouped_gemm"}
+    parallel.apply_expert_parallelism(model, mesh, mesh, plan | {experts: "ep_dispatch_experts"}, how)
+    compiled(model, fallback="warn")
+    causes, texts = heard_from(lambda: train(model, **make_batch()))
+    assert set(causes) == {Cause.EXPERT_PARALLEL.name}, texts
+    assert sum(Cause.EXPERT_PARALLEL.says() in text for text in texts) >= 1
+
+
 @pytest.mark.slow
 def test_hooks_for_router_logits():
     model, batch = family("mixtral", num_hidden_layers=1), padded("right")
-    calls = [lambda **batch: model(**batch, output_router_logits=True)]  # the compiled frame sees neither
-    step = torch.compile(lambda **batch: calls[0](**batch).loss, backend="cggr", options={"fallback": "warn"})
-    told_once(Cause.OUTPUT_HOOKS, lambda: step(**batch).backward())
+    holder = [model]  # the frame holds no model that could be prepared
+
+    def step(labels, **batch):
+        logits = holder[0](**batch, output_router_logits=True).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+    step = torch.compile(step, backend="cggr", options={"fallback": "warn", "compiler": "eager"})
+    causes, texts = heard_from(lambda: step(**batch).backward())
+    assert set(causes) == {Cause.OUTPUT_HOOKS.name}, texts
     torch._dynamo.reset()
-    matches(lambda: step(**batch).backward())  # the call above has installed them
+    assert heard_from(lambda: step(**batch).backward()) == ([], [])  # the call above has installed them
 
 
 def fused_forward(model, breaks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import unwrap
 from typing import Any
 
 import models
@@ -65,6 +66,17 @@ def test_a_model_whose_inner_one_has_them_is_left_alone() -> None:
     model.model(IDS, output_router_logits=True)
     count = hooks(model)
     assert install({"self": model, "output_router_logits": True}) == [] and hooks(model) == count
+
+
+def test_code_of_transformers_asks_for_nothing() -> None:
+    """It names every output, in its calls of the inner model."""
+    watch()
+    model = mixtral()
+    function = unwrap(type(model).forward)
+    assert "output_router_logits" in str(function.__code__.co_consts)
+    torch.compile(lambda ids: ids, backend="eager")(IDS)
+    torch.compile(function, backend="eager")(model, IDS)
+    assert not hooks(model)
 
 
 @pytest.mark.parametrize("how", ["method", "function"])
