@@ -14,8 +14,9 @@ class Disagreement(Exception):
 
 
 def first_layer_gradient(model: LlamaForCausalLM) -> list[Tensor]:
-    """Of the parameters that are trained; copies on the CPU, which take none of the device's memory."""
-    return [p.grad.to("cpu", copy=True) for p in model.model.layers[0].parameters() if p.requires_grad]
+    """Of the parameters that are trained, of experts the first; copies on the CPU, where they take no device memory."""
+    trained = (p for p in model.model.layers[0].parameters() if p.requires_grad)
+    return [(p.grad if p.dim() < 3 else p.grad[0]).to("cpu", copy=True) for p in trained]
 
 
 def check_dense(losses: dict[str, float], gradients: dict[str, list[Tensor]], dtype: str) -> None:

@@ -27,7 +27,7 @@ under another name. :func:`check_fair` looks at the captured graph to prove it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,16 @@ DENSE = ("fair", "plain", "fair-checkpointed", "fair-flash", "dense-cggr")
 
 MASKLESS = "sdpa_without_mask"
 AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+
+
+def labels(arms: Sequence[str], ratios: Sequence[float]) -> dict[str, tuple[str, float]]:
+    """What is timed: arm and ratio by name. An arm that selects is there once for each ratio, named so if several."""
+    found = {}
+    for arm in arms:
+        several = arm in SELECTIVE and "min_tokens_ratio" not in SELECTIVE[arm] and len(ratios) > 1
+        for ratio in ratios if several else ratios[:1]:
+            found[f"{arm} {ratio:g}" if several else arm] = arm, ratio
+    return found
 
 
 def without_mask(model: LlamaForCausalLM) -> LlamaForCausalLM:

@@ -8,6 +8,7 @@ timed, the arms' outputs and gradients are compared. Peak memory is over what is
     python benchmarks/moe.py                              # CUDA, both shapes
     python benchmarks/moe.py --compile                    # every arm through torch.compile (Inductor)
     python benchmarks/moe.py --max-autotune               # the same; Inductor times how to compute each step
+    python benchmarks/moe.py --rows 0.25 0.05             # instead: the backward from a share of the rows (moe_rows.py)
     python benchmarks/moe.py --sweep --jobs 16            # tile sizes of our grouped products, best first
     python benchmarks/moe.py --tiny                       # CPU, float32: a rehearsal
 """
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import moe_rows
 import torch
 from machine import describe
 from moe_arms import ARMS, BASELINE, ROUTED, SHAPES, Layer, build_arm, build_weights, clear_choices
@@ -45,12 +47,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-autotune", action="store_true", help="the same under max-autotune")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/moe.json"))
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, float32")
+    parser.add_argument("--rows", type=float, nargs="+", help="time the backward from these shares of the rows instead")
     parser.add_argument("--sweep", action="store_true", help="try tile sizes instead; writes <json>-sweep.json")
     parser.add_argument("--kernels", nargs="+", help="of --sweep: these only")
     parser.add_argument("--jobs", type=int, default=1, help="of --sweep: processes that compile")
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.jobs < 1:
         parser.error("--repeats and --jobs must be at least 1")
+    if args.rows and not all(0 < share < 1 for share in args.rows):
+        parser.error(f"--rows must be in (0, 1), got {args.rows}")
     if args.tiny and args.sweep:
         parser.error("--sweep needs a CUDA device: leave out --tiny")
     if not args.tiny and not torch.cuda.is_available():
@@ -199,6 +204,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     document: dict[str, Any] = {"machine": describe(args.device), "results": []}
     console.print(machine_line(document["machine"]), highlight=False)
+    if args.rows:
+        for name in args.shapes:
+            document["results"].append(moe_rows.measure(name, args))
+            save(document, args.json)
+            console.print(moe_rows.table(document["results"][-1]))
+        return 0
     for name in args.shapes:
         measure(name, args, document, console)
         console.print(table(document["results"][-1]))

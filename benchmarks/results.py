@@ -73,6 +73,7 @@ def title(result: dict[str, Any]) -> str:
     graphs = ", CUDA graphs" if result["cuda_graphs"] else ""
     layers = f", {result['layers']} layers" if result["shortened"] else ""
     alone = "" if result["rounds"] else ", NOT interleaved: times of the warm-up"
+    alone += ", every arm in a process of its own" if result.get("turns") else ""
     workload = result["workload"] if "workload" in result else f"ratio {result['ratio']}"
     return f"{result['shape']}{layers}, {result['dtype']}, {workload}{graphs}{alone}"
 
@@ -84,6 +85,7 @@ def rich_table(result: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     for name in ("saved MB", "saved ×", "compile s", "tokens/s"):
         table.add_column(name, justify="right")
+    table.add_column("loss", justify="right")
     notes = ["* partly from a cache"]
     for arm, record in result["arms"].items():
         if record["status"] != "ok":
@@ -102,7 +104,10 @@ def rich_table(result: dict[str, Any]) -> Table:
             text(ratios["saved_mb"], "{:.2f}"),
             text(record["compile_s"], "{:.1f}") + ("*" if record["compile_cached"] else ""),
             text(record.get("tokens_per_s"), "{:.0f}"),
+            text(record.get("loss"), "{:.4f}"),
         )
+    if "disagreement" in result:
+        notes.append(f"the dense arms differ: {result['disagreement']}")
     table.caption = escape("\n".join(notes))
     return table
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from agreement import check_dense, first_layer_gradient
-from arms import DENSE, FLASH, SELECTIVE, Step, build_arm, with_flash_attention
+from arms import DENSE, FLASH, SELECTIVE, Step, build_arm, labels, with_flash_attention
 from kernel_times import profile_step
 from results import save, summary
 from shapes import SHAPES, build_model, make_batch
@@ -56,14 +56,15 @@ def step_run(name: str, args: argparse.Namespace, document: dict[str, Any], say:
     model = build_model(shape, device=args.device, dtype=getattr(torch, args.dtype or shape.dtype), layers=args.layers)
     flash = functools.cache(functools.partial(with_flash_attention, model))
     arms = {}
-    for arm in args.arms:
-        dump_dir = str(args.dump_dir / name / arm) if args.dump_dir else None
+    for label, (arm, ratio) in labels(args.arms, args.ratio).items():
+        dump_dir = str(args.dump_dir / name / label) if args.dump_dir else None
         settings = {"compiler": args.compiler, "cuda_graphs": args.cuda_graphs, "dump_dir": dump_dir}
         trained = flash if arm in FLASH else None
-        build = functools.partial(_build, arm, trained or (lambda: model), ratio=args.ratio, **settings)
-        arms[arm] = Arm(build, selective=arm in SELECTIVE, model=trained)
+        build = functools.partial(_build, arm, trained or (lambda: model), ratio=ratio, **settings)
+        arms[label] = Arm(build, selective=arm in SELECTIVE, model=trained)
     batch = make_batch(shape, device=args.device)
-    return ShapeRun(name, arms, model, batch, args, document, say, {"ratio": args.ratio})
+    ratios = ", ".join(f"{ratio:g}" for ratio in args.ratio)
+    return ShapeRun(name, arms, model, batch, args, document, say, {"ratio": ratios})
 
 
 def _build(arm: str, model: Callable[[], LlamaForCausalLM], **settings: Any) -> Step:

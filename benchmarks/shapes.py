@@ -1,4 +1,4 @@
-"""What the benchmarks run: Llama models with random weights, batches of random tokens."""
+"""What the benchmarks run: Llama models and ones with experts, random weights, batches of random tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 
 def _llama(vocab: int, hidden: int, layers: int, heads: tuple[int, int], mlp: int, *, tied: bool) -> dict[str, Any]:
@@ -33,6 +33,30 @@ MODELS = {
 }
 
 
+# Layers of Mixtral 8x7B (6 of its 32) and of Qwen3-30B-A3B (12 of its 48), both with their embeddings and heads.
+EXPERTS = {
+    "tiny-mixtral": {"model_type": "mixtral", **_llama(256, 64, 2, (4, 2), 32, tied=False), "num_local_experts": 4},
+    "tiny-qwen3-moe": {
+        "model_type": "qwen3_moe",
+        **_llama(256, 64, 2, (4, 2), 64, tied=False),
+        "head_dim": 32,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+    },
+    "mixtral": {"model_type": "mixtral", **_llama(32000, 4096, 6, (32, 8), 14336, tied=False)},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        **_llama(151936, 2048, 12, (32, 4), 6144, tied=False),
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+}
+
+
 @dataclass(frozen=True)
 class Shape:
     """A model and a batch of ``batch`` sequences of ``length`` tokens."""
@@ -55,16 +79,21 @@ SHAPES = {
     "135m-4x512": Shape("135m", 4, 512, "cuda", "bfloat16"),
     "135m-8x2048": Shape("135m", 8, 2048, "cuda", "bfloat16"),
     "8b-4x2048": Shape("8b", 4, 2048, "cuda", "bfloat16"),
+    "tiny-mixtral": Shape("tiny-mixtral", 2, 64, "cpu", "float32"),
+    "tiny-qwen3-moe": Shape("tiny-qwen3-moe", 2, 64, "cpu", "float32"),
+    "mixtral-4x2048": Shape("mixtral", 4, 2048, "cuda", "bfloat16"),
+    "qwen3-moe-8x2048": Shape("qwen3-moe", 8, 2048, "cuda", "bfloat16"),
 }
 
 
 def build_model(shape: Shape, *, device: str, dtype: torch.dtype, layers: int | None = None) -> LlamaForCausalLM:
     """The shape's model in training mode; the same weights at every call. ``layers`` makes it shorter."""
-    arguments = dict(MODELS[shape.model])
+    arguments = {"model_type": "llama", **(MODELS | EXPERTS)[shape.model]}
     if layers is not None:
         arguments["num_hidden_layers"] = layers
     # no cache of keys and values: no trainer asks for one, and it would be an output that carries gradient
-    config = LlamaConfig(**arguments, max_position_embeddings=shape.length, use_cache=False)
+    kind = arguments.pop("model_type")
+    config = AutoConfig.for_model(kind, **arguments, max_position_embeddings=shape.length, use_cache=False)
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
@@ -77,7 +106,7 @@ def make_batch(shape: Shape, *, device: str, labelled: int | None = None) -> tup
     prompt; the others have -100.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(MODELS[shape.model]["vocab_size"], (shape.batch, shape.length), generator=generator)
+    ids = torch.randint((MODELS | EXPERTS)[shape.model]["vocab_size"], (shape.batch, shape.length), generator=generator)
     labels = ids.clone()
     if labelled is not None:
         labels[:, :-labelled] = -100

@@ -8,10 +8,16 @@ the forward keeps for the backward. Compile time is the first step; what another
 same TORCHINDUCTOR_CACHE_DIR, has compiled already is not compiled again, so compile times compare only between
 processes with one arm and an empty cache each.
 
+Models with experts (``mixtral-4x2048``, ``qwen3-moe-8x2048``) have 2.6 and 1.3 billion parameters that are active for a
+token. ``--turns`` gives every arm a process of its own: all compile at once (step_turns.py), and each is then measured
+alone.
+
 The JSON file is written after every arm and every round, so that an interrupted run leaves what it measured.
 
     python benchmarks/step.py                                             # CPU
     python benchmarks/step.py --device cuda --shapes 135m-16x2048 --json runs/135m.json
+    python benchmarks/step.py --device cuda --shapes mixtral-4x2048,qwen3-moe-8x2048 --turns \
+        --arms fair,dense-cggr,selective --ratio 0.25,0.05 --repeats 6
     python benchmarks/step.py --merge runs/135m.json runs/1b.json --readme
 """
 
@@ -23,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import step_turns
 from agreement import Disagreement
 from arguments import add_run_arguments, check_run_arguments, items
 from arms import ARMS, DEFAULT_ARMS, check_fair
@@ -31,6 +38,7 @@ from results import machine_line, markdown, rich_table, save
 from rich.console import Console
 from rounds import step_run
 from shapes import SHAPES
+from turns import answer
 
 DEFAULT_SHAPES = {
     "cpu": ["cpu-384"],
@@ -42,20 +50,30 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=items(allowed=SHAPES), help=f"comma-separated, of: {', '.join(SHAPES)}")
     parser.add_argument("--arms", type=items(allowed=ARMS), default=list(DEFAULT_ARMS), help=f"of: {', '.join(ARMS)}")
-    parser.add_argument("--ratio", type=float, default=0.25, help="min_tokens_ratio of the selective arms")
+    parser.add_argument(
+        "--ratio", type=items(float), default=[0.25], help="min_tokens_ratio of selective arms; several"
+    )
+    parser.add_argument("--turns", action="store_true", help="every arm in a process; all compile at once")
+    parser.add_argument("--within", type=float, help="of --turns: seconds after which an arm that compiles is ended")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)  # shape and arm, in a process of its own
     add_run_arguments(parser, json=Path("runs/benchmarks/step.json"))
     args = parser.parse_args(argv)
     args.shapes = args.shapes or DEFAULT_SHAPES[args.device]
-    if not 0 < args.ratio <= 1:
+    if not all(0 < ratio <= 1 for ratio in args.ratio):
         parser.error(f"--ratio must be in (0, 1], got {args.ratio}")
+    if args.turns and (args.dump_dir or args.profile):
+        parser.error("--turns goes without --dump-dir and --profile")
     check_run_arguments(parser, args)
     return args
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def measure(args: argparse.Namespace, argv: list[str], console: Console) -> dict[str, Any]:
     """Runs every shape; the document as it is in the file."""
     document: dict[str, Any] = {"machine": describe(args.device), "results": []}
     check_fair()
+    if args.turns:
+        step_turns.measure(argv, args, document, lambda line: console.print(line, highlight=False, markup=False))
+        return document
     for shape in args.shapes:
         try:
             step_run(shape, args, document, lambda line: console.print(line, highlight=False)).run()
@@ -65,10 +83,16 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    console = Console(width=max(140, Console().width))
+    console = Console(width=max(150, Console().width))
+    if args.run:
+        shape, label = args.run
+        return answer(lambda answers: step_turns.run(shape, label, args, answers))
     try:
-        documents = [json.loads(path.read_text()) for path in args.merge] if args.merge else [measure(args, console)]
+        documents = (
+            [json.loads(path.read_text()) for path in args.merge] if args.merge else [measure(args, argv, console)]
+        )
     except Disagreement as error:
         console.print(f"The arms do not compute the same thing: {error}", highlight=False)
         return 1
@@ -78,8 +102,10 @@ def main(argv: list[str] | None = None) -> int:
             console.print(rich_table(result))
     if args.readme:
         console.print(markdown(documents), highlight=False, soft_wrap=True, markup=False)
-    records = [arm for document in documents for result in document["results"] for arm in result["arms"].values()]
-    return int(any(record["status"] != "ok" for record in records))
+    found = [result for document in documents for result in document["results"]]
+    records = [record for result in found for record in result["arms"].values()]
+    agreed = all("disagreement" not in result for result in found)
+    return int(not agreed or any(record["status"] != "ok" for record in records))
 
 
 if __name__ == "__main__":

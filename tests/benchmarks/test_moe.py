@@ -6,6 +6,7 @@ import json
 
 import moe
 import moe_arms
+import moe_rows
 import moe_sweep
 import pytest
 import torch
@@ -38,6 +39,20 @@ def test_an_arm_that_computes_something_else_is_a_failure(tmp_path, monkeypatch)
     assert result["arms"]["grouped_mm"]["step"]["median"] > 0
 
 
+def test_the_backward_from_some_rows(tmp_path, capsys, monkeypatch) -> None:
+    path = tmp_path / "rows.json"
+    run = [*RUN, "--rows", "0.25", "0.05", f"--json={path}"]
+    assert moe.main(run) == 0
+    (result,) = json.loads(path.read_text())["results"]
+    assert [record.get("tokens") for record in result["rows"].values()] == [64, 16, 3, None]
+    assert all(record["ms"] > 0 for record in result["rows"].values()) and "floor:" in capsys.readouterr().out
+    assert result["floor_bytes"] == 2 * 4 * (4 * 32 * 32 + 4 * 32 * 16)
+    right = moe_rows.Backward.of_rows
+    monkeypatch.setattr(moe_rows.Backward, "of_rows", lambda self, grad, rows: right(self, grad, rows.flip(0)))
+    with pytest.raises(RuntimeError, match=r"the gradients from 0\.25 of the rows"):
+        moe.main(run)
+
+
 def test_tied_choices_are_not_compared() -> None:
     layer = moe_arms.build_weights(SHAPES["tiny"], "cpu", torch.float32)
     hidden = torch.randn(6, 32)
@@ -61,7 +76,12 @@ def test_settings_are_distinct(kernel) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--tiny", "--repeats=0"], "--repeats"), (["--tiny", "--sweep"], "CUDA"), (["--arms=fair"], "--arms")],
+    [
+        (["--tiny", "--repeats=0"], "--repeats"),
+        (["--tiny", "--sweep"], "CUDA"),
+        (["--arms=fair"], "--arms"),
+        (["--tiny", "--rows=1"], "--rows"),
+    ],
 )
 def test_wrong_arguments(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit):

@@ -219,6 +219,18 @@ def test_models_have_their_published_sizes() -> None:
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32, "angles rounded to bfloat16"
 
 
+def test_models_with_experts_have_their_sizes() -> None:
+    """Billions of parameters, and of those that are active for a token."""
+    for name, billions, active in (("mixtral", 8.97, 2.63), ("qwen3-moe", 8.10, 1.30)):
+        shape = next(shape for shape in SHAPES.values() if shape.model == name)
+        model = build_model(shape, device="meta", dtype=torch.bfloat16)
+        experts = sum(p.numel() for p in model.parameters() if p.dim() == 3)
+        every = sum(p.numel() for p in model.parameters())
+        share = model.config.num_experts_per_tok / model.model.layers[0].mlp.experts.num_experts
+        assert every / 1e9 == pytest.approx(billions, abs=0.01)
+        assert (every - experts + share * experts) / 1e9 == pytest.approx(active, abs=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What is measured
 
