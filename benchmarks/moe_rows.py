@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(shape_name: str, args: argparse.Namespace) -> dict[str, Any]:
             lowerings.register()  # as the backend does
             mode = "max-autotune-no-cudagraphs" if args.max_autotune else None
             body = torch.compile(body, mode=mode, dynamic=False)
-        calls[f"{share:g}"] = lambda body=body, operands=operands: body(*operands)
+        calls[f"{share:g}"] = partial(body, *operands)
         result["rows"][f"{share:g}"] = {"tokens": len(rows), "share": share}
     gradients = torch.empty_like(case.gate_up), torch.empty_like(case.down)
     calls["floor"] = lambda: (gradients[0].copy_(case.gate_up), gradients[1].copy_(case.down))

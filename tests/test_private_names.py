@@ -18,6 +18,7 @@ PRIVATE_MODULE = re.compile(r"(torch|functorch)(\.\w+)*\.(_(?!_)\w+|experimental
 PUBLIC = re.compile(r"(torch\.ops|aten|prims)\..+|torch\._foreach_\w+|sys\._getframe")
 OTHER_LIBRARIES = {
     *("_attn_implementation", "_supports_sdpa", "_require_grads_hooks", "_gradient_checkpointing_func"),  # transformers
+    *("_can_record_outputs", "_output_capturing_hooks_installed", "_is_expert_parallel"),  # transformers
     *("_cache_clear", "_dora_cache"),  # PEFT
 }
 

@@ -111,6 +111,7 @@ from cggr_compile.compat.lowering import (
     register_inductor_lowering,
     static_shape,
     static_strides,
+    transposed_matrices,
     written_side_by_side,
 )
 from cggr_compile.compat.modes import (

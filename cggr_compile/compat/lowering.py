@@ -66,6 +66,13 @@ def empty_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     return empty_strided(list(shape), None, dtype=dtype, device=device)
 
 
+def transposed_matrices(node: Any) -> Any:
+    """In a lowering: a view of [E, M, N] as [E, N, M]."""
+    from torch._inductor.lowering import permute
+
+    return permute(node, [0, 2, 1])
+
+
 def alignment_offset(node: Any) -> int:
     """In a lowering: where ``realize_fixed_layout`` put the first element, in bytes from a multiple of 16."""
     from torch._inductor.virtualized import V

@@ -21,6 +21,7 @@ from cggr_compile.kernels.common import contiguous_rows
 from cggr_compile.kernels.moe import combine
 from cggr_compile.kernels.moe_products import multiply_rows, stored_transposed
 from cggr_compile.kernels.moe_weight_gradient import weight_gradient
+from cggr_compile.kernels.routing_gradient import biased_routing_gradient
 
 ROWS, COLUMNS = 16, 128  # of a tile of the elementwise kernels
 
@@ -104,7 +105,31 @@ def _expert_sums_kernel(
     tl.store(out_ptr + expert.to(tl.int64) * N + column, total, mask=column < N)
 
 
-def _bias_gradient(
+def activation(inner: Tensor, offsets: Tensor, alpha: float, limit: float) -> Tensor:
+    """[rows, I], of gate and up in turn, ``inner`` [rows, 2 * I]."""
+    out = inner.new_empty(inner.shape[0], inner.shape[1] // 2)
+    rows, width = out.shape
+    grid = triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)
+    _activation_kernel[grid](inner, out, offsets[-1:], width, alpha, limit, BLOCK_M=ROWS, BLOCK_N=COLUMNS)
+    return out
+
+
+def activation_backward(
+    grad: Tensor, inner: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, alpha: float, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``cggr::moe_clamped_activation_backward``; ``weights`` is contiguous."""
+    rows, width = grad.shape
+    weighted, d_inner = inner.new_empty(rows, width), torch.empty_like(inner)
+    by_row = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    _activation_backward_kernel[(triton.cdiv(rows, ROWS),)](
+        *(grad, inner, weights, order, offsets[-1:], weighted, d_inner, by_row, width, alpha, limit),
+        BLOCK_M=ROWS,
+        BLOCK_N=COLUMNS,
+    )
+    return weighted, d_inner, by_row
+
+
+def bias_gradient(
     bias: Tensor, rows: Tensor, offsets: Tensor, order: Tensor, top_k: int, weights: Tensor | None = None
 ) -> Tensor:
     """[E, N]: each expert's sum of ``rows`` [rows, N]; with ``weights``, ``rows`` is [tokens, N], each weighed."""
@@ -141,16 +166,21 @@ def moe_clamped_mlp_triton(
     inner = hidden.new_empty(rows, 2 * width)
     if not rows:
         return torch.zeros_like(hidden), inner
-    activation, products = hidden.new_empty(rows, width), hidden.new_empty(rows, hidden.shape[1])
+    products = hidden.new_empty(rows, hidden.shape[1])
     shared: dict[str, Any] = dict(order=order, top_k=top_k, queues={})
     with torch.cuda.device_of(hidden):
         multiply_rows(
             "inner", hidden, gate_up, inner, offsets, bias=gate_up_bias, **shared, **overrides.get("inner", {})
         )
-        grid = triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)
-        _activation_kernel[grid](inner, activation, offsets[-1:], width, alpha, limit, BLOCK_M=ROWS, BLOCK_N=COLUMNS)
         multiply_rows(
-            "down", activation, down, products, offsets, bias=down_bias, **shared, **overrides.get("down", {})
+            "down",
+            activation(inner, offsets, alpha, limit),
+            down,
+            products,
+            offsets,
+            bias=down_bias,
+            **shared,
+            **overrides.get("down", {}),
         )
         out = combine(products, weights, position, offsets, top_k)
     return out, inner if save else inner[:0].clone()
@@ -178,29 +208,20 @@ def moe_clamped_mlp_backward_triton(
         of = (hidden, gate_up, gate_up_bias, down, down_bias, weights)
         return tuple(map(torch.zeros_like, of))  # type: ignore[return-value]
     by_assignment = weights.contiguous()
-    d_activation, weighted = grad.new_empty(rows, width), inner.new_empty(rows, width)
-    d_inner, d_rows = torch.empty_like(inner), grad.new_empty(rows, grad.shape[1])
-    d_weights = torch.empty(rows, dtype=torch.float32, device=grad.device)
+    d_activation, d_rows = grad.new_empty(rows, width), grad.new_empty(rows, grad.shape[1])
     shared: dict[str, Any] = dict(order=order, top_k=top_k, queues={})
     with torch.cuda.device_of(hidden):
         multiply_rows("d_activation", grad, down, d_activation, offsets, **shared, **overrides.get("d_activation", {}))
-        _activation_backward_kernel[(triton.cdiv(rows, ROWS),)](
-            *(d_activation, inner, by_assignment, order, offsets[-1:], weighted, d_inner, d_weights),
-            *(width, alpha, limit),
-            BLOCK_M=ROWS,
-            BLOCK_N=COLUMNS,
-        )
+        backward = (d_activation, inner, by_assignment, order, offsets, alpha, limit)
+        weighted, d_inner, by_row = activation_backward(*backward)
         multiply_rows("d_hidden", d_inner, gate_up, d_rows, offsets, **shared, **overrides.get("d_hidden", {}))
         d_gate_up = _matrix_gradient(gate_up, d_inner, hidden, False, order, offsets, top_k, overrides)
         d_down = _matrix_gradient(down, weighted, grad, True, order, offsets, top_k, overrides)
-        d_gate_up_bias = _bias_gradient(gate_up_bias, d_inner, offsets, order, top_k)
-        d_down_bias = _bias_gradient(down_bias, grad, offsets, order, top_k, by_assignment)
+        d_gate_up_bias = bias_gradient(gate_up_bias, d_inner, offsets, order, top_k)
+        d_down_bias = bias_gradient(down_bias, grad, offsets, order, top_k, by_assignment)
         d_hidden = combine(d_rows, None, position, offsets, top_k)
-    place = position.long()
-    expert = torch.searchsorted(offsets[1:], position, right=True).view(weights.shape).clamp_(max=down.shape[0] - 1)
-    by_bias = (grad.float() @ down_bias.float().t()).gather(1, expert)
-    d_routed = torch.where(place < offsets[-1], d_weights[place] + by_bias.view(-1), 0.0)  # unwritten without an expert
-    return d_hidden, d_gate_up, d_gate_up_bias, d_down, d_down_bias, d_routed.view(weights.shape).to(weights.dtype)
+    d_weights = biased_routing_gradient(by_row, grad, down_bias, position, offsets, weights)
+    return d_hidden, d_gate_up, d_gate_up_bias, d_down, d_down_bias, d_weights
 
 
 def _matrix_gradient(

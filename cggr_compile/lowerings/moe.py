@@ -1,7 +1,8 @@
 """The lowering of ``cggr::moe_mlp`` and its backward: under max-autotune, step by step as Inductor times them fastest.
 
-Each grouped product is a persistent template of several tile sizes, our plain kernel, or ``F.grouped_mm`` with what it
-needs around it. Otherwise, and wherever the templates cannot serve, the operator is called as one.
+Each grouped product (those of ``moe_clamped.py`` too) is a persistent template of several tile sizes, our plain kernel,
+or ``F.grouped_mm`` with what it needs around it. Otherwise, and wherever the templates cannot serve, the operator is
+called as one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from cggr_compile import compat
 from cggr_compile.lowerings.tma import tma_loads
 from cggr_compile.ops.moe import moe_mlp, moe_mlp_backward
+from cggr_compile.ops.moe_clamped_steps import moe_biased_product
 from cggr_compile.ops.moe_steps import (
     TILE_COLUMNS,
     moe_combine,
@@ -29,12 +31,13 @@ from cggr_compile.ops.moe_steps import (
 )
 
 SERVED = (torch.bfloat16, torch.float16)
+GATHERED = ("swiglu", "swiglu_backward", "inner", "d_activation")  # of rows for every token
 EPILOGUES = {"swiglu": 1, "swiglu_backward": 2}
 MAX_ENTRIES = 2**31  # entries of a result: templates count in 32 bits
 # The kernels' own functions do the work: a template binds their arguments, sizes as constants, and stores.
 # A change of those functions changes this text, which is in the key of the autotuner's cache.
 ROWS = """
-{%- set names = ["A", "B", "OFFSETS", "QUEUE"] + ["ORDER"] * GATHER + ["INNER"] * SAVE %}
+{%- set names = ["A", "B", "OFFSETS", "QUEUE"] + ["ORDER"] * GATHER + ["INNER"] * SAVE + ["BIAS"] * BIASED %}
 {{def_kernel(*(names + ["WEIGHTS", "D_INNER", "WEIGHTED"] * (EPILOGUE == 2)))}}
 {%- if DESCRIPTORS and not GATHER %}
     a = tl.make_tensor_descriptor(A, [{{size("A", 0)}}, K], [{{stride("A", 0)}}, 1], [BLOCK_M, BLOCK_K])
@@ -89,6 +92,10 @@ ROWS = """
         there = at_row < end
         {{store_output(("part", "at_row"), "d_weight", "there", indent_width=8, val_shape=("BLOCK_M", "1"))}}
 {%- else %}
+{%- if BIASED %}
+        bias = tl.load(BIAS + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+{%- endif %}
 {%- if EPILOGUE == 1 %}
         acc = through_swiglu(acc, up, row, column, inside, {{"INNER" if SAVE else "None"}}, N, DTYPE, SAVE)
 {%- endif %}
@@ -136,9 +143,9 @@ def lower_moe_mlp(
     hidden: Any, gate_up: Any, down: Any, weights: Any, order: Any, position: Any, offsets: Any, save: bool
 ) -> Any:
     """Inductor's nodes for the operator's arguments, in, and for its results, out."""
-    if not _serves(hidden, gate_up, down):
+    if not serves(hidden, gate_up, down):
         return compat.call_operator(moe_mlp, hidden, gate_up, down, weights, order, position, offsets, save)
-    grouped = _GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
+    grouped = GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
     both = int(gate_up.get_size()[1])
     inner = grouped.empty(grouped.rows if save else 0, both)
     activation = grouped.rows_of("swiglu", hidden, gate_up, both // 2, written=[inner] if save else [])
@@ -150,10 +157,10 @@ def lower_moe_mlp_backward(
     grad: Any, hidden: Any, gate_up: Any, down: Any, weights: Any, inner: Any, order: Any, position: Any, offsets: Any
 ) -> Any:
     """As :func:`lower_moe_mlp`."""
-    if not _serves(hidden, gate_up, down):
+    if not serves(hidden, gate_up, down):
         arguments = (grad, hidden, gate_up, down, weights, inner, order, position, offsets)
         return compat.call_operator(moe_mlp_backward, *arguments)
-    grouped = _GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
+    grouped = GroupedProducts(hidden, order, offsets, int(weights.get_size()[1]))
     both = int(gate_up.get_size()[1])
     d_inner, weighted = grouped.empty(grouped.rows, both), grouped.empty(grouped.rows, both // 2)
     read = [compat.realize_fixed_layout(node, contiguous=True) for node in (inner, weights)]
@@ -166,7 +173,7 @@ def lower_moe_mlp_backward(
     return d_hidden, d_gate_up, d_down, d_weights
 
 
-def _serves(hidden: Any, gate_up: Any, down: Any) -> bool:
+def serves(hidden: Any, gate_up: Any, down: Any) -> bool:
     """Whether there is something to time, and somebody to time it."""
     shapes = [compat.static_shape(node) for node in (hidden, gate_up, down)]
     if any(shape is None or 0 in shape or shape[-1] % 8 for shape in shapes):  # rows as F.grouped_mm wants them
@@ -178,7 +185,7 @@ def _times(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and compat.runs_our_kernels() and compat.times_templates(device, dtype)
 
 
-class _GroupedProducts:
+class GroupedProducts:
     """The grouped products of one call, each in the way that Inductor finds fastest.
 
     ``top_k``, ``rows`` (tokens * top_k), order, offsets and the queue of tiles are the same for all of them.
@@ -206,29 +213,33 @@ class _GroupedProducts:
         *,
         read: list[Any] | None = None,
         written: list[Any] | None = None,
+        bias: Any = None,
     ) -> Any:
-        """``kernel``: see ``multiply_rows``; ``width`` is its N. ``read``, ``written``: what else there is."""
-        gather, epilogue = kernel in ("swiglu", "swiglu_backward"), EPILOGUES.get(kernel, 0)
+        """``kernel``: see ``multiply_rows``, or ``biased_down``; ``width`` is its N. ``read``, ``written``: what else
+        there is. ``bias``: [experts, N], of ``inner`` and ``biased_down``."""
+        gather, epilogue = kernel in GATHERED, EPILOGUES.get(kernel, 0)
         a, b = compat.realize_fixed_layout(a, last_contiguous=True), compat.realize_fixed_layout(b)
         if 1 not in compat.static_strides(b)[1:]:
             b = compat.realize_fixed_layout(b, contiguous=True)
         swapped = compat.static_strides(b)[2] != 1
-        more = [*(read or []), *(written or [])]
+        biases = [] if bias is None else [compat.realize_fixed_layout(bias, contiguous=True)]
+        more = [*(read or []), *(written or []), *biases]
         constants = dict(
             N=width,
             K=int(a.get_size()[1]),
             B_ROW=2 if swapped else 1,
-            TRANSPOSED=(kernel in ("swiglu", "down")) != swapped,
+            TRANSPOSED=(kernel in ("swiglu", "down", "inner", "biased_down")) != swapped,
             GATHER=gather,
             EPILOGUE=epilogue,
             SAVE=bool(written),
+            BIASED=bias is not None,
             DESCRIPTORS=tma_loads(b, swapped) and (gather or tma_loads(a)),
             DTYPE=str(self.dtype).replace("torch", "tl"),
             PROGRAMS=self.programs,
         )
         parts = -(-width // TILE_COLUMNS)
         shape, dtype = ((parts, self.rows), torch.float32) if epilogue == 2 else ((self.rows, width), self.dtype)
-        options: dict[str, Any] = {"top_k": self.top_k} if gather else {"transposed": kernel == "down"}
+        options: dict[str, Any] = {"top_k": self.top_k} if gather else {}
         examples = {2: self._example_offsets, 3: self._example_queue, 4: self._example_order}
         return self._autotuned(
             kernel,
@@ -321,8 +332,24 @@ def _gathered(
     return a, b, order, offsets, inner, *more, top_k, library
 
 
-def _plain(a: Any, b: Any, offsets: Any, queue: Any, *, transposed: bool, library: bool) -> tuple[Any, ...]:
+def _plain(a: Any, b: Any, offsets: Any, queue: Any, *, library: bool, transposed: bool) -> tuple[Any, ...]:
     return a, b, offsets, transposed, library
+
+
+def _inner(
+    a: Any, b: Any, offsets: Any, queue: Any, order: Any, bias: Any, *, top_k: int, library: bool
+) -> tuple[Any, ...]:
+    return a, b, bias, order, offsets, top_k, True, library
+
+
+def _d_activation(
+    a: Any, b: Any, offsets: Any, queue: Any, order: Any, *, top_k: int, library: bool
+) -> tuple[Any, ...]:
+    return a, b, None, order, offsets, top_k, False, library
+
+
+def _biased_down(a: Any, b: Any, offsets: Any, queue: Any, bias: Any, *, library: bool) -> tuple[Any, ...]:
+    return a, b, bias, None, offsets, 1, True, library
 
 
 def _summed(
@@ -333,9 +360,12 @@ def _summed(
 
 STEPS: dict[str, tuple[Any, Callable[..., tuple[Any, ...]]]] = {
     "swiglu": (moe_swiglu, _gathered),
-    "down": (moe_product, _plain),
+    "down": (moe_product, partial(_plain, transposed=True)),
     "swiglu_backward": (moe_swiglu_backward, _gathered),
-    "d_hidden": (moe_product, _plain),
+    "d_hidden": (moe_product, partial(_plain, transposed=False)),
+    "inner": (moe_biased_product, _inner),
+    "d_activation": (moe_biased_product, _d_activation),
+    "biased_down": (moe_biased_product, _biased_down),
     "d_gate_up": (moe_weight_gradient, _summed),
     "d_down": (moe_weight_gradient, _summed),
 }

@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from cggr_compile import PersistentTRMLP, lowerings
 from cggr_compile.kernels import moe_tiles, moe_weight_gradient
 from cggr_compile.ops.moe import moe
+from cggr_compile.ops.moe_clamped import moe_clamped
 from cggr_compile.ops.moe_routing import moe_permute, moe_top_experts, moe_top_experts_reference
 
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-4}
@@ -167,6 +168,37 @@ def test_under_max_autotune(choices, routing):
     templates = [code.count("async_compile.triton('triton_tem") for code in codes]
     assert choices is None or templates == ([2, 4] if choices == TEMPLATE else [0, 0])
     check(found, expected(*case, grad), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "routing", "transposed"),
+    [((2000, 256, 384, 6, 2), "null", True), ((2000, 256, 384, 6, 2), "gaps", False)],
+)
+@pytest.mark.parametrize("choices", [TEMPLATE, LIBRARY, "^cggr_moe_.*(?<!_library)$", None])
+def test_clamped_experts_under_max_autotune(monkeypatch, choices, sizes, routing, transposed):
+    """As :func:`test_under_max_autotune`."""
+    if choices == LIBRARY and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("a choice on Hopper only")
+    monkeypatch.setattr(clamped, "LIMIT", clamped.NO_LIMIT)
+    case = clamped.make_case(*sizes, routing=routing, transposed=transposed, dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    lowerings.register()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *tensors: moe_clamped(*tensors, clamped.ALPHA, clamped.NO_LIMIT))
+
+    def step(case, grad):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in case[:6]]
+        out = compiled(*leaves, case[6])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    options = {"max_autotune_gemm": True, "force_disable_caches": True}
+    with config.patch({**options, "test_configs.autotune_choice_name_regex": choices}):
+        _, codes = run_and_get_code(step, case, grad)
+        found = run_without_waiting(case, grad, step)
+    assert len(codes) == 2 and not any("= torch.ops.cggr.moe_clamped_mlp" in code for code in codes)
+    templates = [code.count("async_compile.triton('triton_tem") for code in codes]
+    assert choices is None or templates == ([2, 4] if choices == TEMPLATE else [0, 0])
+    clamped.check_norms(found, clamped.expected(*case, grad), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("kernel", ["swiglu", "down", "swiglu_backward", "d_hidden", "d_gate_up", "d_down"])

@@ -33,7 +33,7 @@ CALL = "= torch.ops.cggr.moe_mlp"
 @pytest.fixture
 def choose(monkeypatch):
     choice = pretend_to_time(monkeypatch)
-    monkeypatch.setattr(lowering, "_serves", lambda *_: True)
+    monkeypatch.setattr(lowering, "serves", lambda *_: True)
     monkeypatch.setattr(products, "library_takes", lambda *_: True)
     monkeypatch.setattr(products, "multiprocessors", lambda _: 2)
 
@@ -183,7 +183,7 @@ def test_where_it_serves(monkeypatch):
                 get_size=lambda: shape, get_dtype=lambda: dtype, get_device=lambda: torch.device(device)
             )
 
-        return lowering._serves(node(tokens, hidden), node(4, 2 * inner, hidden), node(4, hidden, inner))
+        return lowering.serves(node(tokens, hidden), node(4, 2 * inner, hidden), node(4, hidden, inner))
 
     assert serves() and serves(torch.float16)
     symbol = torch.utils._sympy.symbol.make_symbol(torch.utils._sympy.symbol.SymT.SIZE, 0)
