@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, argv: list[str], console: Console) -> dict
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    console = Console(width=max(150, Console().width))
+    console = Console(width=max(160, Console().width))
     if args.run:
         shape, label = args.run
         return answer(lambda answers: step_turns.run(shape, label, args, answers))

@@ -19,6 +19,7 @@ from agreement import Disagreement, check_dense
 from arms import DENSE, SELECTIVE, labels
 from results import save
 from rounds import step_run
+from shapes import SHAPES
 from torch import nn
 from turns import cards, in_turns, wait_for_turn
 
@@ -92,6 +93,7 @@ def run(shape: str, label: str, args: argparse.Namespace, answers: TextIO) -> di
     turn_at_last = before_the_first_run(turn)
     if args.compiler == "eager":
         turn_at_last()  # nothing is compiled
+        waited[0] = 0.0
     args.json = logs / f"{shape}-{label}.json"
     done.run()
     (record,) = done.records.values()
@@ -130,16 +132,23 @@ def measure(argv: list[str], args: argparse.Namespace, document: dict[str, Any],
     names = {(shape, label): f"{shape}-{label}" for shape in args.shapes for label in labels(args.arms, args.ratio)}
     commands = {name: [*begin, *pair] for pair, name in names.items()}
     results: dict[str, dict[str, Any]] = {}
+    for shape in args.shapes:  # until an arm says more
+        facts = {
+            "shape": shape,
+            "dtype": args.dtype or SHAPES[shape].dtype,
+            "layers": args.layers,
+            "device": args.device,
+        }
+        facts |= {"shortened": args.layers is not None, "cuda_graphs": args.cuda_graphs, "rounds": 0, "arms": {}}
+        results[shape] = facts
+        document["results"].append(facts)
     ratios = ", ".join(f"{ratio:g}" for ratio in args.ratio)
     found = in_turns(commands, cards(args.device), logs_of(args), within=args.within)
     for (shape, label), (name, answer) in zip(names, found, strict=True):
         result = answer.get("result")
         record = result["arms"][label] if result else {"status": "failed", "error": answer["error"]}
-        if shape not in results and result:
-            results[shape] = {**result, "ratio": ratios, "turns": True, "arms": {}}
-            document["results"].append(results[shape])
-        if shape in results:
-            results[shape]["arms"][label] = record
+        results[shape] |= {**(result or {}), "ratio": ratios, "turns": True, "arms": results[shape]["arms"]}
+        results[shape]["arms"][label] = record
         what = f"{record['step']['median']:.1f} ms" if record["status"] == "ok" else record["error"]
         say(f"{name}: {what}")
         save(document, args.json)

@@ -7,6 +7,7 @@ that break there is no going back to the compiled call, so they are installed be
 from __future__ import annotations
 
 import sys
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def install(scope: Mapping[str, Any], named: frozenset[str] = frozenset()) -> li
     values = [*scope.values()]
     values += [inner for value in values if isinstance(value, tuple) for inner in value]
     asked = set(filter(_is_output, named))
-    for names in (scope, *(value for value in values if isinstance(value, Mapping))):
+    for names in (scope, *(value for value in values if isinstance(value, (dict, UserDict)))):
         asked |= {
             name for name, value in names.items() if _is_output(name) and value is not None and value is not False
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import arms
+import results
 import step
 import step_turns
 from shapes import SHAPES, build_model, make_batch
@@ -59,6 +61,20 @@ def test_something_comes_before_the_first_run(monkeypatch: pytest.MonkeyPatch) -
     assert seen == [1]
 
 
+def test_no_arm_gets_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = step.parse_arguments(["--shapes=tiny,tiny-mixtral", "--arms=fair,stop", f"--json={tmp_path / 'step.json'}"])
+    ok = {"status": "ok", "step": {"median": 1.0}, "loss": 1.0}
+    answers = [{"error": "no memory"}, {"result": {"rounds": 3, "arms": {"stop": ok}}}, *[{"error": "no memory"}] * 2]
+    monkeypatch.setattr(step_turns, "in_turns", lambda commands, *_, **__: zip(commands, answers, strict=True))
+    document: dict[str, Any] = {"machine": {}, "results": []}
+    step_turns.measure([], args, document, lambda line: None)
+    first, second = document["results"]
+    failed = {"status": "failed", "error": "no memory"}
+    assert first["rounds"] == 3 and first["arms"] == {"fair": failed, "stop": ok}
+    assert second["shape"] == "tiny-mixtral" and second["arms"] == {"fair": failed, "stop": failed}
+    assert all(results.rich_table(result).row_count == 2 for result in (first | {"arms": second["arms"]}, second))
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent.parent))
@@ -68,6 +84,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (result,) = json.loads(path.read_text())["results"]
     assert list(result["arms"]) == ["fair", "dense-cggr", "stop 0.5", "stop 0.25"] and result["ratio"] == "0.5, 0.25"
     assert all(record["status"] == "ok" and record["step"]["median"] > 0 for record in result["arms"].values())
+    assert all(record["compile_s"] > 0 for record in result["arms"].values())
     assert result["arms"]["stop 0.25"]["metrics"]["ratio"] == 0.25 and result["turns"] and "disagreement" not in result
     gradient = path.parent / "step-logs" / "tiny-qwen3-moe-dense-cggr.pt"
     torch.save([tensor + 1 for tensor in torch.load(gradient)], gradient)  # the check can fail
