@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -16,6 +17,16 @@ import results
 import step
 import step_turns
 from shapes import SHAPES, build_model, make_batch
+
+
+class CalledOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: set[Any] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.add(function)
+        return function(*args, **(kwargs or {}))
 
 
 def test_arms_that_select_are_there_once_a_ratio() -> None:
@@ -32,6 +43,9 @@ def test_a_model_without_its_matrices_gets_them_anew(name: str) -> None:
         matrices.release()
         held = sum(p.untyped_storage().nbytes() for p in model.parameters())
         assert held == 4 * sum(p.numel() for p in model.parameters() if p.dim() == 1)
+        with CalledOperators() as called:
+            step_turns.compile_kernels(model)
+        assert {torch.ops.cggr.moe_mlp.default, torch.ops.cggr.moe_mlp_backward.default} <= called.operators
         matrices.restore()
     first, second = ([p.detach() for p in model.parameters()] for model in models)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
