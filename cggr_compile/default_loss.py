@@ -27,15 +27,23 @@ def name_default_loss(end: compat.GraphBreak | None, modules: Iterable[Module]) 
     Returns:
         Whether some model has been given one, so that another capture finds no such break.
     """
-    if end is None or not any(
-        frame.name == "loss_function" and "transformers" in Path(frame.filename).parts for frame in end.stack
-    ):
+    if end is None or not _takes_loss(end):
         return False
     unnamed = {part: None for module in modules for part in module.modules() if _takes_default(part)}
     for model in unnamed:
         model.loss_type = DEFAULT  # type: ignore[assignment]
         log.info("%s has no loss_type: it is set to %r, which it takes by default", type(model).__name__, DEFAULT)
     return bool(unnamed)
+
+
+def _takes_loss(end: compat.GraphBreak) -> bool:
+    """Whether the graph ends in transformers' ``loss_function``, or where ``self.loss_function(...)`` asks for it.
+
+    Of a call that Dynamo cannot go on behind it does not tell what is inside.
+    """
+    frames = [frame for frame in end.stack if "transformers" in Path(frame.filename).parts]
+    last = frames[-1].line if frames and frames[-1] is end.stack[-1] else None
+    return any(frame.name == "loss_function" for frame in frames) or "self.loss_function" in (last or "")
 
 
 def _takes_default(module: Module) -> bool:

@@ -12,6 +12,10 @@ from cggr_compile.compat import GraphBreak
 from cggr_compile.default_loss import DEFAULT, name_default_loss
 
 WARNS = FrameSummary("/packages/transformers/modeling_utils.py", 4778, "loss_function")
+# where Dynamo cannot go on behind the call it tells of no frame inside
+ASKS = FrameSummary(
+    "/packages/transformers/models/openai/modeling_openai.py", 463, "forward", line="loss = self.loss_function(logits)"
+)
 
 
 class Own(nn.Module):
@@ -30,12 +34,13 @@ def gpt2() -> nn.Module:
     return model
 
 
-def test_the_default_is_named_once() -> None:
+@pytest.mark.parametrize("place", [WARNS, ASKS])
+def test_the_default_is_named_once(place: FrameSummary) -> None:
     model, own, named = gpt2(), Own(), models.family("llama", num_hidden_layers=1)
     inside = nn.Sequential(model, own)
-    assert name_default_loss(GraphBreak("warns", (WARNS,)), [inside, model, named])
+    assert name_default_loss(GraphBreak("warns", (place,)), [inside, model, named])
     assert model.loss_type == DEFAULT and own.loss_type is None and named.loss_type == DEFAULT
-    assert not name_default_loss(GraphBreak("warns", (WARNS,)), [inside, model, named])
+    assert not name_default_loss(GraphBreak("warns", (place,)), [inside, model, named])
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,8 @@ def test_the_default_is_named_once() -> None:
         None,
         GraphBreak("prints", (FrameSummary("/packages/transformers/modeling_utils.py", 1, "forward"),)),
         GraphBreak("warns", (FrameSummary("/home/user/model.py", 1, "loss_function"),)),
+        GraphBreak("warns", (FrameSummary("/home/user/model.py", 1, "forward", line="self.loss_function(logits)"),)),
+        GraphBreak("prints", (ASKS, FrameSummary("/home/user/model.py", 1, "print_it"))),
     ],
 )
 def test_other_breaks_are_left_alone(end: GraphBreak | None) -> None:
