@@ -80,15 +80,15 @@ class Block:
 
     Attributes:
         input, output: residual-stream nodes [B, S, H]; a block's output is the next one's input.
-        attention: the block's single attention, if it has one.
-        mixer: what else mixes its positions; in place of the attention, beside it, before or behind it.
+        attentions: mostly one; several side by side, as in differential attention; none where a mixer is in its place.
+        mixer: what else mixes its positions; in place of an attention, beside it, before or behind it.
         name: module path from ``nn_module_stack`` where there is one, else ``block_<i>``.
         signature: hash of the block's operators and shapes; equal for isomorphic blocks.
     """
 
     input: Node
     output: Node
-    attention: Attention | None
+    attentions: tuple[Attention, ...]
     mixer: Mixer | None
     name: str
     signature: str
@@ -96,13 +96,13 @@ class Block:
     @property
     def mixing(self) -> tuple[Node, ...]:
         """The calls that mix its positions: behind the last of them every position is by itself."""
-        attention = () if self.attention is None else (self.attention.node, self.attention.value_user)
-        return (*attention, *(() if self.mixer is None else self.mixer.nodes))
+        attentions = (node for one in self.attentions for node in (one.node, one.value_user))
+        return (*attentions, *(() if self.mixer is None else self.mixer.nodes))
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What its attention and its mixer are, as far as it has them."""
-        return tuple(part.kind for part in (self.attention, self.mixer) if part is not None)
+        """What its attentions and its mixer are, as far as it has them."""
+        return (*(one.kind for one in self.attentions), *(() if self.mixer is None else (self.mixer.kind,)))
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class LayerStack:
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
-        """Those of the blocks that have one, in order."""
-        return tuple(block.attention for block in self.blocks if block.attention is not None)
+        """Those of the blocks, in order."""
+        return tuple(attention for block in self.blocks for attention in block.attentions)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Captured:
         blocks = []
         for node in attentions(self.gm):
             mask = argument(node, 3, "attn_mask")
-            blocks.append(minimal(Block, attention=minimal(Attention, kind="sdpa", node=node, mask=mask)))
+            blocks.append(minimal(Block, attentions=(minimal(Attention, kind="sdpa", node=node, mask=mask),)))
         values = [fake_value(node) for node in self.gm.graph.find_nodes(op="placeholder")]
         mode = next(value.fake_mode for value in values if isinstance(value, Tensor))
         stack = minimal(LayerStack, blocks=tuple(blocks))

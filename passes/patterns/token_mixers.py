@@ -62,7 +62,7 @@ def kind_of(nodes: Sequence[Node]) -> str:
         return "scan"
     if names & _PLACED:
         return "recurrence"
-    if names & _CONVOLUTIONS:
+    if names & {*_CONVOLUTIONS, "unfold"}:
         return "convolution"
     return "shift" if names <= {"pad", "cat", "roll", "flip"} else "reduction"
 
@@ -83,7 +83,7 @@ def token_mixers(
             found[node] = module_of(node) or "the embedding"
     for i in blocks:
         block = stack.blocks[i]
-        core = set() if block.attention is None else attention_core(block.attention)
+        core = {node for attention in block.attentions for node in attention_core(attention)}
         # from the embedding's values, not from their sizes (``zeros_like``)
         inside = descendants([block.input], [block.output, *markers], lambda n: n in stream or n in markers)
         inside &= ancestors([block.output])
@@ -101,7 +101,7 @@ def _mixes(node: Node, stream: Set[Node], length: Any) -> bool:
     if name in _PRODUCTS:
         # one product per position, such as the weighted sum of its experts, mixes none
         return sum(source in stream for source in node.all_input_nodes) > 1 and not _per_position(node, stream, length)
-    if name in _ATTENTIONS or name in _LOOPS:
+    if name in _ATTENTIONS or name in _LOOPS or name == "unfold":  # windows, of positions mostly
         return True
     if isinstance(node.target, compat.OpOverload) and node.target.namespace not in _OURS:
         return not is_quantised_product(node)
@@ -123,8 +123,12 @@ def _mixes(node: Node, stream: Set[Node], length: Any) -> bool:
 
 
 def _per_position(node: Node, stream: Set[Node], length: Any) -> bool:
-    """Whether a product is one of each position: of tensors [B * S, ...], batched."""
+    """Whether a product is one of each position: of tensors [B * S, ...] or [B, S, ...], batched."""
     sources = [shape_of(source) for source in node.all_input_nodes if source in stream]
+    if op_name(node) == "matmul" and all(len(shape) > 3 for shape in sources):
+        first, *others = (shape[:2] for shape in sources)
+        by_position = same_size(first[1], length) and all(map(same_size, first * len(others), sum(others, ())))
+        return by_position and not any(same_size(size, length) for shape in sources for size in shape[2:])
     if op_name(node) not in ("bmm", "matmul", "baddbmm") or any(len(shape) != 3 for shape in sources):
         return False
     firsts = {shape[0] for shape in sources}

@@ -134,11 +134,10 @@ def _is_one_number(node: Node) -> bool:
 def _cache(graph: Graph, blocks: Sequence[Block], returned: Sequence[Node]) -> set[Node]:
     """Those of ``returned`` that are keys and values of attentions, in any layout, where both are returned."""
     sides: dict[Node, set[tuple[int, str]]] = {}
-    for index, block in enumerate(blocks):
-        if block.attention is None:
-            continue
-        for side, end in (("key", block.attention.key), ("value", block.attention.value)):
-            path = descendants([block.input], stop=[end]) & ancestors([end])
+    every = [(block.input, attention) for block in blocks for attention in block.attentions]
+    for index, (start, attention) in enumerate(every):
+        for side, end in (("key", attention.key), ("value", attention.value)):
+            path = descendants([start], stop=[end]) & ancestors([end])
             projected = descendants([n for n in path if op_name(n) in PRODUCTS], stop=[end]) & path
             for node in projected:
                 if len(shape_of(node)) == 4:

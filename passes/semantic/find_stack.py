@@ -19,7 +19,7 @@ from cggr_compile.passes.analysis.uses import table_of
 from cggr_compile.passes.base import GraphContext, PassResult, SemanticPass, refused
 from cggr_compile.passes.facts import Attention, Block, FinalStates, LayerStack, LossSite, Mixer, NoLayerStack
 from cggr_compile.passes.fx import ancestors, bottlenecks, descendants, in_order
-from cggr_compile.passes.nodes import fake_value, module_of, op_name, same_size, shape_of
+from cggr_compile.passes.nodes import differentiable, fake_value, module_of, op_name, same_size, shape_of
 from cggr_compile.passes.patterns import multi_head
 from cggr_compile.passes.patterns.attention import find_attention, further_keys
 from cggr_compile.passes.patterns.mixer_states import mixer_states, written_states
@@ -50,7 +50,9 @@ class FindStack(SemanticPass):
         ...
         logits = linear(norm(xL), lm_head)      # states = xL, tail = [norm ...]
 
-    A block may have a token mixer in place of an attention, or both side by side; one of the blocks has an attention.
+    A block may have a token mixer in place of an attention, or both side by side, or several attentions side by side;
+    one of the blocks has an attention. Values of earlier layers may go past blocks, to the same position or into keys
+    and values: then a boundary is what every path from the last mixing goes through.
 
     Of any other model ``ctx[NoLayerStack]`` says why it is none of these, and ``find_states`` has its turn.
     """
@@ -113,9 +115,9 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
     for i, (begin, end) in enumerate(pairwise(boundaries)):
         body = [n for n in ordered if place[begin] < place[n] <= place[end]]
         inside = set(body)
-        attention = next((a for a in attentions if a.node in inside), None)
+        own = tuple(attention for attention in attentions if attention.node in inside)
         mixer = _mixer([n for n in calls if n in inside])
-        block = Block(begin, end, attention, mixer, "", _signature(body))
+        block = Block(begin, end, own, mixer, "", _signature(body))
         blocks.append(replace(block, name=_block_name(block.mixing[0], i)))
     _check_repetition(blocks)
     known = mixer_states(gm.graph, blocks)
@@ -123,7 +125,7 @@ def _find(gm: GraphModule, site: LossSite) -> tuple[LayerStack, FinalStates]:
         if node not in known and any(source in carrying for source in write.all_input_nodes):
             raise NoLayerStackError(f"'copy' ({write}) writes in place, from the residual stream to what is returned")
     last = boundaries[-1]
-    tail = tuple(n for n in ordered if place[n] > place[last] and n in descendants([last]))
+    tail = _tail(ordered, last, place)
     start = tail_start(tail, last)
     if isinstance(start, str):
         raise NoLayerStackError(start)
@@ -151,7 +153,10 @@ def _along(
             calls = mixing_calls(ordered, stream, attentions, along[0])
             found = _boundaries(along, attentions, calls, place)
             if not isinstance(found, str):
-                return attentions, calls, found
+                past = _past_boundaries(ordered, stream, attentions, found, place)
+                if past is None:
+                    return attentions, calls, [*found[:-1], _end(ordered, stream, along, found[-1], place)]
+                found = f"{past}, which is no value [batch, sequence, ...], goes past a block"
             refusals.append(found)
     if refusals:
         raise NoLayerStackError(refusals[0])
@@ -161,6 +166,20 @@ def _along(
     if not _stream_shapes(path):
         raise NoLayerStackError("no residual stream of shape [batch, sequence, hidden] from embedding to head")
     raise _no_attention(gm, stream)
+
+
+def _end(ordered: list[Node], stream: set[Node], along: list[Node], last: Node, place: dict[Node, int]) -> Node:
+    """Where the last block ends: at ``last``, or at what is computed of it and of values that go past the block."""
+    behind = descendants([last])
+    if not any(source in stream - behind for n in _tail(ordered, last, place) for source in n.all_input_nodes):
+        return last
+    ends = [last, *(n for n in along if place[n] > place[last])]
+    return next((n for n in ends if not isinstance(tail_start(_tail(ordered, n, place), n), str)), last)
+
+
+def _tail(ordered: list[Node], last: Node, place: dict[Node, int]) -> tuple[Node, ...]:
+    behind = descendants([last])
+    return tuple(n for n in ordered if place[n] > place[last] and n in behind)
 
 
 def _attentions(
@@ -173,7 +192,10 @@ def _attentions(
 
 
 def _paths(ordered: list[Node], roots: list[Node], stream: set[Node]) -> Iterator[list[Node]]:
-    """Where the residual stream may run, the likeliest first: nodes that every path from embedding to head crosses."""
+    """Where the residual stream may run, the likeliest first.
+
+    Nodes that every path from embedding to head crosses; or every path from the last mixing of positions.
+    """
     # several embeddings (tokens, positions) join before the first block: look from the join on
     yield _common_path(ordered, roots)
     learned = [root for root in roots if root is roots[0] or _is_trained(root)]
@@ -202,11 +224,20 @@ def _is_constant(table: Node) -> bool:
     return not value.requires_grad and not isinstance(value, torch.nn.Parameter)
 
 
-_SHAPE_ONLY = {"new_ones", "new_zeros", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
+_SHAPE_ONLY = {
+    "new_ones",
+    "new_zeros",
+    "new_empty",
+    "new_full",
+    "zeros_like",
+    "ones_like",
+    "empty_like",
+    "full_like",
+} | {*("rand_like", "randn_like", "randint_like")}
 
 
 def _carrying(roots: list[Node]) -> set[Node]:
-    """Nodes that hold values of the roots: not their sizes (dynamic shapes), masks or constants of their shape."""
+    """Nodes that hold values of the roots: no sizes (dynamic shapes), masks, constants or noise of their shape."""
     found: set[Node] = set()
     todo = list(roots)
     while todo:
@@ -280,30 +311,88 @@ def _common_path(ordered: list[Node], roots: list[Node]) -> list[Node]:
 
 
 def _path_beside(ordered: list[Node], roots: list[Node], stream: set[Node]) -> list[Node]:
-    """The path from the first attention's input, without what goes past it to the same position of later layers.
+    """The path from one mixing of positions to the next, without what goes past them to the same position.
 
-    Such is an embedding for each layer (Gemma 4), computed before the first attention::
+    Such is an embedding for each layer (Gemma 4), computed before the first attention, the embedding in every layer
+    (Zamba), or a state that waits while another one takes some layers (HRM)::
 
         beside = embed_per_layer(ids) + project(x0)
         x1 = mlp(x0 + attention(norm(x0))); x1 = x1 + out(gate(x1) * beside[:, :, 0])
 
     Its gradient needs no gate: an unselected position's is that of the stream there. Empty: there is no such path.
     """
-    for batch, length, _ in _stream_shapes(roots):
-        attentions = _attentions(ordered, roots, stream, batch, length)
-        if not attentions:
+    for shape in _stream_shapes(roots):
+        attentions = _attentions(ordered, roots, stream, *shape[:2])
+        start = next(root for root in roots if _has_shape(root, *shape))
+        mixing = {attention.node for attention in attentions}.union(mixing_calls(ordered, stream, attentions, start))
+        calls = [n for n in ordered if n in mixing] if attentions else []
+        if not calls or (entry := _entry(ordered, roots, calls, stream, shape)) is None:
             continue
-        first = attentions[0].node
-        inside = descendants([first])
-        behind = [n for n in ordered if n in inside]
-        beside = [(n, source) for n in behind[1:] for source in n.all_input_nodes if source in stream - inside]
-        entry = next((source for n, source in beside if shape_of(source) == shape_of(n)), None)
-        if entry is None or not all(_is_by_position(source, batch, length) for _, source in beside):
-            continue
-        fed = (ancestors([first]) & stream) - ancestors([entry])
-        if all(source is entry or source in fed for n in fed for source in n.all_input_nodes if source in stream):
-            return [entry, *bottlenecks(behind)]
+        if any(root > entry and _is_trained(root) and not _is_by_position(root, *shape[:2]) for root in roots):
+            return []  # what is learned of each place of a sequence, not of each token
+        path = [entry]
+        for i, call in enumerate(calls):
+            inside = descendants([call])
+            found = bottlenecks([n for n in ordered if n in inside])[1:]
+            if calls[i + 1 :]:
+                before = ancestors([calls[i + 1]]) - {calls[i + 1]}
+                found = [n for n in found if n in before]
+            path += found
+        return path
     return []
+
+
+def _entry(
+    ordered: list[Node], roots: list[Node], calls: list[Node], stream: set[Node], shape: tuple[object, ...]
+) -> Node | None:
+    """The value [B, S, H] that the first mixing of positions is computed from, and that is added to its result.
+
+    Where none is added, the last one that every mixing is computed from.
+    """
+    first = calls[0]
+    inside = descendants([first])
+    beside = [(n, source) for n in ordered if n in inside - {first} for source in n.all_input_nodes if source in stream]
+    for n, source in beside:
+        if source in inside or not (_has_shape(source, *shape) and _has_shape(n, *shape)):
+            continue
+        fed = (ancestors([first]) & stream) - ancestors([source])
+        if all(other is source or other in fed for n in fed for other in n.all_input_nodes if other in stream):
+            return source
+    before = ancestors([first]) - {first}
+    feeding = [n for n in ordered if n in before]
+    through = [n for n in _common_path(feeding, [n for n in roots if n in feeding]) if _has_shape(n, *shape)]
+    return next((n for n in reversed(through) if descendants([n]).issuperset(calls)), None)
+
+
+def _past_boundaries(
+    ordered: list[Node],
+    stream: set[Node],
+    attentions: list[Attention],
+    boundaries: list[Node],
+    place: dict[Node, int],
+) -> Node | None:
+    """What goes past a boundary though it has no row for each position; None: nothing but keys and values.
+
+    Of these the attention that reads them has a gate.
+    """
+    batch, length, _ = shape_of(boundaries[0])
+    gates = {(a.key, a.key_user) for a in attentions} | {(a.value, a.value_user) for a in attentions}
+    gated = {node for node, _ in gates}
+    carried = descendants([boundaries[0]]) | {n for n in stream if differentiable(n)}
+    inner = boundaries[1:-1]
+    for node in ordered:
+        begin = next((b for b in reversed(inner) if place[b] < place[node]), None)
+        if begin is None:
+            continue
+        for source in node.all_input_nodes:
+            if source not in carried or place[source] >= place[begin] or (source, node) in gates:
+                continue
+            value = fake_value(source)
+            rows = not isinstance(value, torch.Tensor) or not value.is_floating_point()
+            rows = rows or _is_by_position(source, batch, length)
+            if not rows and boundaries[-1] in descendants([node], stop=gated):
+                return source
+    return None
 
 
 def _is_by_position(node: Node, batch: object, length: object) -> bool:
@@ -331,6 +420,8 @@ def _boundaries(
 ) -> list[Node] | str:
     """One boundary before each attention and each other mixer, and one after the last; or why there are none.
 
+    Attentions side by side, of one layer, have one together.
+
     What mixes positions in front of the residual stream, or of the first position of it, is no block.
     """
     found: list[Node] = []
@@ -338,9 +429,10 @@ def _boundaries(
         upto = place[attention.node]
         after = place[attentions[i - 1].node] if i else -1
         candidates = [n for n in spine if after < place[n] < upto]
-        if not candidates:
+        if candidates:
+            found.append(candidates[-1])
+        elif not i or attention.node in descendants([attentions[i - 1].node]):  # else they are side by side
             return f"no residual stream between attention {i - 1} and attention {i}"
-        found.append(candidates[-1])
     mixing = [n for n in calls if op_name(n) not in MOVES]
     first = min([place[found[0]], *map(place.__getitem__, mixing)])
     last = max(place[n] for n in (*(a.node for a in attentions), *calls))

@@ -41,23 +41,21 @@ class GroupQueries(SemanticPass):
         return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        blocks = []
+        blocks, changed = [], 0
         reasons: dict[str, None] = {}
         modes = modes_of(gm.graph)
         for block in ctx[LayerStack].blocks:
-            if block.attention is None:
-                blocks.append(block)
-                continue
-            found = _shared(block.attention, modes[block.attention.node])
-            if isinstance(found, str):
-                reasons[found] = None
-            else:
-                key, value = found
-                attention = block.attention
-                _attend_to(attention.node, attention, key, value)
-                block = replace(block, attention=replace(attention, key=key, value=value))
-            blocks.append(block)
-        changed = sum(new is not old for new, old in zip(blocks, ctx[LayerStack].blocks, strict=True))
+            attentions = []
+            for attention in block.attentions:
+                found = _shared(attention, modes[attention.node])
+                if isinstance(found, str):
+                    reasons[found] = None
+                else:
+                    key, value = found
+                    _attend_to(attention.node, attention, key, value)
+                    attention, changed = replace(attention, key=key, value=value), changed + 1
+                attentions.append(attention)
+            blocks.append(replace(block, attentions=tuple(attentions)))
         if not changed:
             return PassResult(False, "; ".join(reasons))
         ctx.add(replace(ctx[LayerStack], blocks=tuple(blocks)))

@@ -60,33 +60,35 @@ class RecoverCausalMask(SemanticPass):
         return True
 
     def __call__(self, gm: GraphModule, ctx: GraphContext) -> PassResult:
-        groups: dict[Node, dict[int, Attention]] = {}
+        groups: dict[Node, list[tuple[int, Attention]]] = {}
         for layer, block in enumerate(ctx[LayerStack].blocks):
-            if block.attention is not None and block.attention.mask is not None:
-                groups.setdefault(block.attention.mask, {})[layer] = block.attention
+            for attention in block.attentions:
+                if attention.mask is not None:
+                    groups.setdefault(attention.mask, []).append((layer, attention))
         if not groups:
             ctx.add(Padding())
             return PassResult(False, "nothing to do: no mask tensor", {"masks": [], "padding": None})
 
-        rewritten: set[int] = set()
+        rewritten: set[Node] = set()
         guards: dict[Node, bool] = {}
         masks = []
         padding: Node | None = None
         for mask, users in groups.items():
-            kind = classify(mask, list(users.values()))
+            attentions = [attention for _, attention in users]
+            kind = classify(mask, attentions)
             padding = padding or kind.padding
-            obstacle = _obstacle(kind, list(users.values()), gm, ctx)
+            obstacle = _obstacle(kind, attentions, gm, ctx)
             if not obstacle:
-                for attention in users.values():
+                for attention in attentions:
                     _use_is_causal(attention.node)
                 if kind.padding is not None:
                     guards[kind.padding] = guards.get(kind.padding, False) or kind.binary
-                rewritten.update(users)
+                rewritten.update(attention.node for attention in attentions)
             masks.append(
                 {
                     "mask": mask.name,
                     "kind": kind.name,
-                    "layers": sorted(users),
+                    "layers": sorted({layer for layer, _ in users}),
                     "rewritten": not obstacle,
                     "reason": obstacle or "is_causal=True means the same",
                 }
@@ -185,14 +187,12 @@ def _assert_right_padded(gm: GraphModule, ctx: GraphContext, padding: Node, bina
         emit.call(aten._assert_async.msg, right, NOT_RIGHT_PADDED)
 
 
-def _without_masks(stack: LayerStack, layers: set[int]) -> LayerStack:
-    blocks = tuple(
-        replace(block, attention=replace(block.attention, mask=None))
-        if layer in layers and block.attention is not None
-        else block
-        for layer, block in enumerate(stack.blocks)
-    )
-    return replace(stack, blocks=blocks)
+def _without_masks(stack: LayerStack, calls: set[Node]) -> LayerStack:
+    def without(attention: Attention) -> Attention:
+        return replace(attention, mask=None) if attention.node in calls else attention
+
+    blocks = (replace(block, attentions=tuple(map(without, block.attentions))) for block in stack.blocks)
+    return replace(stack, blocks=tuple(blocks))
 
 
 def _name(node: Node | None) -> str | None:

@@ -20,13 +20,13 @@ from cggr_compile.passes.facts import (
     Routing,
     Selection,
 )
-from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order
+from cggr_compile.passes.fx import Emitter, ancestors, bottlenecks, descendants, in_order, place_behind
 from cggr_compile.passes.nodes import fake_value, op_name, same_size, shape_of
 from cggr_compile.passes.patterns.row_wise import not_row_wise
 from cggr_compile.passes.patterns.token_mixers import token_mixers
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
 
     from torch.fx import GraphModule, Node
 
@@ -58,7 +58,8 @@ class RouteGradient(SemanticPass):
 
         out_proj(scan(conv(cggr.detach_unselected(in_proj(x), 1))) * silu(gate_proj(x)))
 
-    What works on positions by itself, behind the last mixing, needs none. The marker names no rows, because early
+    What comes to a mixing past the block's input, as the embedding in every layer, has a gate of its own. What works on
+    positions by itself, behind the last mixing, needs none. The marker names no rows, because early
     blocks run before the selection exists; a pass over the joint graph (``resolve_markers``) gives it them, and with
     ``kv_weight="1/sqrt(p)"`` the factors, from::
 
@@ -83,13 +84,12 @@ class RouteGradient(SemanticPass):
                 continue
             if block.mixer is not None:
                 self._stop_projected(emit, block, block.mixer, ctx)
-            if block.attention is not None:
-                self._stop_keys_and_values(emit, block.attention)
+            self._stop_keys_and_values(emit, block.attentions)
         how = f"kv_gradient={ctx.options.kv_gradient!r}"
         if ctx.options.kv_weight != "1":
             self._weigh(emit, ctx)
             how += f", kv_weight={ctx.options.kv_weight!r}"
-        how += f" at {sum(block.attention is not None for block in blocks)} attentions"
+        how += f" at {sum(len(block.attentions) for block in blocks)} attentions"
         gated = {b.name: f"{b.mixer.kind}: gated, dense backward" for b in blocks if b.mixer is not None}
         for what in dict.fromkeys(gated.values()):
             how += f"; {what}, in {', '.join(name for name, said in gated.items() if said == what)}"
@@ -119,20 +119,27 @@ class RouteGradient(SemanticPass):
         for gather in gathers:
             gather.replace_input_with(rows, weighed)
 
-    def _stop_keys_and_values(self, emit: Emitter, attention: Attention) -> None:
-        keys = (attention.key, attention.key_user, attention.key_dim)
-        values = (attention.value, attention.value_user, attention.value_dim)
-        for tensor, user, axis in dict.fromkeys((keys, values)):  # some models share one tensor
-            with emit.before(tensor.next, self.name):
-                marked = emit.call(torch.ops.cggr.detach_unselected.default, tensor, axis)
-            user.replace_input_with(tensor, marked)
+    def _stop_keys_and_values(self, emit: Emitter, attentions: Iterable[Attention]) -> None:
+        readers: dict[tuple[Node, int], dict[Node, None]] = {}  # some models share one tensor
+        for one in attentions:
+            readers.setdefault((one.key, one.key_dim), {})[one.key_user] = None
+            readers.setdefault((one.value, one.value_dim), {})[one.value_user] = None
+        for (tensor, axis), users in readers.items():
+            self._mark(emit, tensor, users, axis)
 
     def _stop_projection_input(self, emit: Emitter, block: Block, ctx: GraphContext) -> None:
-        goal = {block.attention.key, block.attention.value} if block.attention is not None else set()
+        behind, stream = descendants([block.input]), ctx[FinalStates].stream
+        foreign = [a for a in block.attentions if a.key not in behind and a.value not in behind]
+        goal = {node for a in block.attentions if a not in foreign for node in (a.key, a.value)}
         goal |= set() if block.mixer is None else {*block.mixer.nodes}
-        paths = descendants([block.input], stop=goal) & ancestors(goal) & ctx[FinalStates].stream
+        self._stop_keys_and_values(emit, [a for a in foreign if not _is_gated(a, ctx[LayerStack])])
+        if not goal:
+            return
+        paths = descendants([block.input], stop=goal) & ancestors(goal) & stream
         source = _projection_input(in_order(emit.graph, paths), block, goal)
         self._mark(emit, source, [u for u in source.users if u in paths])
+        for other, readers in _past(block, descendants([source]) & paths, stream - behind).items():
+            self._mark(emit, other, readers)
 
     def _stop_projected(self, emit: Emitter, block: Block, mixer: Mixer, ctx: GraphContext) -> None:
         """Mark what the last projections on the way to the mixer give, or the mixer's input where there are none.
@@ -143,7 +150,8 @@ class RouteGradient(SemanticPass):
         paths = descendants([block.input]) & ancestors(goal) & stream
         ordered = in_order(emit.graph, paths)
         first = _projection_input(ordered, block, goal)
-        by_itself = {block.input}
+        past = _past(block, paths, stream - descendants([block.input]))
+        by_itself = {block.input, *past}
         for node in ordered:
             sources = [n for n in node.all_input_nodes if n in stream]
             if node not in goal and sources and by_itself.issuperset(sources) and _on_rows(node, block, stream):
@@ -155,10 +163,13 @@ class RouteGradient(SemanticPass):
                 self._mark(emit, node, readers)
             elif readers:
                 mixed.add(node)
+        for other, users in past.items():
+            if readers := [user for user in users if user in mixed]:
+                self._mark(emit, other, readers)
 
-    def _mark(self, emit: Emitter, source: Node, readers: list[Node]) -> None:
-        with emit.before(source.next, self.name):
-            marked = emit.call(torch.ops.cggr.detach_unselected.default, source, 1)
+    def _mark(self, emit: Emitter, source: Node, readers: Iterable[Node], axis: int = 1) -> None:
+        with emit.before(place_behind(source), self.name):
+            marked = emit.call(torch.ops.cggr.detach_unselected.default, source, axis)
         for reader in readers:
             reader.replace_input_with(source, marked)
 
@@ -173,6 +184,26 @@ def _spread(emit: Emitter, selection: Selection, gradient: GradientRows, valid: 
     if gradient.extra is not None:
         each = emit.call(torch.where, gradient.extra, 1.0, each)
     return emit.method("gather", each, 1, gradient.rows)
+
+
+def _is_gated(attention: Attention, stack: LayerStack) -> bool:
+    """Whether keys and values are computed of what has its gate already: they are those of an earlier layer."""
+    markers = attention.node.graph.find_nodes(
+        op="call_function", target=torch.ops.cggr.detach_unselected.default, sort=False
+    )
+    fed = ancestors([attention.key, attention.value], stop=markers)
+    return fed.isdisjoint(block.input for block in stack.blocks)
+
+
+def _past(block: Block, paths: Container[Node], outside: Iterable[Node]) -> dict[Node, list[Node]]:
+    """What comes past the block's input, [B, S, ...]; with its readers in ``paths``."""
+    sizes = shape_of(block.input)[:2]
+    found: dict[Node, list[Node]] = {}
+    for node in outside:
+        readers = [user for user in node.users if user in paths]
+        if readers and len(shape_of(node)) >= 3 and all(map(same_size, shape_of(node), sizes)):
+            found[node] = readers
+    return found
 
 
 def _on_rows(node: Node, block: Block, stream: Container[Node]) -> bool:

@@ -52,10 +52,13 @@ class Composite(AttentionAdapter):
         scores = _without_sinks(attention.node.all_input_nodes[0])
         masks: dict[Node, bool] = {}
         while op_name(scores) not in _SCORES:
-            (source,) = (n for n in scores.all_input_nodes if n in stream)
+            source = _from_product(scores, stream)
+            assert source is not None
             for other in scores.all_input_nodes:
                 if other is source or len(shape_of(other)) < 2:
                     continue
+                if other in stream:
+                    return f"hand-written attention whose scores are added to {other}, computed of the tokens"
                 hidden = _hides(scores, other, source)
                 if hidden is None:
                     return f"hand-written attention whose scores go through {op_name(scores)!r} with {other}"
@@ -78,13 +81,13 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
     sinks = scores is not node.all_input_nodes[0]
     mask: Node | None = None
     while op_name(scores) not in _SCORES:
-        sources = [n for n in scores.all_input_nodes if n in stream]
-        if (op_name(scores) not in _BEFORE_SOFTMAX and not _folds_heads(scores)) or len(sources) != 1:
+        source = _from_product(scores, stream)
+        if source is None:
             return None
         added = [n for n in scores.all_input_nodes if n not in stream and len(shape_of(n)) >= 2]
         if op_name(scores) == "add" and added:
             mask = added[0]
-        scores = sources[0]
+        scores = source
     weights = node
     while True:
         users = [user for user in weights.users if user in stream]
@@ -100,6 +103,26 @@ def _products_around(node: Node, stream: Collection[Node]) -> tuple[Node, Node, 
     if argument(user, 0, "input") is not weights:
         return None
     return scores, user, mask
+
+
+def _from_product(scores: Node, stream: Collection[Node]) -> Node | None:
+    """The operand of ``scores`` that a product gives, through what may stand before a softmax; None: not just one.
+
+    A bias that is computed of the tokens is no product's.
+    """
+    if op_name(scores) not in _BEFORE_SOFTMAX and not _folds_heads(scores):
+        return None
+    sources = [n for n in scores.all_input_nodes if n in stream]
+    if len(sources) > 1 and op_name(scores) == "add":
+        sources = [n for n in sources if _is_product(n, stream)]
+    return sources[0] if len(sources) == 1 else None
+
+
+def _is_product(scores: Node, stream: Collection[Node]) -> bool:
+    found: Node | None = scores
+    while found is not None and op_name(found) not in _SCORES:
+        found = _from_product(found, stream)
+    return found is not None
 
 
 def _folds_heads(node: Node) -> bool:
@@ -160,15 +183,22 @@ def _hides(call: Node, mask: Node, scores: Node) -> bool | None:
 
 
 def _without_sinks(scores: Node) -> Node:
-    """x of ``z - z.max(-1, keepdim=True).values`` with ``z = cat([x, sinks], -1)``, as in gpt-oss; else ``scores``."""
-    if op_name(scores) != "sub" or not all(isinstance(n, Node) for n in scores.args):
+    """``x`` of ``z = cat([x, sinks], -1)`` with one sink for each query, or of ``z - z.max(-1, keepdim=True).values``.
+
+    The latter is in gpt-oss, the former in Inkling; ``scores`` where they are neither.
+    """
+    joined = scores
+    while op_name(joined) in ("float", "to"):
+        joined = joined.all_input_nodes[0]
+    if op_name(scores) == "sub" and all(isinstance(n, Node) for n in scores.args):
+        joined, largest = scores.args  # type: ignore[assignment]
+        found = largest.args[0] if op_name(largest) == "getitem" else None  # type: ignore[arg-type, union-attr]
+        if not isinstance(found, Node) or op_name(found) != "max" or found.args[0] is not joined:
+            return scores
+    if op_name(joined) != "cat":
         return scores
-    joined, largest = scores.args
-    found = largest.args[0] if op_name(largest) == "getitem" else None  # type: ignore[arg-type, union-attr]
-    if not isinstance(found, Node) or op_name(found) != "max" or found.args[0] is not joined:
-        return scores
-    parts = argument(joined, 0, "tensors")  # type: ignore[arg-type]
-    last = argument(joined, 1, "dim") in (-1, len(shape_of(joined)) - 1)  # type: ignore[arg-type]
-    if op_name(joined) != "cat" or not last or len(parts) != 2 or shape_of(parts[1])[-1] != 1:  # type: ignore[arg-type]
+    parts: Any = argument(joined, 0, "tensors")
+    last = argument(joined, 1, "dim") in (-1, len(shape_of(joined)) - 1)
+    if not last or len(parts) != 2 or shape_of(parts[1])[-1] != 1:
         return scores
     return parts[0]  # type: ignore[no-any-return]

@@ -65,7 +65,7 @@ def test_keys_and_values_are_those_before_the_folding(name: str) -> None:
     captured = captured_with(WAYS[name])
     assert captured.run("find_stack").matched
     (block,) = captured.ctx[LayerStack].blocks
-    attention, size = block.attention, HIDDEN // HEADS
+    attention, size = block.attentions[0], HIDDEN // HEADS
     assert attention.kind == "softmax"
     assert shape_of(attention.key) == ((2, HEADS, size, SEQ) if name == "biased" else (2, HEADS, SEQ, size))
     assert shape_of(attention.value) == (2, HEADS, SEQ, size)

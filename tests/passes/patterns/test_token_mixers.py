@@ -33,6 +33,7 @@ MIXERS: dict[str, tuple[Callable[[Mixer, Tensor], Tensor], bool]] = {
     "linear attention": (linear_attention, True),
     "token shift": (lambda m, x: m.a(F.pad(x, (0, 0, 1, -1))), True),
     "concatenated shift": (lambda m, x: m.a(torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)), True),
+    "windows": (lambda m, x: m.a(F.pad(x.mT, (2, 0)).unfold(-1, 3, 1).mean(-1).mT), True),
     "mean": (lambda m, x: m.a(x.mean(dim=1, keepdim=True)), True),
     "roll": (lambda m, x: m.a(x).roll(1, dims=1), True),
     "flip of features": (lambda m, x: m.a(x).flip(-1), False),

@@ -73,7 +73,7 @@ def test_shares_heads(decoder_step, spell, ratio):
     for node in attentions(captured):
         assert argument(node, 7, "enable_gqa") is True
         assert {argument(node, i, n).meta["example_value"].shape[1] for i, n in ((1, "key"), (2, "value"))} == {2}
-    assert [block.attention.key for block in captured.ctx[LayerStack].blocks] == [
+    assert [block.attentions[0].key for block in captured.ctx[LayerStack].blocks] == [
         n.args[1] for n in attentions(captured)
     ]
     torch.testing.assert_close(loss_of(captured), loss_of(before))

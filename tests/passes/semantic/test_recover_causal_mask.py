@@ -55,7 +55,7 @@ def test_causal_mask_becomes_is_causal(build, dynamic):
     assert result.matched and kinds(result) == {"causal"} and ctx[Padding].mask is None
     assert_causal(one.gm)
     torch.testing.assert_close(one.gm(*one.inputs)[0], before)
-    assert ctx[LayerStack].blocks[0].attention.mask is None
+    assert ctx[LayerStack].blocks[0].attentions[0].mask is None
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_masks_are_decided_one_by_one():
     result, ctx = one.apply()
     assert result.matched and result.reason == "2 of 3 attentions use is_causal"
     assert [mask["rewritten"] for mask in result.details["masks"]] == [True, False, True]
-    assert [block.attention.mask is None for block in ctx[LayerStack].blocks] == [True, False, True]
+    assert [block.attentions[0].mask is None for block in ctx[LayerStack].blocks] == [True, False, True]
     assert sum("_assert_async" in str(node.target) for node in one.gm.graph.nodes) == 1
 
 

@@ -27,8 +27,8 @@ def test_stop_marks_keys_and_values(attend, decoder_step):
     assert len(found) == 2 * models.LAYERS
     for block in captured.ctx[LayerStack].blocks:
         for tensor, user in (
-            (block.attention.key, block.attention.key_user),
-            (block.attention.value, block.attention.value_user),
+            (block.attentions[0].key, block.attentions[0].key_user),
+            (block.attentions[0].value, block.attentions[0].value_user),
         ):
             assert tensor not in user.all_input_nodes
             assert any(m in user.all_input_nodes and m.args[0] is tensor for m in found)
