@@ -9,7 +9,8 @@ timed, the arms' outputs and gradients are compared. Peak memory is over what is
     python benchmarks/moe.py --compile                    # every arm through torch.compile (Inductor)
     python benchmarks/moe.py --max-autotune               # the same; Inductor times how to compute each step
     python benchmarks/moe.py --rows 0.25 0.05             # instead: the backward from a share of the rows (moe_rows.py)
-    python benchmarks/moe.py --sweep --jobs 16            # tile sizes of our grouped products, best first
+    python benchmarks/moe.py --compile --profile          # and the kernels of a step, with their times
+    python benchmarks/moe.py --sweep --jobs 16            # settings of our grouped products, best first
     python benchmarks/moe.py --tiny                       # CPU, float32: a rehearsal
 """
 
@@ -34,6 +35,7 @@ from torch import Tensor
 from cggr_compile import lowerings
 
 WARM_UP = 3
+PROFILED = 25  # kernels that are listed
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative, in norm
 
 
@@ -46,11 +48,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile every arm")
     parser.add_argument("--max-autotune", action="store_true", help="the same under max-autotune")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/moe.json"))
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step of every arm, too")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU, float32")
     parser.add_argument("--rows", type=float, nargs="+", help="time the backward from these shares of the rows instead")
     parser.add_argument("--sweep", action="store_true", help="try tile sizes instead; writes <json>-sweep.json")
     parser.add_argument("--kernels", nargs="+", help="of --sweep: these only")
     parser.add_argument("--jobs", type=int, default=1, help="of --sweep: processes that compile")
+    parser.add_argument("--specialized", action="store_true", help="of --sweep: only warps that load or multiply")
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.jobs < 1:
         parser.error("--repeats and --jobs must be at least 1")
@@ -72,6 +76,7 @@ class Case:
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         torch._dynamo.reset()
         self.name, self.args, self.shape = name, args, SHAPES[name]
+        self.cuda = args.device == "cuda"
         self.layer = build_weights(self.shape, args.device, args.dtype)
         make = dict(device=args.device, dtype=args.dtype)
         self.hidden = torch.randn(self.shape.tokens, self.shape.hidden, **make).requires_grad_()
@@ -92,7 +97,7 @@ class Case:
     def step(self, arm: str, *, lead_in: bool = False) -> Sample:
         """One forward and backward. ``lead_in``: one more before, unmeasured, so that the device has a queue."""
         function, (tokens, upstream) = self.layers[arm], self.inputs(arm)
-        cuda = self.args.device == "cuda"
+        cuda = self.cuda
         if lead_in:
             self.clear()
             function(tokens).backward(upstream)
@@ -134,6 +139,17 @@ class Case:
         return [tensor.double() for tensor in found if tensor is not None]
 
 
+def kernels(case: Case, arm: str) -> list[tuple[str, int, float]]:
+    """(name, launches, milliseconds) of every kernel of a step, the longest first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + case.cuda]
+    with torch.profiler.profile(activities=activities) as profile:
+        case.step(arm)
+    device = torch.autograd.DeviceType.CUDA if case.cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in profile.key_averages() if event.device_type == device]
+    total = [(e.key, e.count, (e.self_device_time_total if case.cuda else e.self_cpu_time_total) / 1e3) for e in events]
+    return sorted(total, key=lambda entry: -entry[2])
+
+
 def disagreement(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest relative difference, in norm, among output and gradients."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
@@ -171,6 +187,11 @@ def measure(name: str, args: argparse.Namespace, document: dict[str, Any], conso
         record = case.records[arm]
         record |= summary(samples[arm], case.shape.tokens)
         record["tflops"] = case.shape.flops / record["forward"]["median"] / 1e9
+        if args.profile:
+            record["kernels"] = kernels(case, arm)
+            console.print(f"{name} {arm}: {sum(count for _, count, _ in record['kernels'])} launches", highlight=False)
+            for kernel, count, ms in record["kernels"][:PROFILED]:
+                console.print(f"  {ms:8.3f} ms  {count:3d}  {kernel[:100]}", highlight=False, markup=False)
     save(document, args.json)
 
 

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cggr_compile.kernels.moe_products import multiply_rows
+from cggr_compile.kernels.common import contiguous_rows
+from cggr_compile.kernels.moe_gather import gather_rows
+from cggr_compile.kernels.moe_products import configuration_of, multiply_rows
 from cggr_compile.kernels.moe_weight_gradient import weight_gradient
 from cggr_compile.kernels.routing_gradient import routing_gradient
 
@@ -101,10 +103,13 @@ def moe_mlp_backward_triton(
     if not rows:
         return torch.zeros_like(hidden), torch.zeros_like(gate_up), torch.zeros_like(down), torch.zeros_like(weights)
     weighted, d_inner = inner.new_empty(rows, width), torch.empty_like(inner)
-    d_rows = grad.new_empty(rows, grad.shape[1])
     permuted = (order, offsets, top_k)
     shared: dict[str, Any] = dict(order=order, top_k=top_k, queues={})
     with torch.cuda.device_of(hidden):
+        of = overrides.get("swiglu_backward", {})
+        gathered = not {**configuration_of("swiglu_backward", down, width), **of}.get("GATHER", True)
+        if gathered:  # once for both who read them
+            grad = gather_rows(contiguous_rows(grad), order, top_k)
         parts = multiply_rows(
             "swiglu_backward",
             grad,
@@ -114,12 +119,16 @@ def moe_mlp_backward_triton(
             inner=inner,
             d_inner=d_inner,
             weights=weights.contiguous(),
+            gathered=gathered,
             **shared,
-            **overrides.get("swiglu_backward", {}),
+            **of,
         )
+        d_down = weight_gradient("d_down", grad, weighted, *permuted, gathered, **overrides.get("d_down", {}))
+        d_rows = grad.new_empty(rows, hidden.shape[1])
+        del grad, weighted
         multiply_rows("d_hidden", d_inner, gate_up, d_rows, offsets, **shared, **overrides.get("d_hidden", {}))
-        d_gate_up = weight_gradient("d_gate_up", d_inner, hidden, *permuted, **overrides.get("d_gate_up", {}))
-        d_down = weight_gradient("d_down", grad, weighted, *permuted, **overrides.get("d_down", {}))
         d_hidden = combine(d_rows, None, position, offsets, top_k)
+        del d_rows
+        d_gate_up = weight_gradient("d_gate_up", d_inner, hidden, *permuted, **overrides.get("d_gate_up", {}))
     assert parts is not None
     return d_hidden, d_gate_up, d_down, routing_gradient(parts, position, offsets, weights)

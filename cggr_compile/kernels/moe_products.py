@@ -22,10 +22,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cggr_compile.kernels import moe_tiles
 from cggr_compile.kernels.common import contiguous_rows, for_interpreter, grouped_tile, has_descriptors, precision
-from cggr_compile.kernels.moe_swiglu import back_through_swiglu, through_swiglu
+from cggr_compile.kernels.moe_gather import gather_rows
+from cggr_compile.kernels.moe_swiglu import back_through_swiglu, halves, store_tile, through_swiglu
+from cggr_compile.kernels.ragged import ragged
 
 GATHERED = ("inner", "swiglu", "swiglu_backward", "d_activation")  # kernels that are given a row for every token
 
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float64: tl.float64}
 PLAIN, SWIGLU, SWIGLU_BACKWARD, ADD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
@@ -78,10 +81,12 @@ def rows_tile(
     tile, row_tiles, a_ptr, a_stride, b_ptr, b_expert, b_row, order_ptr, offsets_ptr, schedule_ptr, N, K,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    MERGED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the queue: its expert, the expert's last row + 1, the number of the tile's columns, its rows
-    [BLOCK_M] and columns [BLOCK_N], which of its entries there are, and the product; of SWIGLU those of gate and up."""
+    """One tile of the queue: its expert, its first row and the expert's last + 1, the number of its columns, its rows
+    [BLOCK_M] and columns [BLOCK_N], which of its entries there are, and the product; of SWIGLU those of gate and up,
+    which one product of twice the columns computes if MERGED: the descriptor is then of [E, 2, N, K]."""
     column_tiles = tl.cdiv(N, BLOCK_N)
     EVEN: tl.constexpr = EVEN_N and EVEN_K
     row_tile, column_tile = grouped_tile(tile, row_tiles, column_tiles, GROUP)
@@ -94,7 +99,7 @@ def rows_tile(
         if GATHER:
             source = tl.load(order_ptr + source) // TOP_K
         a_rows = a_ptr + source.to(tl.int64)[:, None] * a_stride
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = tl.zeros([BLOCK_M, 2 * BLOCK_N if MERGED else BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # of SWIGLU; nothing otherwise
     for step in range(tl.cdiv(K, BLOCK_K)):
         if A_DESCRIPTOR:
@@ -105,56 +110,63 @@ def rows_tile(
                 a = tl.load(a_rows + along[None, :])
             else:
                 a = tl.load(a_rows + along[None, :], mask=(along < K)[None, :], other=0.0)
-        b = _expert_tile(
-            b_ptr, b_expert, b_row, expert, low, step, N, K, B_DESCRIPTOR, TRANSPOSED, EVEN, BLOCK_N, BLOCK_K
-        )
+        if MERGED:
+            b = b_ptr.load([expert, 0, low, step * BLOCK_K]).reshape(2 * BLOCK_N, BLOCK_K).T
+        else:
+            b = _expert_tile(
+                b_ptr, b_expert, b_row, expert, low, step, N, K, B_DESCRIPTOR, TRANSPOSED, EVEN, BLOCK_N, BLOCK_K
+            )
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if EPILOGUE == SWIGLU:  # the up rows follow the N rows of the gate
+        if EPILOGUE == SWIGLU and not MERGED:  # the up rows follow the N rows of the gate
             b = _expert_tile(
                 b_ptr, b_expert, b_row, expert, low + N, step, 2 * N, K, B_DESCRIPTOR, TRANSPOSED, EVEN,
                 BLOCK_N, BLOCK_K
             )  # fmt: skip
             up = tl.dot(a, b, up, input_precision=PRECISION)
+    if MERGED:
+        acc, up = halves(acc)
     row = first + tl.arange(0, BLOCK_M)
     column = low + tl.arange(0, BLOCK_N)
     inside = (row < end)[:, None]
     if not EVEN_N:
         inside = inside & (column < N)[None, :]
-    return expert, end, column_tile, row, column, inside, acc, up
+    return expert, first, end, column_tile, row, column, inside, acc, up
 
 
 @triton.jit
 def _rows_kernel(
     a_ptr, a_stride, b_ptr, b_expert, b_row, bias_ptr, out_ptr, inner_ptr, d_inner_ptr, weights_ptr, d_weights_ptr,
-    order_ptr, offsets_ptr, schedule_ptr, rows, N, K,
+    order_ptr, offsets_ptr, schedule_ptr, rows, N: tl.constexpr, K: tl.constexpr,
     TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, SAVE: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-    PRECISION: tl.constexpr, FLATTEN: tl.constexpr,
+    MERGED: tl.constexpr, STORES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.load(schedule_ptr)
     tiles = row_tiles * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        expert, end, column_tile, row, column, inside, acc, up = rows_tile(
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
+        expert, first, end, column_tile, row, column, inside, acc, up = rows_tile(
             tile, row_tiles, a_ptr, a_stride, b_ptr, b_expert, b_row, order_ptr, offsets_ptr, schedule_ptr, N, K,
-            TOP_K, GATHER, TRANSPOSED, EPILOGUE, A_DESCRIPTOR, B_DESCRIPTOR, EVEN_N, EVEN_K, PRECISION,
+            TOP_K, GATHER, TRANSPOSED, EPILOGUE, A_DESCRIPTOR, B_DESCRIPTOR, EVEN_N, EVEN_K, MERGED, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K, GROUP
         )  # fmt: skip
-        at = row.to(tl.int64)[:, None] * N + column[None, :]
+        low = column_tile * BLOCK_N
         if EPILOGUE == PLAIN:
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + expert.to(tl.int64) * N + column, mask=column < N, other=0.0)
                 acc += bias.to(tl.float32)[None, :]
-            tl.store(out_ptr + at, acc, mask=inside)
+            store_tile(out_ptr, acc, first, end, low, row, column, inside, N, DTYPE, STORES)
         elif EPILOGUE == ADD:
+            at = row.to(tl.int64)[:, None] * N + column[None, :]
             tl.store(out_ptr + at, acc + tl.load(out_ptr + at, mask=inside, other=0.0), mask=inside)
         elif EPILOGUE == SWIGLU:
-            value = through_swiglu(acc, up, row, column, inside, inner_ptr, N, out_ptr.dtype.element_ty, SAVE)
-            tl.store(out_ptr + at, value, mask=inside)
+            value = through_swiglu(acc, up, first, end, low, row, column, inside, inner_ptr, N, DTYPE, SAVE, STORES)
+            store_tile(out_ptr, value, first, end, low, row, column, inside, N, DTYPE, STORES)
         else:
             d_weight = back_through_swiglu(
-                acc, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
-                EVEN_N, BLOCK_M, BLOCK_N
+                acc, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+                EVEN_N, BLOCK_M, BLOCK_N, DTYPE, STORES
             )  # fmt: skip
             tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
 
@@ -183,6 +195,11 @@ def stored_transposed(matrices: Tensor) -> bool:
     return matrices.stride(2) != 1 and matrices.stride(1) == 1
 
 
+def configuration_of(kernel: str, b: Tensor, width: int) -> dict[str, Any]:
+    """``moe_tiles.configuration`` of this product, ``width`` columns wide."""
+    return moe_tiles.configuration(kernel, b.dtype, width if has_descriptors(b) else 0)
+
+
 def multiply_rows(
     kernel: str,
     a: Tensor,
@@ -197,6 +214,7 @@ def multiply_rows(
     inner: Tensor | None = None,
     d_inner: Tensor | None = None,
     weights: Tensor | None = None,
+    gathered: bool = False,
     **overrides: Any,
 ) -> Tensor | None:
     """``out[r] = a[r] @ b[e]`` for the rows r of every expert e.
@@ -220,39 +238,51 @@ def multiply_rows(
         offsets: int32 [E + 1]. order: int32 [rows]; both as ``moe_permute`` returns them.
         inner: None (swiglu only): gate and up are not kept. weights: [tokens * top_k], contiguous.
         queues: schedules by BLOCK_M, for calls with the same offsets to share.
-        overrides: of ``moe_tiles.configuration``, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (grid),
-            GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by TMA).
+        gathered: ``a`` holds the rows already, [rows, K], where the table has tokens.
+        overrides: of ``moe_tiles.configuration``, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (per
+            multiprocessor), GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by
+            TMA), MERGED (swiglu: gate and up are one product), STORES (by TMA), SPECIALIZE (warps).
 
     Returns:
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
     """
-    gather, transposed = kernel in GATHERED, kernel in ("inner", "swiglu", "down")
+    gather, transposed = kernel in GATHERED and not gathered, kernel in ("inner", "swiglu", "down")
     if stored_transposed(b):
         b, transposed = b.mT, not transposed
     a, b = contiguous_rows(a), contiguous_rows(b)
     bias = None if bias is None else bias.contiguous()
     rows, width = out.shape
-    columns = width if has_descriptors(b) else 0
-    config: dict[str, Any] = {**moe_tiles.configuration(kernel, a.dtype, columns), **overrides}
-    if gather and not config.pop("GATHER", True):
+    config = {**configuration_of(kernel, b, width), **overrides}
+    if not config.pop("GATHER", True) and gather:
         assert order is not None
-        a, gather = a[order // top_k], False
+        a, gather = gather_rows(a, order, top_k), False
     descriptors = config.pop("DESCRIPTORS", has_descriptors(b) and (gather or has_descriptors(a)))
     # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
     config.setdefault("FLATTEN", descriptors)
-    grid = (config.pop("PROGRAMS", None) or programs(a),)
+    grid = (config.pop("PROGRAMS", 1) * programs(a),)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     if block_m not in queues:
         queues[block_m] = schedule(offsets, rows, block_m)
     d_weights = None
     if kernel == "swiglu_backward":
         d_weights = torch.empty(triton.cdiv(width, block_n), rows, dtype=torch.float32, device=a.device)
+    merged = config.pop("MERGED", False) and descriptors and transposed and kernel == "swiglu"
+    stores = config.pop("STORES", False) and descriptors and width % block_n == 0 and kernel != "add"
     a, b = for_interpreter(a), for_interpreter(b)
     a_block, b_block = [block_m, block_k], [1, *((block_n, block_k) if transposed else (block_k, block_n))]
+    matrices = b
+    if merged:
+        b_block, matrices = [1, 2, block_n, block_k], b.unflatten(1, (2, width))
+    out_block = [block_m, block_n // 4 if kernel == "swiglu_backward" else block_n]
+    written = [
+        ragged(t, *out_block) if stores and t is not None else t
+        for t in (out, inner if kernel == "swiglu" else None, d_inner)
+    ]
     _rows_kernel[grid](
         *(TensorDescriptor.from_tensor(a, a_block) if descriptors and not gather else a, a.stride(0)),
-        *(TensorDescriptor.from_tensor(b, b_block) if descriptors else b, b.stride(0), b.stride(1)),
-        *(bias, out, inner, d_inner, weights, d_weights, order, offsets, queues[block_m], rows, width, a.shape[1]),
+        *(TensorDescriptor.from_tensor(matrices, b_block) if descriptors else b, b.stride(0), b.stride(1)),
+        *(bias, written[0], written[1] if kernel == "swiglu" else inner, written[2], weights, d_weights),
+        *(order, offsets, queues[block_m], rows, width, a.shape[1]),
         TOP_K=top_k,
         GATHER=gather,
         TRANSPOSED=transposed,
@@ -262,7 +292,11 @@ def multiply_rows(
         B_DESCRIPTOR=descriptors,
         EVEN_N=width % block_n == 0,
         EVEN_K=a.shape[1] % block_k == 0,
+        MERGED=merged,
+        STORES=stores,
+        DTYPE=TYPES[out.dtype],
         PRECISION=precision(a.dtype),
+        SPECIALIZE=config.pop("SPECIALIZE", False),
         **config,
     )
     return d_weights

@@ -7,29 +7,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cggr_compile.kernels.ragged import store_until
+
 
 @triton.jit
-def _halves(tile):
+def halves(tile):
     """The left and the right half of a tile's columns."""
     return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
-def through_swiglu(gate, up, row, column, inside, inner_ptr, N, DTYPE: tl.constexpr, SAVE: tl.constexpr):
+def store_tile(out_ptr, value, first, end, low, row, column, inside, width, DTYPE: tl.constexpr, STORES: tl.constexpr):
+    """Stores a tile of a matrix [rows, width] at the row ``first`` and the column ``low``, but no row from ``end`` on.
+
+    STORES: by TMA, while the next tile is computed; ``out_ptr`` is then a ragged descriptor, and columns are not cut.
+    """
+    if STORES:
+        store_until(out_ptr, first, end, low, value.to(DTYPE))
+    else:
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
+
+
+@triton.jit
+def through_swiglu(
+    gate, up, first, end, low, row, column, inside, inner_ptr, N,
+    DTYPE: tl.constexpr, SAVE: tl.constexpr, STORES: tl.constexpr,
+):  # fmt: skip
     """silu(gate) * up of a tile; ``inner`` [rows, 2 N] gets gate and up, beside each other, if SAVE."""
     gate = gate.to(DTYPE)  # rounded as it is saved: the backward sees what the forward saw
     up = up.to(DTYPE)
     if SAVE:
-        gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
-        tl.store(inner_ptr + gate_at, gate, mask=inside)
-        tl.store(inner_ptr + gate_at + N, up, mask=inside)
+        store_tile(inner_ptr, gate, first, end, low, row, column, inside, 2 * N, DTYPE, STORES)
+        store_tile(inner_ptr, up, first, end, low + N, row, column + N, inside, 2 * N, DTYPE, STORES)
     gate = gate.to(tl.float32)
     return gate * tl.sigmoid(gate) * up.to(tl.float32)
 
 
 @triton.jit
 def _back_through_some(
-    d_activation, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N: tl.constexpr
+    d_activation, first, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N,
+    EVEN_N: tl.constexpr, DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """Back through SwiGLU for some columns of a tile; returns their share of the gradient of the routing weights."""
     column = low + tl.arange(0, d_activation.shape[1])
@@ -42,30 +59,32 @@ def _back_through_some(
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     d_weight = tl.sum(d_activation * silu * up, 1)
-    at = row.to(tl.int64)[:, None] * N + column[None, :]
-    tl.store(out_ptr + at, silu * up * weight[:, None], mask=inside)
+    weighted = silu * up * weight[:, None]
+    store_tile(out_ptr, weighted, first, end, low, row, column, inside, N, DTYPE, STORES)
     d_activation *= weight[:, None]
-    tl.store(d_inner_ptr + gate_at, d_activation * up * sigmoid * (1.0 + gate - silu), mask=inside)
-    tl.store(d_inner_ptr + gate_at + N, d_activation * silu, mask=inside)
+    d_gate = d_activation * up * sigmoid * (1.0 + gate - silu)
+    store_tile(d_inner_ptr, d_gate, first, end, low, row, column, inside, 2 * N, DTYPE, STORES)
+    d_up = d_activation * silu
+    store_tile(d_inner_ptr, d_up, first, end, low + N, row, column + N, inside, 2 * N, DTYPE, STORES)
     return d_weight
 
 
 @triton.jit
 def back_through_swiglu(
-    d_activation, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
-    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    d_activation, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of ``d_inner`` and of the activation times its routing weight; returns [BLOCK_M] as above."""
     assignment = tl.load(order_ptr + row, mask=row < end, other=0)
     weight = tl.load(weights_ptr + assignment).to(tl.float32)
     # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
-    left, right = _halves(d_activation)
+    left, right = halves(d_activation)
     d_weight = tl.zeros([BLOCK_M], tl.float32)
     for half in tl.static_range(2):
-        parts = _halves(left if half == 0 else right)
+        parts = halves(left if half == 0 else right)
         for quarter in tl.static_range(2):
             d_weight += _back_through_some(
-                parts[quarter], column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
-                inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
+                parts[quarter], first, column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
+                inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
             )  # fmt: skip
     return d_weight

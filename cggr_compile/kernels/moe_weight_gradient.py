@@ -14,10 +14,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cggr_compile.kernels import moe_tiles
 from cggr_compile.kernels.common import contiguous_rows, for_interpreter, grouped_tile, has_descriptors, precision
-from cggr_compile.kernels.moe_products import library_takes
+from cggr_compile.kernels.moe_gather import gather_rows
+from cggr_compile.kernels.moe_products import library_takes, programs
+from cggr_compile.kernels.ragged import load_until, ragged
 
 LIBRARY_COLUMNS = 1024
 
@@ -77,34 +80,98 @@ def _weight_gradient_kernel(
         tl.store(at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
+@triton.jit
+def _some_rows(
+    ptr, stride, order_ptr, low, end, column, width, TOP_K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK] of an expert's rows from ``low`` on. Past ``end``: zeros, or if gathered the last row again."""
+    if GATHER:
+        token = tl.load(order_ptr + tl.minimum(low + tl.arange(0, BLOCK_K), end - 1)) // TOP_K
+        columns = column + tl.arange(0, BLOCK)[None, :]
+        at = ptr + token.to(tl.int64)[:, None] * stride + columns
+        return tl.load(at) if EVEN else tl.load(at, mask=columns < width, other=0.0)
+    else:
+        return load_until(ptr, low, end, column)
+
+
+@triton.jit
+def _streamed_weight_gradient_kernel(
+    left_ptr, left_stride, right_ptr, right_stride, out_ptr, order_ptr, offsets_ptr, E,
+    M: tl.constexpr, N: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """As ``_weight_gradient_kernel``, by TMA: one factor at least is loaded so, and is zero past the expert's rows."""
+    row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    for number in tl.range(tl.program_id(0), E * row_tiles * column_tiles, tl.num_programs(0)):
+        expert = number // (row_tiles * column_tiles)
+        row_tile, column_tile = grouped_tile(number % (row_tiles * column_tiles), row_tiles, column_tiles, GROUP)
+        m, n = row_tile * BLOCK_M, column_tile * BLOCK_N
+        start = tl.load(offsets_ptr + expert)
+        end = tl.load(offsets_ptr + expert + 1)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for low in range(start, end, BLOCK_K):
+            left = _some_rows(
+                left_ptr, left_stride, order_ptr, low, end, m, M, TOP_K, GATHER_LEFT, M % BLOCK_M == 0, BLOCK_K, BLOCK_M
+            )
+            right = _some_rows(
+                right_ptr, right_stride, order_ptr, low, end, n, N, TOP_K, GATHER_RIGHT, N % BLOCK_N == 0,
+                BLOCK_K, BLOCK_N
+            )  # fmt: skip
+            acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+        out_ptr.store([expert, m, n], acc.to(out_ptr.dtype).reshape(1, BLOCK_M, BLOCK_N))
+
+
 def weight_gradient(
-    kernel: str, left: Tensor, right: Tensor, order: Tensor, offsets: Tensor, top_k: int, **overrides: Any
+    kernel: str,
+    left: Tensor,
+    right: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    gathered: bool = False,
+    **overrides: Any,
 ) -> Tensor:
     """[E, M, N]: ``sum_r left[r]^T right[r]`` over the rows r of every expert e; zero without rows.
 
     Args:
         kernel: ``d_gate_up``: left is [rows, M], right [tokens, N]. ``d_down``: left is [tokens, M], right [rows, N].
             Row r of what is [tokens, ...] is that of the token order[r] // top_k.
-        overrides: of ``moe_tiles.configuration``, and of LIBRARY (:func:`library_pays`).
+        gathered: both hold rows.
+        overrides: of ``moe_tiles.configuration``, and of LIBRARY (:func:`library_pays`), DESCRIPTORS (load by TMA),
+            PROGRAMS (then: per multiprocessor).
     """
     left, right = contiguous_rows(left), contiguous_rows(right)
-    gathers_left = kernel == "d_down"
+    gathers_left, gathers_right = (not gathered and kernel == name for name in ("d_down", "d_gate_up"))
     config = {**moe_tiles.configuration(kernel, left.dtype), **overrides}
-    if config.pop("LIBRARY", library_pays(left, right, gathers_left)):
-        token = order // top_k
-        left, right = (left[token], right) if gathers_left else (left, right[token])
+    library = config.pop("LIBRARY", library_pays(left, right, kernel == "d_down"))
+    if library or not config.pop("GATHER", True):
+        left = gather_rows(left, order, top_k) if gathers_left else left
+        right = gather_rows(right, order, top_k) if gathers_right else right
+        gathers_left = gathers_right = False
+    if library:
         return F.grouped_mm(left.t(), right, offs=offsets[1:])
     experts, m, n = offsets.shape[0] - 1, left.shape[1], right.shape[1]
     out = left.new_empty(experts, m, n)
     left, right = for_interpreter(left), for_interpreter(right)
-    tiles = triton.cdiv(m, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-    _weight_gradient_kernel[(experts * tiles,)](
+    block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    common = dict(TOP_K=top_k, GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right, PRECISION=precision(left.dtype))
+    per_multiprocessor = config.pop("PROGRAMS", 1)
+    if config.pop("DESCRIPTORS", False):
+        _streamed_weight_gradient_kernel[(per_multiprocessor * programs(left),)](
+            *(left if gathers_left else ragged(left, block_k, block_m), left.stride(0)),
+            *(right if gathers_right else ragged(right, block_k, block_n), right.stride(0)),
+            *(TensorDescriptor.from_tensor(out, [1, block_m, block_n]), order, offsets, experts, m, n),
+            **common,
+            **config,
+        )
+        return out
+    _weight_gradient_kernel[(experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         *(left, left.stride(0), right, right.stride(0), out, order, offsets, m, n),
-        TOP_K=top_k,
-        GATHER_LEFT=gathers_left,
-        GATHER_RIGHT=not gathers_left,
-        EVEN=m % config["BLOCK_M"] == 0 and n % config["BLOCK_N"] == 0,
-        PRECISION=precision(left.dtype),
+        EVEN=m % block_m == 0 and n % block_n == 0,
+        **common,
         **config,
     )
     return out

@@ -56,7 +56,7 @@ ROWS = """
 {%- endif %}
     row_tiles = tl.load(QUEUE)
     for number in tl.range(tl.program_id(0), row_tiles * tl.cdiv(N, BLOCK_N), PROGRAMS, flatten=FLATTEN):
-        expert, end, part, row, column, inside, acc, up = rows_tile(
+        expert, first, end, part, row, column, inside, acc, up = rows_tile(
             number,
             row_tiles,
             a,
@@ -77,6 +77,7 @@ ROWS = """
             DESCRIPTORS,
             N % BLOCK_N == 0,
             K % BLOCK_K == 0,
+            False,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -87,7 +88,8 @@ ROWS = """
         at_column = column[None, :]
 {%- if EPILOGUE == 2 %}
         d_weight = back_through_swiglu(
-            acc, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N
+            acc, first, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N,
+            DTYPE, False
         )[:, None]
         there = at_row < end
         {{store_output(("part", "at_row"), "d_weight", "there", indent_width=8, val_shape=("BLOCK_M", "1"))}}
@@ -97,7 +99,10 @@ ROWS = """
         acc += bias.to(tl.float32)[None, :]
 {%- endif %}
 {%- if EPILOGUE == 1 %}
-        acc = through_swiglu(acc, up, row, column, inside, {{"INNER" if SAVE else "None"}}, N, DTYPE, SAVE)
+        acc = through_swiglu(
+            acc, up, first, end, part * BLOCK_N, row, column, inside, {{"INNER" if SAVE else "None"}}, N,
+            DTYPE, SAVE, False
+        )
 {%- endif %}
         {{store_output(("at_row", "at_column"), "acc", "inside", indent_width=8, val_shape=("BLOCK_M", "BLOCK_N"))}}
 {%- endif %}

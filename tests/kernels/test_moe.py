@@ -16,12 +16,19 @@ from triton_harness import (  # noqa: E402
 )
 
 from cggr_compile.kernels import moe as kernels  # noqa: E402
+from cggr_compile.kernels import moe_gather as gathers  # noqa: E402
 from cggr_compile.kernels import moe_products as products  # noqa: E402
 from cggr_compile.kernels import moe_weight_gradient as sums  # noqa: E402
 from cggr_compile.ops.moe_routing import moe_permute  # noqa: E402
 
 ROWS, GROUPED = ["swiglu", "down", "swiglu_backward", "d_hidden"], ["d_gate_up", "d_down"]
-GROUPED_KERNELS = [(products, "_schedule_kernel"), (products, "_rows_kernel"), (sums, "_weight_gradient_kernel")]
+GROUPED_KERNELS = [
+    (products, "_schedule_kernel"),
+    (products, "_rows_kernel"),
+    (sums, "_weight_gradient_kernel"),
+    (sums, "_streamed_weight_gradient_kernel"),
+    (gathers, "_gather_rows_kernel"),
+]
 SMALL = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, GROUP=2)
 
 
@@ -83,6 +90,33 @@ def test_rows_gathered_before(descriptors):
     check((out, *got), expected(*case, grad), 1e-5)
 
 
+VARIANTS = {
+    "stores": dict(swiglu=dict(STORES=True), down=dict(STORES=True), swiglu_backward=dict(STORES=True)),
+    "merged": dict(swiglu=dict(MERGED=True)),
+    "both": dict(swiglu=dict(MERGED=True, STORES=True), d_hidden=dict(STORES=True)),
+    "gathered": dict(swiglu_backward=dict(GATHER=False, STORES=True)),
+    "sums": dict(d_gate_up=dict(DESCRIPTORS=True), d_down=dict(DESCRIPTORS=True)),
+    "gathered sums": dict(d_gate_up=dict(DESCRIPTORS=True, GATHER=False), d_down=dict(DESCRIPTORS=True, GATHER=False)),
+    "all gathered": dict(swiglu_backward=dict(GATHER=False), d_down=dict(DESCRIPTORS=True)),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("sizes", "routing"), [((64, 48), "null"), ((40, 24), "gaps")])
+def test_variants(variant, sizes, routing):
+    case = make_case(30, *sizes, 3, 2, routing=routing)
+    grad = torch.randn_like(case[0])
+    by_kernel = {
+        name: SMALL | (dict(DESCRIPTORS=True) if name in ROWS else {}) | VARIANTS[variant].get(name, {})
+        for name in (*ROWS, *GROUPED)
+    }
+    permuted = moe_permute(case[4], 3)
+    out, inner = kernels.moe_mlp_triton(*case[:4], *permuted, True, by_kernel)
+    got = kernels.moe_mlp_backward_triton(grad, *case[:4], inner, *permuted, by_kernel)
+    check((out, *got), expected(*case, grad), 1e-5)
+
+
 @interpreted
 def test_programs_do_not_matter():
     case = make_case(20, 20, 24, 3, 2)
@@ -92,15 +126,18 @@ def test_programs_do_not_matter():
 
 
 @interpreted
-def test_the_sweep_calls_every_kernel():
+def test_the_sweep_compares_every_kernel():
+    import moe_problem
     import moe_sweep
     from moe_arms import Shape
 
-    problem = moe_sweep.Problem(Shape(24, 16, 3, 2, 20), "cpu")
-    for kernel in moe_sweep.KERNELS:
-        got = problem.call(kernel, SMALL)()
-        assert got.isfinite().all() and got.any(), kernel
-        torch.testing.assert_close(got, moe_sweep.attempt(problem, kernel, SMALL))
+    problem = moe_problem.Problem(Shape(24, 16, 3, 2, 20), "cpu")
+    for kernel in moe_problem.KERNELS:
+        wanted = problem.reference(kernel)
+        assert moe_sweep.attempt(problem, kernel, SMALL, wanted) < moe_sweep.TOLERANCE, kernel
+        assert moe_sweep.attempt(problem, kernel, SMALL | {"GATHERED": True}, wanted) < moe_sweep.TOLERANCE, kernel
+        wrong = [*wanted[:-1], wanted[-1].roll(1, 0)]
+        assert moe_sweep.attempt(problem, kernel, SMALL, wrong) > moe_sweep.TOLERANCE, kernel
 
 
 @interpreted
@@ -148,6 +185,7 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, size
         *(monkeypatch, tmp_path, arch, GROUPED_KERNELS),
         lambda: monkeypatch.setattr(kernels, "combine", lambda *_: hidden) or run(case, hidden),
     )
+    binaries = [kernel for kernel in binaries if kernel.metadata.name != "_gather_rows_kernel"]
     assert len(binaries) == 8
     for kernel in binaries:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]
