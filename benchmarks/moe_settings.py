@@ -43,6 +43,9 @@ def _swiglu_backward() -> Iterator[Setting]:
         *(_tile(128, 64, 4, 3, 2), _tile(128, 64, 4, 4, 2), _tile(128, 64, 4, 4, 3, 32) | dict(maxnreg=168)),
     )
     thirds = (_tile(128, 64, 4, 3, 3) | dict(maxnreg=168), _tile(64, 128, 4, 3, 3) | dict(maxnreg=168))
+    for tile in (_tile(128, 128, 8, 3), _tile(128, 64, 4, 3, 2), _tile(128, 64, 8, 3, 2) | dict(maxnreg=128)):
+        for flags in _flags("STORES", "GATHERED"):
+            yield tile | flags | dict(FLATTEN=False, PARTS=2)
     for tile in halves:  # two programs hide each other's beginnings
         for flags in _flags("STORES", "GATHERED"):
             yield tile | flags | dict(FLATTEN=False)

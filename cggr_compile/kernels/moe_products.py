@@ -140,7 +140,7 @@ def _rows_kernel(
     TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, SAVE: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     MERGED: tl.constexpr, STORES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.load(schedule_ptr)
@@ -166,7 +166,7 @@ def _rows_kernel(
         else:
             d_weight = back_through_swiglu(
                 acc, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
-                EVEN_N, BLOCK_M, BLOCK_N, DTYPE, STORES
+                EVEN_N, BLOCK_M, BLOCK_N, DTYPE, STORES, PARTS
             )  # fmt: skip
             tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
 
@@ -241,7 +241,8 @@ def multiply_rows(
         gathered: ``a`` holds the rows already, [rows, K], where the table has tokens.
         overrides: of ``moe_tiles.configuration``, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (per
             multiprocessor), GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by
-            TMA), MERGED (swiglu: gate and up are one product), STORES (by TMA), SPECIALIZE (warps).
+            TMA), MERGED (swiglu: gate and up are one product), STORES (by TMA), SPECIALIZE (warps), PARTS (1, 2 or 4:
+            swiglu_backward goes through SwiGLU by so many parts of a tile).
 
     Returns:
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
@@ -273,7 +274,8 @@ def multiply_rows(
     matrices = b
     if merged:
         b_block, matrices = [1, 2, block_n, block_k], b.unflatten(1, (2, width))
-    out_block = [block_m, block_n // 4 if kernel == "swiglu_backward" else block_n]
+    parts = config.pop("PARTS", 4)
+    out_block = [block_m, block_n // parts if kernel == "swiglu_backward" else block_n]
     written = [
         ragged(t, *out_block) if stores and t is not None else t
         for t in (out, inner if kernel == "swiglu" else None, d_inner)
@@ -297,6 +299,7 @@ def multiply_rows(
         DTYPE=TYPES[out.dtype],
         PRECISION=precision(a.dtype),
         SPECIALIZE=config.pop("SPECIALIZE", False),
+        PARTS=parts,
         **config,
     )
     return d_weights

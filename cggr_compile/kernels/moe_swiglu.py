@@ -73,18 +73,32 @@ def _back_through_some(
 def back_through_swiglu(
     d_activation, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
     EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, STORES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of ``d_inner`` and of the activation times its routing weight; returns [BLOCK_M] as above."""
     assignment = tl.load(order_ptr + row, mask=row < end, other=0)
     weight = tl.load(weights_ptr + assignment).to(tl.float32)
-    # a quarter of the columns at a time: the whole tile's gate, up and gradients do not fit the registers
-    left, right = halves(d_activation)
-    d_weight = tl.zeros([BLOCK_M], tl.float32)
-    for half in tl.static_range(2):
-        parts = halves(left if half == 0 else right)
-        for quarter in tl.static_range(2):
-            d_weight += _back_through_some(
-                parts[quarter], first, column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
-                inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
-            )  # fmt: skip
+    # PARTS of the columns, one after the other: the whole tile's gate, up and gradients need many registers
+    low = column_tile * BLOCK_N
+    if PARTS == 1:
+        d_weight = _back_through_some(
+            d_activation, first, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
+        )
+    else:
+        left, right = halves(d_activation)
+        d_weight = tl.zeros([BLOCK_M], tl.float32)
+        for half in tl.static_range(2):
+            some = left if half == 0 else right
+            if PARTS == 2:
+                d_weight += _back_through_some(
+                    some, first, low + half * (BLOCK_N // 2), row, end, weight,
+                    inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
+                )  # fmt: skip
+            else:
+                quarters = halves(some)
+                for quarter in tl.static_range(2):
+                    d_weight += _back_through_some(
+                        quarters[quarter], first, low + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
+                        inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
+                    )  # fmt: skip
     return d_weight

@@ -89,7 +89,7 @@ ROWS = """
 {%- if EPILOGUE == 2 %}
         d_weight = back_through_swiglu(
             acc, first, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N,
-            DTYPE, False
+            DTYPE, False, 4
         )[:, None]
         there = at_row < end
         {{store_output(("part", "at_row"), "d_weight", "there", indent_width=8, val_shape=("BLOCK_M", "1"))}}

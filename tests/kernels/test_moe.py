@@ -92,8 +92,10 @@ def test_rows_gathered_before(descriptors):
 
 VARIANTS = {
     "stores": dict(swiglu=dict(STORES=True), down=dict(STORES=True), swiglu_backward=dict(STORES=True)),
-    "merged": dict(swiglu=dict(MERGED=True)),
-    "both": dict(swiglu=dict(MERGED=True, STORES=True), d_hidden=dict(STORES=True)),
+    "merged": dict(swiglu=dict(MERGED=True), swiglu_backward=dict(PARTS=2, STORES=True)),
+    "both": dict(
+        swiglu=dict(MERGED=True, STORES=True), d_hidden=dict(STORES=True), swiglu_backward=dict(PARTS=1, STORES=True)
+    ),
     "gathered": dict(swiglu_backward=dict(GATHER=False, STORES=True)),
     "sums": dict(d_gate_up=dict(DESCRIPTORS=True), d_down=dict(DESCRIPTORS=True)),
     "gathered sums": dict(d_gate_up=dict(DESCRIPTORS=True, GATHER=False), d_down=dict(DESCRIPTORS=True, GATHER=False)),
