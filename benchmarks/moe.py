@@ -54,7 +54,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="try tile sizes instead; writes <json>-sweep.json")
     parser.add_argument("--kernels", nargs="+", help="of --sweep: these only")
     parser.add_argument("--jobs", type=int, default=1, help="of --sweep: processes that compile")
-    parser.add_argument("--specialized", action="store_true", help="of --sweep: only warps that load or multiply")
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.jobs < 1:
         parser.error("--repeats and --jobs must be at least 1")

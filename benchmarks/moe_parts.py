@@ -57,20 +57,15 @@ def _best(times: Times, gathered: bool) -> tuple[float, dict[str, Any]]:
 
 def tuned_settings(found: dict[str, Times], gather: float) -> dict[str, dict[str, Any]]:
     """By kernel. ``gather``: milliseconds of gathering a row for every assignment, which two kernels may share."""
-    chosen = {kernel: _best(found[kernel], False)[1] for kernel in ("down", "d_hidden")}
-
-    def alone(kernel: str) -> tuple[float, dict[str, Any]]:
-        (ms, setting), (ready_ms, ready) = _best(found[kernel], False), _best(found[kernel], True)
-        return min((ms, setting), (ready_ms + gather, ready | {"GATHER": False}), key=lambda entry: entry[0])
-
-    for kernel in ("swiglu", "d_gate_up"):
-        chosen[kernel] = alone(kernel)[1]
+    chosen = {kernel: _best(times, False)[1] for kernel, times in found.items()}
+    (swiglu, _), (ready, setting) = _best(found["swiglu"], False), _best(found["swiglu"], True)
+    if ready + gather < swiglu:
+        chosen["swiglu"] = setting | {"GATHER": False}
     pair = ("swiglu_backward", "d_down")
-    ready = [_best(found[kernel], True) for kernel in pair]
-    apart = [alone(kernel) for kernel in pair]
-    if sum(ms for ms, _ in ready) + gather < sum(ms for ms, _ in apart):
-        apart = [(ms, setting | {"GATHER": False}) for ms, setting in ready]
-    return chosen | {kernel: setting for kernel, (_, setting) in zip(pair, apart, strict=True)}
+    if sum(_best(found[kernel], True)[0] for kernel in pair) + gather < sum(_best(found[k], False)[0] for k in pair):
+        chosen |= {kernel: _best(found[kernel], True)[1] for kernel in pair}
+        chosen["swiglu_backward"] |= {"GATHER": False}
+    return chosen
 
 
 def tuned_layer(problem: Problem, found: dict[str, Times], console: Console) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from machine import describe
 from moe_arms import SHAPES, Shape
 from moe_problem import KERNELS, Outcome, Problem
-from moe_settings import GROUPS, Setting, settings, specialized
+from moe_settings import GROUPS, Setting, settings
 from results import machine_line, save
 from rich.console import Console
 from torch import Tensor
@@ -128,11 +128,13 @@ def sweep(args: argparse.Namespace, console: Console) -> None:
     path = args.json.with_name(f"{args.json.stem}-sweep.json")
     document: dict[str, Any] = {"machine": describe("cuda"), "results": []}
     console.print(machine_line(document["machine"]), highlight=False)
-    kernels, make = args.kernels or KERNELS, specialized if args.specialized else settings
+    kernels = args.kernels or KERNELS
     # one pool for all: every process makes a context on the device
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), initializer=quiet) as pool:
         tried = Sweep(pool, console)
-        left = tried.compile([(name, kernel, s) for name in args.shapes for kernel in kernels for s in make(kernel)])
+        left = tried.compile(
+            [(name, kernel, s) for name in args.shapes for kernel in kernels for s in settings(kernel)]
+        )
         console.print("compiled", highlight=False)
         for name in args.shapes:
             problem = Problem(SHAPES[name])
@@ -144,7 +146,7 @@ def sweep(args: argparse.Namespace, console: Console) -> None:
             times = {kernel: tried.time(problem, kernel, left[name, kernel], wanted[kernel]) for kernel in kernels}
             bests = [(k, s) for k in kernels for ready in (True, False) for s in best(times[k], ready)]
             again = [(name, k, s | {"GROUP": group}) for k, s in bests if "BLOCK_M" in s for group in GROUPS]
-            for (_, kernel), found in tried.compile([] if args.specialized else again).items():
+            for (_, kernel), found in tried.compile(again).items():
                 times[kernel] += tried.time(problem, kernel, found, wanted[kernel])
             del wanted
             for kernel in kernels:
@@ -159,7 +161,7 @@ def sweep(args: argparse.Namespace, console: Console) -> None:
                     line(console, problem, kernel, ms, label)
                 document["results"].append({"shape": name, "kernel": kernel, **compared, "settings": times[kernel]})
                 save(document, path)
-            if not args.kernels and not args.specialized:
+            if not args.kernels:
                 document["results"].append({"shape": name, "parts": parts(problem, console)})
                 document["results"].append({"shape": name, "layer": tuned_layer(problem, times, console)})
                 save(document, path)

@@ -191,8 +191,7 @@ class FirstRowsProducts:
         if library_takes_rows(left, right):
             found = F.grouped_mm(left.t(), right, offs=self.offsets[1:])
         else:
-            order = torch.arange(left.shape[0], dtype=torch.int32, device=left.device)
-            found = weight_gradient("d_gate_up", left, right, order, self.offsets, 1, LIBRARY=False, **self.overrides)
+            found = weight_gradient("d_gate_up", left, right, None, self.offsets, 1, gathered=True, **self.overrides)
         out.copy_(found[0])
 
 

@@ -124,8 +124,8 @@ def moe_mlp_backward_triton(
             **of,
         )
         d_down = weight_gradient("d_down", grad, weighted, *permuted, gathered, **overrides.get("d_down", {}))
-        d_rows = grad.new_empty(rows, hidden.shape[1])
         del grad, weighted
+        d_rows = hidden.new_empty(rows, hidden.shape[1])
         multiply_rows("d_hidden", d_inner, gate_up, d_rows, offsets, **shared, **overrides.get("d_hidden", {}))
         d_hidden = combine(d_rows, None, position, offsets, top_k)
         del d_rows

@@ -140,12 +140,12 @@ def _rows_kernel(
     TOP_K: tl.constexpr, GATHER: tl.constexpr, TRANSPOSED: tl.constexpr, EPILOGUE: tl.constexpr, SAVE: tl.constexpr,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     MERGED: tl.constexpr, STORES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    FLATTEN: tl.constexpr, SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
+    FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.load(schedule_ptr)
     tiles = row_tiles * tl.cdiv(N, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN, warp_specialize=SPECIALIZE):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, first, end, column_tile, row, column, inside, acc, up = rows_tile(
             tile, row_tiles, a_ptr, a_stride, b_ptr, b_expert, b_row, order_ptr, offsets_ptr, schedule_ptr, N, K,
             TOP_K, GATHER, TRANSPOSED, EPILOGUE, A_DESCRIPTOR, B_DESCRIPTOR, EVEN_N, EVEN_K, MERGED, PRECISION,
@@ -165,8 +165,8 @@ def _rows_kernel(
             store_tile(out_ptr, value, first, end, low, row, column, inside, N, DTYPE, STORES)
         else:
             d_weight = back_through_swiglu(
-                acc, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
-                EVEN_N, BLOCK_M, BLOCK_N, DTYPE, STORES, PARTS
+                acc, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+                EVEN_N, BLOCK_M, BLOCK_N
             )  # fmt: skip
             tl.store(d_weights_ptr + column_tile.to(tl.int64) * rows + row, d_weight, mask=row < end)
 
@@ -241,8 +241,7 @@ def multiply_rows(
         gathered: ``a`` holds the rows already, [rows, K], where the table has tokens.
         overrides: of ``moe_tiles.configuration``, and of DESCRIPTORS (load by TMA), FLATTEN, PROGRAMS (per
             multiprocessor), GATHER (False: gather the rows of ``a`` in a kernel before, so that they can be loaded by
-            TMA), MERGED (swiglu: gate and up are one product), STORES (by TMA), SPECIALIZE (warps), PARTS (1, 2 or 4:
-            swiglu_backward goes through SwiGLU by so many parts of a tile).
+            TMA).
 
     Returns:
         of ``swiglu_backward``: float32 [column tiles, rows], parts of the gradient of each row's routing weight.
@@ -258,32 +257,27 @@ def multiply_rows(
         assert order is not None
         a, gather = gather_rows(a, order, top_k), False
     descriptors = config.pop("DESCRIPTORS", has_descriptors(b) and (gather or has_descriptors(a)))
-    # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
-    config.setdefault("FLATTEN", descriptors)
-    grid = (config.pop("PROGRAMS", 1) * programs(a),)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    merged = descriptors and transposed and kernel == "swiglu"  # gate and up are one product
+    # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory
+    flatten = config.pop("FLATTEN", descriptors) and (merged or kernel != "swiglu")
+    stores = flatten and descriptors and width % block_n == 0 and kernel not in ("add", "swiglu_backward")
+    grid = (config.pop("PROGRAMS", 1) * programs(a),)
     if block_m not in queues:
         queues[block_m] = schedule(offsets, rows, block_m)
     d_weights = None
     if kernel == "swiglu_backward":
         d_weights = torch.empty(triton.cdiv(width, block_n), rows, dtype=torch.float32, device=a.device)
-    merged = config.pop("MERGED", False) and descriptors and transposed and kernel == "swiglu"
-    stores = config.pop("STORES", False) and descriptors and width % block_n == 0 and kernel != "add"
     a, b = for_interpreter(a), for_interpreter(b)
     a_block, b_block = [block_m, block_k], [1, *((block_n, block_k) if transposed else (block_k, block_n))]
     matrices = b
     if merged:
         b_block, matrices = [1, 2, block_n, block_k], b.unflatten(1, (2, width))
-    parts = config.pop("PARTS", 4)
-    out_block = [block_m, block_n // parts if kernel == "swiglu_backward" else block_n]
-    written = [
-        ragged(t, *out_block) if stores and t is not None else t
-        for t in (out, inner if kernel == "swiglu" else None, d_inner)
-    ]
+    written = [ragged(t, block_m, block_n) if stores and t is not None else t for t in (out, inner)]
     _rows_kernel[grid](
         *(TensorDescriptor.from_tensor(a, a_block) if descriptors and not gather else a, a.stride(0)),
         *(TensorDescriptor.from_tensor(matrices, b_block) if descriptors else b, b.stride(0), b.stride(1)),
-        *(bias, written[0], written[1] if kernel == "swiglu" else inner, written[2], weights, d_weights),
+        *(bias, *written, d_inner, weights, d_weights),
         *(order, offsets, queues[block_m], rows, width, a.shape[1]),
         TOP_K=top_k,
         GATHER=gather,
@@ -298,8 +292,7 @@ def multiply_rows(
         STORES=stores,
         DTYPE=TYPES[out.dtype],
         PRECISION=precision(a.dtype),
-        SPECIALIZE=config.pop("SPECIALIZE", False),
-        PARTS=parts,
+        FLATTEN=flatten,
         **config,
     )
     return d_weights

@@ -45,60 +45,43 @@ def through_swiglu(
 
 @triton.jit
 def _back_through_some(
-    d_activation, first, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N,
-    EVEN_N: tl.constexpr, DTYPE: tl.constexpr, STORES: tl.constexpr,
+    d_activation, column, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N: tl.constexpr
 ):  # fmt: skip
     """Back through SwiGLU for some columns of a tile; returns their share of the gradient of the routing weights."""
-    column = low + tl.arange(0, d_activation.shape[1])
     inside = (row < end)[:, None]
     if not EVEN_N:
         inside = inside & (column < N)[None, :]
+    at = row.to(tl.int64)[:, None] * N + column[None, :]
     gate_at = row.to(tl.int64)[:, None] * (2 * N) + column[None, :]
     gate = tl.load(inner_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(inner_ptr + gate_at + N, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     d_weight = tl.sum(d_activation * silu * up, 1)
-    weighted = silu * up * weight[:, None]
-    store_tile(out_ptr, weighted, first, end, low, row, column, inside, N, DTYPE, STORES)
+    tl.store(out_ptr + at, silu * up * weight[:, None], mask=inside)
     d_activation *= weight[:, None]
-    d_gate = d_activation * up * sigmoid * (1.0 + gate - silu)
-    store_tile(d_inner_ptr, d_gate, first, end, low, row, column, inside, 2 * N, DTYPE, STORES)
-    d_up = d_activation * silu
-    store_tile(d_inner_ptr, d_up, first, end, low + N, row, column + N, inside, 2 * N, DTYPE, STORES)
+    tl.store(d_inner_ptr + gate_at, d_activation * up * sigmoid * (1.0 + gate - silu), mask=inside)
+    tl.store(d_inner_ptr + gate_at + N, d_activation * silu, mask=inside)
     return d_weight
 
 
 @triton.jit
 def back_through_swiglu(
-    d_activation, first, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
-    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr, STORES: tl.constexpr,
-    PARTS: tl.constexpr,
+    d_activation, column_tile, row, end, order_ptr, weights_ptr, inner_ptr, d_inner_ptr, out_ptr, N,
+    EVEN_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile of ``d_inner`` and of the activation times its routing weight; returns [BLOCK_M] as above."""
     assignment = tl.load(order_ptr + row, mask=row < end, other=0)
     weight = tl.load(weights_ptr + assignment).to(tl.float32)
-    # PARTS of the columns, one after the other: the whole tile's gate, up and gradients need many registers
-    low = column_tile * BLOCK_N
-    if PARTS == 1:
-        d_weight = _back_through_some(
-            d_activation, first, low, row, end, weight, inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
-        )
-    else:
-        left, right = halves(d_activation)
-        d_weight = tl.zeros([BLOCK_M], tl.float32)
-        for half in tl.static_range(2):
-            some = left if half == 0 else right
-            if PARTS == 2:
-                d_weight += _back_through_some(
-                    some, first, low + half * (BLOCK_N // 2), row, end, weight,
-                    inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
-                )  # fmt: skip
-            else:
-                quarters = halves(some)
-                for quarter in tl.static_range(2):
-                    d_weight += _back_through_some(
-                        quarters[quarter], first, low + (2 * half + quarter) * (BLOCK_N // 4), row, end, weight,
-                        inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N, DTYPE, STORES
-                    )  # fmt: skip
+    # a quarter of the columns, one after the other: the whole tile's gate, up and gradients need many registers
+    d_weight = tl.zeros([BLOCK_M], tl.float32)
+    left, right = halves(d_activation)
+    for half in tl.static_range(2):
+        quarters = halves(left if half == 0 else right)
+        for quarter in tl.static_range(2):
+            start = column_tile * BLOCK_N + (2 * half + quarter) * (BLOCK_N // 4)
+            d_weight += _back_through_some(
+                quarters[quarter], start + tl.arange(0, BLOCK_N // 4), row, end, weight,
+                inner_ptr, d_inner_ptr, out_ptr, N, EVEN_N
+            )  # fmt: skip
     return d_weight

@@ -6,23 +6,30 @@ from typing import Any
 
 import torch
 
+OFTEN = 2048  # columns: rows that are multiplied by so many are read so often that a gather before pays
+
 
 def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str, Any]:
-    """Tile sizes of ``swiglu`` (two products at a time), ``down``, ``swiglu_backward``, ``d_hidden``, ``d_gate_up``,
-    ``d_down``, those of 16 bits measured on an H100 (``python benchmarks/moe.py --sweep``); of ``inner``,
-    ``d_activation`` and ``add``, guessed from these.
+    """Tile sizes of ``swiglu`` (columns of gate and of up), ``down``, ``swiglu_backward``, ``d_hidden``,
+    ``d_gate_up``, ``d_down``; of ``inner``, ``d_activation`` and ``add``, guessed from these.
 
-    ``columns`` of the result where TMA loads tiles: with many, every row is read so often that ``swiglu`` gathers the
-    rows beforehand.
+    ``columns`` of the result where TMA loads tiles: those for 16 bits measured on an H200, the others on an H100
+    (``python benchmarks/moe.py --sweep``).
     """
     narrow = kernel in ("swiglu", "swiglu_backward")
     if dtype == torch.float32:
         return dict(BLOCK_M=64, BLOCK_N=64 if narrow else 128, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
-    tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=4)
+    tile = dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)
     if kernel == "swiglu":
-        often = columns >= 2048
-        return tile | dict(FLATTEN=False, GATHER=not often, num_stages=4 if often else 3)
-    return tile | dict(BLOCK_N=256, num_stages=3) if kernel in ("down", "d_hidden") else tile
+        often = columns >= OFTEN
+        return tile | dict(FLATTEN=often, GATHER=not often)
+    if kernel in ("down", "d_hidden"):
+        return tile | dict(BLOCK_N=256, GROUP=1 if columns else 8)
+    if columns and kernel == "swiglu_backward":  # one program stores while the other multiplies
+        return tile | dict(FLATTEN=False, GATHER=False, PROGRAMS=2, maxnreg=128)
+    if columns and kernel in ("d_gate_up", "d_down"):
+        return tile | dict(BLOCK_N=256)
+    return tile | dict(num_stages=4)
 
 
 def configurations(kernel: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Triton kernel for the gradient of every expert's matrix: sums of outer products of its rows.
+"""Triton kernels for the gradient of every expert's matrix: sums of outer products of its rows.
 
-The number of its tiles depends on shapes alone, so each has its own program. The rows of one factor are gathered as
-they are loaded.
+The number of their tiles depends on shapes alone. Where TMA loads rows, those of one factor are gathered before and a
+program per multiprocessor goes through the tiles; elsewhere each tile has its own program, which gathers as it loads.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,10 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cggr_compile.kernels import moe_tiles
 from cggr_compile.kernels.common import contiguous_rows, for_interpreter, grouped_tile, has_descriptors, precision
 from cggr_compile.kernels.moe_gather import gather_rows
-from cggr_compile.kernels.moe_products import library_takes, programs
+from cggr_compile.kernels.moe_products import programs
 from cggr_compile.kernels.ragged import load_until, ragged
-
-LIBRARY_COLUMNS = 1024
 
 
 @triton.jit
@@ -46,7 +43,9 @@ def weight_gradient_tile(
     for low in range(start, end, BLOCK_K):
         row = low + tl.arange(0, BLOCK_K)
         inside = (row < end)[:, None]
-        token = tl.load(order_ptr + row, mask=row < end, other=0) // TOP_K
+        token = row
+        if GATHER_LEFT or GATHER_RIGHT:
+            token = tl.load(order_ptr + row, mask=row < end, other=0) // TOP_K
         left_row = token if GATHER_LEFT else row
         right_row = token if GATHER_RIGHT else row
         left_at = left_ptr + left_row.to(tl.int64)[:, None] * left_stride + m[None, :]
@@ -81,28 +80,11 @@ def _weight_gradient_kernel(
 
 
 @triton.jit
-def _some_rows(
-    ptr, stride, order_ptr, low, end, column, width, TOP_K: tl.constexpr, GATHER: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_K, BLOCK] of an expert's rows from ``low`` on. Past ``end``: zeros, or if gathered the last row again."""
-    if GATHER:
-        token = tl.load(order_ptr + tl.minimum(low + tl.arange(0, BLOCK_K), end - 1)) // TOP_K
-        columns = column + tl.arange(0, BLOCK)[None, :]
-        at = ptr + token.to(tl.int64)[:, None] * stride + columns
-        return tl.load(at) if EVEN else tl.load(at, mask=columns < width, other=0.0)
-    else:
-        return load_until(ptr, low, end, column)
-
-
-@triton.jit
 def _streamed_weight_gradient_kernel(
-    left_ptr, left_stride, right_ptr, right_stride, out_ptr, order_ptr, offsets_ptr, E,
-    M: tl.constexpr, N: tl.constexpr,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    left, right, out, offsets_ptr, E, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """As ``_weight_gradient_kernel``, by TMA: one factor at least is loaded so, and is zero past the expert's rows."""
+    """As ``_weight_gradient_kernel`` of rows in their order, by TMA; past the expert's last row both factors are 0."""
     row_tiles: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     for number in tl.range(tl.program_id(0), E * row_tiles * column_tiles, tl.num_programs(0)):
@@ -113,22 +95,17 @@ def _streamed_weight_gradient_kernel(
         end = tl.load(offsets_ptr + expert + 1)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for low in range(start, end, BLOCK_K):
-            left = _some_rows(
-                left_ptr, left_stride, order_ptr, low, end, m, M, TOP_K, GATHER_LEFT, M % BLOCK_M == 0, BLOCK_K, BLOCK_M
+            acc = tl.dot(
+                load_until(left, low, end, m).T, load_until(right, low, end, n), acc, input_precision=PRECISION
             )
-            right = _some_rows(
-                right_ptr, right_stride, order_ptr, low, end, n, N, TOP_K, GATHER_RIGHT, N % BLOCK_N == 0,
-                BLOCK_K, BLOCK_N
-            )  # fmt: skip
-            acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
-        out_ptr.store([expert, m, n], acc.to(out_ptr.dtype).reshape(1, BLOCK_M, BLOCK_N))
+        out.store([expert, m, n], acc.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
 
 
 def weight_gradient(
     kernel: str,
     left: Tensor,
     right: Tensor,
-    order: Tensor,
+    order: Tensor | None,
     offsets: Tensor,
     top_k: int,
     gathered: bool = False,
@@ -139,51 +116,36 @@ def weight_gradient(
     Args:
         kernel: ``d_gate_up``: left is [rows, M], right [tokens, N]. ``d_down``: left is [tokens, M], right [rows, N].
             Row r of what is [tokens, ...] is that of the token order[r] // top_k.
-        gathered: both hold rows.
-        overrides: of ``moe_tiles.configuration``, and of LIBRARY (:func:`library_pays`), DESCRIPTORS (load by TMA),
-            PROGRAMS (then: per multiprocessor).
+        gathered: both hold rows already; ``order`` may be None.
+        overrides: of ``moe_tiles.configuration``, and of DESCRIPTORS: load by TMA, for which rows are gathered before.
     """
     left, right = contiguous_rows(left), contiguous_rows(right)
-    gathers_left, gathers_right = (not gathered and kernel == name for name in ("d_down", "d_gate_up"))
-    config = {**moe_tiles.configuration(kernel, left.dtype), **overrides}
-    library = config.pop("LIBRARY", library_pays(left, right, kernel == "d_down"))
-    if library or not config.pop("GATHER", True):
-        left = gather_rows(left, order, top_k) if gathers_left else left
-        right = gather_rows(right, order, top_k) if gathers_right else right
-        gathers_left = gathers_right = False
-    if library:
-        return F.grouped_mm(left.t(), right, offs=offsets[1:])
     experts, m, n = offsets.shape[0] - 1, left.shape[1], right.shape[1]
     out = left.new_empty(experts, m, n)
-    left, right = for_interpreter(left), for_interpreter(right)
+    gathers_left, gathers_right = (not gathered and kernel == name for name in ("d_down", "d_gate_up"))
+    streams = left.element_size() == 2 and all(map(has_descriptors, (left, right, out)))
+    config = {**moe_tiles.configuration(kernel, left.dtype, n if streams else 0), **overrides}
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-    common = dict(TOP_K=top_k, GATHER_LEFT=gathers_left, GATHER_RIGHT=gathers_right, PRECISION=precision(left.dtype))
-    per_multiprocessor = config.pop("PROGRAMS", 1)
-    if config.pop("DESCRIPTORS", False):
-        _streamed_weight_gradient_kernel[(per_multiprocessor * programs(left),)](
-            *(left if gathers_left else ragged(left, block_k, block_m), left.stride(0)),
-            *(right if gathers_right else ragged(right, block_k, block_n), right.stride(0)),
-            *(TensorDescriptor.from_tensor(out, [1, block_m, block_n]), order, offsets, experts, m, n),
-            **common,
+    if config.pop("DESCRIPTORS", streams):
+        if gathers_left or gathers_right:
+            assert order is not None
+            left = gather_rows(left, order, top_k) if gathers_left else left
+            right = gather_rows(right, order, top_k) if gathers_right else right
+        _streamed_weight_gradient_kernel[(programs(left),)](
+            *(ragged(left, block_k, block_m), ragged(right, block_k, block_n)),
+            *(TensorDescriptor.from_tensor(out, [1, block_m, block_n]), offsets, experts, m, n),
+            PRECISION=precision(left.dtype),
             **config,
         )
         return out
+    left, right = for_interpreter(left), for_interpreter(right)
     _weight_gradient_kernel[(experts * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
         *(left, left.stride(0), right, right.stride(0), out, order, offsets, m, n),
+        TOP_K=top_k,
+        GATHER_LEFT=gathers_left,
+        GATHER_RIGHT=gathers_right,
         EVEN=m % block_m == 0 and n % block_n == 0,
-        **common,
+        PRECISION=precision(left.dtype),
         **config,
     )
     return out
-
-
-def library_pays(left: Tensor, right: Tensor, gathers_left: bool) -> bool:
-    """Whether to gather the rows and leave a weight gradient to ``F.grouped_mm``.
-
-    On an H100 that is 1.7 times as fast as our kernel, which wins the gather back from about 700 columns of the other
-    factor on.
-    """
-    if not left.is_cuda or not library_takes(left.device, left.dtype):
-        return False
-    aligned = all(has_descriptors(t) and t.shape[1] % 8 == 0 for t in (left, right))
-    return aligned and (right if gathers_left else left).shape[1] >= LIBRARY_COLUMNS

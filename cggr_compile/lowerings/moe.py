@@ -44,7 +44,14 @@ ROWS = """
 {%- else %}
     a = A
 {%- endif %}
-{%- if DESCRIPTORS %}
+{%- if MERGED %}
+    b = tl.make_tensor_descriptor(
+        B,
+        [{{size("B", 0)}}, 2, N, K],
+        [{{stride("B", 0)}}, N * {{stride("B", B_ROW)}}, {{stride("B", B_ROW)}}, 1],
+        [1, 2, BLOCK_N, BLOCK_K],
+    )
+{%- elif DESCRIPTORS %}
     b = tl.make_tensor_descriptor(
         B,
         [{{size("B", 0)}}, {{size("B", B_ROW)}}, {{size("B", 3 - B_ROW)}}],
@@ -77,7 +84,7 @@ ROWS = """
             DESCRIPTORS,
             N % BLOCK_N == 0,
             K % BLOCK_K == 0,
-            False,
+            MERGED,
             PRECISION,
             BLOCK_M,
             BLOCK_N,
@@ -88,8 +95,7 @@ ROWS = """
         at_column = column[None, :]
 {%- if EPILOGUE == 2 %}
         d_weight = back_through_swiglu(
-            acc, first, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N,
-            DTYPE, False, 4
+            acc, part, row, end, ORDER, WEIGHTS, INNER, D_INNER, WEIGHTED, N, N % BLOCK_N == 0, BLOCK_M, BLOCK_N
         )[:, None]
         there = at_row < end
         {{store_output(("part", "at_row"), "d_weight", "there", indent_width=8, val_shape=("BLOCK_M", "1"))}}
@@ -229,16 +235,19 @@ class GroupedProducts:
         swapped = compat.static_strides(b)[2] != 1
         biases = [] if bias is None else [compat.realize_fixed_layout(bias, contiguous=True)]
         more = [*(read or []), *(written or []), *biases]
+        transposed = (kernel in ("swiglu", "down", "inner", "biased_down")) != swapped
+        descriptors = tma_loads(b, swapped) and (gather or tma_loads(a))
         constants = dict(
             N=width,
             K=int(a.get_size()[1]),
             B_ROW=2 if swapped else 1,
-            TRANSPOSED=(kernel in ("swiglu", "down", "inner", "biased_down")) != swapped,
+            TRANSPOSED=transposed,
             GATHER=gather,
             EPILOGUE=epilogue,
             SAVE=bool(written),
             BIASED=bias is not None,
-            DESCRIPTORS=tma_loads(b, swapped) and (gather or tma_loads(a)),
+            DESCRIPTORS=descriptors,
+            MERGED=descriptors and transposed and kernel == "swiglu",
             DTYPE=str(self.dtype).replace("torch", "tl"),
             PROGRAMS=self.programs,
         )

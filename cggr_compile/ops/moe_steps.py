@@ -156,7 +156,7 @@ def _weight_gradient(
 
         pair = ("d_down", by_token, by_row) if tokens_first else ("d_gate_up", by_row, by_token)
         with torch.cuda.device_of(by_row):
-            return weight_gradient(*pair, order, offsets, top_k, LIBRARY=False)
+            return weight_gradient(*pair, order, offsets, top_k)
     of_rows = by_token[order // top_k]
     left, right = (of_rows, by_row) if tokens_first else (by_row, of_rows)
     return F.grouped_mm(left.t(), right, offs=offsets[1:])

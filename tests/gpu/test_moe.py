@@ -75,17 +75,28 @@ def test_ways_of_loading(monkeypatch, descriptors, gather, flatten):
 
 
 @pytest.mark.parametrize("routing", ["random", "one", "null", "nobody", "gaps"])
-def test_weight_gradients_by_the_library(monkeypatch, routing):
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("left to the library on Hopper only")
-    called = []
-    original = moe_weight_gradient.F.grouped_mm
-    monkeypatch.setattr(moe_weight_gradient.F, "grouped_mm", lambda *a, **k: called.append(1) or original(*a, **k))
-    case = make_case(3000, 520, 2056, 6, 2, routing=routing, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize(("hidden", "inner"), [(512, 2048), (520, 2056)])  # tiles that are full, and that are cut
+def test_wide_experts(hidden, inner, routing):
+    """Rows gathered before, gate and up as one product; each expert's last tile is stored by TMA up to its end."""
+    case = make_case(3000, hidden, inner, 6, 2, routing=routing, dtype=torch.bfloat16, device="cuda")
     grad = torch.randn_like(case[0])
     torch.full((1 << 26,), torch.nan, device="cuda", dtype=torch.bfloat16)  # what later allocations find
     check(run_without_waiting(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
-    assert len(called) == 4, "two weight gradients, of two runs"
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_both_kernels_of_weight_gradients(monkeypatch, descriptors):
+    if descriptors and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("no tensor descriptors before Hopper")
+    called = []
+    original = moe_weight_gradient.ragged
+    monkeypatch.setattr(moe_weight_gradient, "ragged", lambda *a: called.append(1) or original(*a))
+    if not descriptors:
+        monkeypatch.setattr(moe_weight_gradient, "has_descriptors", lambda _: False)
+    case = make_case(3000, 520, 392, 6, 2, routing="gaps", dtype=torch.bfloat16, device="cuda")
+    grad = torch.randn_like(case[0])
+    check(run(case, grad), expected(*case, grad), TOLERANCE[torch.bfloat16])
+    assert len(called) == 4 * descriptors, "both factors of two gradients"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -79,40 +79,21 @@ def test_16_bits(dtype):
 
 
 @interpreted
-@pytest.mark.parametrize("descriptors", [False, True])
-def test_rows_gathered_before(descriptors):
+def test_rows_gathered_before():
     case = make_case(44, 40, 24, 3, 2, routing="null")
     grad = torch.randn_like(case[0])
-    by_kernel = {name: dict(GATHER=False, DESCRIPTORS=descriptors, **SMALL) for name in ROWS[::2]}
-    permuted = moe_permute(case[4], 3)
-    out, inner = kernels.moe_mlp_triton(*case[:4], *permuted, True, by_kernel)
-    got = kernels.moe_mlp_backward_triton(grad, *case[:4], inner, *permuted, by_kernel)
-    check((out, *got), expected(*case, grad), 1e-5)
-
-
-VARIANTS = {
-    "stores": dict(swiglu=dict(STORES=True), down=dict(STORES=True), swiglu_backward=dict(STORES=True)),
-    "merged": dict(swiglu=dict(MERGED=True), swiglu_backward=dict(PARTS=2, STORES=True)),
-    "both": dict(
-        swiglu=dict(MERGED=True, STORES=True), d_hidden=dict(STORES=True), swiglu_backward=dict(PARTS=1, STORES=True)
-    ),
-    "gathered": dict(swiglu_backward=dict(GATHER=False, STORES=True)),
-    "sums": dict(d_gate_up=dict(DESCRIPTORS=True), d_down=dict(DESCRIPTORS=True)),
-    "gathered sums": dict(d_gate_up=dict(DESCRIPTORS=True, GATHER=False), d_down=dict(DESCRIPTORS=True, GATHER=False)),
-    "all gathered": dict(swiglu_backward=dict(GATHER=False), d_down=dict(DESCRIPTORS=True)),
-}
+    check(run(case, grad, GATHER=False, **SMALL), expected(*case, grad), 1e-5)
 
 
 @interpreted
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("sizes", "routing"), [((64, 48), "null"), ((40, 24), "gaps")])
-def test_variants(variant, sizes, routing):
+def test_loads_and_stores_by_tma(sizes, routing):
+    """All of it: gate and up as one product, stores up to an expert's end, weight gradients of gathered rows."""
     case = make_case(30, *sizes, 3, 2, routing=routing)
     grad = torch.randn_like(case[0])
-    by_kernel = {
-        name: SMALL | (dict(DESCRIPTORS=True) if name in ROWS else {}) | VARIANTS[variant].get(name, {})
-        for name in (*ROWS, *GROUPED)
-    }
+    by_kernel = {name: SMALL | dict(DESCRIPTORS=True) for name in (*ROWS, *GROUPED)}
+    for name in ROWS[::2]:
+        by_kernel[name] |= dict(GATHER=False)
     permuted = moe_permute(case[4], 3)
     out, inner = kernels.moe_mlp_triton(*case[:4], *permuted, True, by_kernel)
     got = kernels.moe_mlp_backward_triton(grad, *case[:4], inner, *permuted, by_kernel)

@@ -17,6 +17,7 @@ from triton_harness import (
 )
 
 from cggr_compile.kernels import moe_clamped as kernels
+from cggr_compile.kernels import moe_gather as gathers
 from cggr_compile.kernels import moe_products as products
 from cggr_compile.kernels import moe_weight_gradient as sums
 from cggr_compile.ops.moe_routing import moe_permute
@@ -97,8 +98,10 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch):
         monkeypatch.setattr(module, "has_descriptors", lambda tensor: arch >= 90)
     monkeypatch.setattr(kernels, "combine", lambda *_: case[0])
     launched = [(kernels, f"_{name}_kernel") for name in ("activation", "activation_backward", "expert_sums")]
-    launched += [(products, "_schedule_kernel"), (products, "_rows_kernel"), (sums, "_weight_gradient_kernel")]
+    launched += [(products, "_schedule_kernel"), (products, "_rows_kernel"), (gathers, "_gather_rows_kernel")]
+    launched += [(sums, "_weight_gradient_kernel"), (sums, "_streamed_weight_gradient_kernel")]
     binaries = binaries_for(monkeypatch, tmp_path, arch, launched, lambda: run(case, case[0]))
+    binaries = [kernel for kernel in binaries if kernel.metadata.name != "_gather_rows_kernel"]
     assert len(binaries) == 12
     for kernel in binaries:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]

@@ -218,7 +218,10 @@ def test_the_comparison_can_fail():
 
 
 ALL = [(kernels, "_partials_kernel"), (kernels, "_merge_kernel"), (gradients, "_logit_gradient_kernel")]
-OF_ROWS = [(products, "_schedule_kernel"), (products, "_rows_kernel"), (sums, "_weight_gradient_kernel")]
+OF_ROWS = [
+    *((products, "_schedule_kernel"), (products, "_rows_kernel")),
+    *((sums, "_weight_gradient_kernel"), (sums, "_streamed_weight_gradient_kernel")),
+]
 
 
 @compiled
