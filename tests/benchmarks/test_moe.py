@@ -71,7 +71,7 @@ def test_flops_are_those_of_the_dense_arm() -> None:
 @pytest.mark.parametrize("kernel", moe_sweep.KERNELS)
 def test_settings_are_distinct(kernel) -> None:
     found = [tuple(sorted(setting.items())) for setting in moe_sweep.settings(kernel)]
-    assert len(set(found)) == len(found) >= 10
+    assert len(set(found)) == len(found) > 5
 
 
 @pytest.mark.parametrize(
