@@ -195,9 +195,15 @@ def stored_transposed(matrices: Tensor) -> bool:
     return matrices.stride(2) != 1 and matrices.stride(1) == 1
 
 
+def streams(tensor: Tensor) -> bool:
+    """Whether TMA is to load tiles of this tensor: of 16 bits. Float32 is multiplied without tensor cores, where tiles
+    that come by TMA take five kilobytes of stack a thread."""
+    return tensor.element_size() == 2 and has_descriptors(tensor)
+
+
 def configuration_of(kernel: str, b: Tensor, width: int) -> dict[str, Any]:
     """``moe_tiles.configuration`` of this product, ``width`` columns wide."""
-    return moe_tiles.configuration(kernel, b.dtype, width if has_descriptors(b) else 0)
+    return moe_tiles.configuration(kernel, b.dtype, width if streams(b) else 0)
 
 
 def multiply_rows(
@@ -256,7 +262,7 @@ def multiply_rows(
     if not config.pop("GATHER", True) and gather:
         assert order is not None
         a, gather = gather_rows(a, order, top_k), False
-    descriptors = config.pop("DESCRIPTORS", has_descriptors(b) and (gather or has_descriptors(a)))
+    descriptors = config.pop("DESCRIPTORS", streams(b) and (gather or streams(a)))
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     merged = descriptors and transposed and kernel == "swiglu"  # gate and up are one product
     # one loop over tiles and steps: loads of the next tile start before this one is stored, for more shared memory

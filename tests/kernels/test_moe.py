@@ -157,6 +157,7 @@ def test_the_comparison_can_fail():
         (100, 232448, (2048, 768, 4, 2), torch.bfloat16),
         (90, 232448, (100, 36, 3, 1), torch.float16),  # no multiples of the tiles, nor of what TMA needs
         (80, 166912, (64, 64, 2, 2), torch.float32),
+        (90, 232448, (64, 64, 2, 2), torch.float32),
     ],
 )
 def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, sizes, dtype):
@@ -173,5 +174,6 @@ def test_compiles_without_a_gpu(monkeypatch, tmp_path, arch, shared_memory, size
     for kernel in binaries:
         assert kernel.asm["cubin"].startswith(b"\x7fELF") and f".target sm_{arch}" in kernel.asm["ptx"]
         assert kernel.metadata.shared <= shared_memory
+        assert dtype != torch.float32 or "cp.async.bulk" not in kernel.asm["ptx"]
         multiplies = kernel.metadata.name != "_schedule_kernel"
         assert ("mma" in kernel.asm["ptx"]) == (multiplies and dtype != torch.float32)
