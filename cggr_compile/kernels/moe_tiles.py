@@ -26,9 +26,9 @@ def configuration(kernel: str, dtype: torch.dtype, columns: int = 0) -> dict[str
     if kernel in ("down", "d_hidden"):
         return tile | dict(BLOCK_N=256, GROUP=1 if columns else 8)
     if columns and kernel == "swiglu_backward":  # one program stores while the other multiplies
-        return tile | dict(FLATTEN=False, GATHER=False, PROGRAMS=2, maxnreg=128)
+        return tile | dict(GROUP=1, FLATTEN=False, GATHER=False, PROGRAMS=2, maxnreg=128)
     if columns and kernel in ("d_gate_up", "d_down"):
-        return tile | dict(BLOCK_N=256)
+        return tile | dict(BLOCK_N=256, GROUP=1 if kernel == "d_gate_up" else 8)
     return tile | dict(num_stages=4)
 
 
