@@ -1,7 +1,7 @@
 """What test_distributed.py runs in each of its processes: ``python nccl_worker.py RANK WORLD FOLDER DEVICE``.
 
-DEVICE is cuda, with Inductor, over NCCL, or over gloo where the processes share cards, which NCCL refuses; or cpu, over
-gloo and without Inductor, to rehearse the cases. Written to ``FOLDER/RANK.pt`` is what they have computed, on the CPU.
+DEVICE is cuda, with NCCL and Inductor; or cpu, with gloo and without, to rehearse the cases. Written to
+``FOLDER/RANK.pt`` is what they have computed, on the CPU.
 """
 
 from __future__ import annotations
@@ -75,11 +75,10 @@ def run(case: str, rank: int, device: str) -> dict[str, Any]:
 
 def main() -> None:
     rank, world, folder, device = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-    cards = torch.cuda.device_count() if device == "cuda" else 0
-    if cards:
-        torch.cuda.set_device(rank % cards)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "nccl" if cards >= world else "gloo",
+        "nccl" if device == "cuda" else "gloo",
         init_method=f"file://{folder / 'store'}",
         rank=rank,
         world_size=world,
