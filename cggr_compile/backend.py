@@ -12,8 +12,6 @@ from cggr_compile.compilation import compile_captured
 from cggr_compile.options import OptionError, Options
 from cggr_compile.runtime import reset as reset_runtimes
 
-output_hooks.watch()  # from the first compilation on
-
 
 def cggr(
     gm: GraphModule,
@@ -44,6 +42,7 @@ def _reset() -> None:
 
 
 cggr.reset = _reset  # type: ignore[attr-defined]
+output_hooks.watch(cggr)
 
 
 def _raiser(error: ValueError) -> Callable[..., Any]:

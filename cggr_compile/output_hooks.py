@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import UserDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch.nn import Module
 from cggr_compile import compat
 
 CAPTURING = "transformers.utils.output_capturing"
+_watched: list[Callable[..., Any]] = []
 
 
-def watch() -> None:
-    """Let every compilation of Dynamo's begin with the hooks that the call about to run asks for."""
+def watch(backend: Callable[..., Any]) -> None:
+    """Let every compilation by this backend begin with the hooks that the call about to run asks for."""
+    _watched.append(backend)
     compat.before_every_compilation(_before_compiling)
 
 
@@ -56,7 +58,7 @@ def install(scope: Mapping[str, Any], named: frozenset[str] = frozenset()) -> li
 
 def _before_compiling() -> str:
     found = compat.compilation()
-    if found is not None:
+    if found is not None and any(found.backend is backend for backend in _watched):
         theirs = "transformers" in Path(found.code.co_filename).parts  # which names every output that can be asked for
         install(found.scope, frozenset() if theirs else frozenset(_strings(found.code.co_consts)))
     return ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from cggr_compile import output_hooks
 from cggr_compile.output_hooks import install, watch
 
 MIXTRAL = dict(num_hidden_layers=1)
@@ -27,6 +28,10 @@ def hooks(model: nn.Module) -> int:
 
 def forward(model: nn.Module) -> Callable[..., Any]:
     return lambda ids: model(ids, output_router_logits=True)
+
+
+def as_it_is(gm: torch.fx.GraphModule, _inputs: list[Any]) -> Callable[..., Any]:
+    return gm.forward
 
 
 @pytest.mark.parametrize(
@@ -70,19 +75,27 @@ def test_a_model_whose_inner_one_has_them_is_left_alone() -> None:
 
 def test_code_of_transformers_asks_for_nothing() -> None:
     """It names every output, in its calls of the inner model."""
-    watch()
+    watch(as_it_is)
     model = mixtral()
     function = unwrap(type(model).forward)
     assert "output_router_logits" in str(function.__code__.co_consts)
-    torch.compile(lambda ids: ids, backend="eager")(IDS)
-    torch.compile(function, backend="eager")(model, IDS)
+    torch.compile(lambda ids: ids, backend=as_it_is)(IDS)
+    torch.compile(function, backend=as_it_is)(model, IDS)
     assert not hooks(model)
+
+
+def test_what_another_backend_compiles_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(output_hooks, "install", lambda scope, _named: asked.append(scope))
+    watch(as_it_is)
+    for backend, count in (("eager", 0), (as_it_is, 1)):
+        torch.compile(lambda ids: ids + 1, backend=backend)(IDS)
+        assert len(asked) == count
 
 
 @pytest.mark.parametrize("how", ["method", "function"])
 def test_before_the_first_capture(how: str) -> None:
     """One graph: it is captured by a backend that knows nothing of this package."""
-    watch()
     model, graphs = mixtral(), []
     asked: Any = {"output_router_logits": True} if how == "method" else {}
 
@@ -90,5 +103,6 @@ def test_before_the_first_capture(how: str) -> None:
         graphs.append(gm)
         return gm.forward
 
+    watch(keep)
     run = torch.compile(model if how == "method" else forward(model), backend=keep, fullgraph=True)
     assert len(run(IDS, **asked).router_logits) == 1 and len(graphs) == 1

@@ -37,11 +37,13 @@ class Compilation:
 
     Attributes:
         code, scope: the frame's, and its locals.
+        backend: the function that will compile it, without what Dynamo and torch.compile have put around it.
         limit, value: the setting of ``torch._dynamo.config`` that forbids it, and its value; None if none does.
     """
 
     code: CodeType
     scope: dict[str, Any]
+    backend: Any
     limit: str | None
     value: int | None
 
@@ -70,7 +72,18 @@ def compilation() -> Compilation | None:
     known = frame.f_locals
     exceeded, limit = exceeds_recompile_limit(known["cache_size"], known["compile_id"])
     value = int(getattr(config, limit)) if exceeded else None
-    return Compilation(known["code"], known["locals"], limit if exceeded else None, value)
+    backend = _innermost(known["compiler_fn"])
+    return Compilation(known["code"], known["locals"], backend, limit if exceeded else None, value)
+
+
+def _innermost(backend: Any) -> Any:
+    """Dynamo's own wrapper, torch.compile's, which has the options, and DDPOptimizer taken off."""
+    while True:
+        names = ("_torchdynamo_orig_backend", "compiler_fn", "backend_compile_fn")
+        inner = next((found for name in names if (found := getattr(backend, name, None)) is not None), None)
+        if inner is None:
+            return backend
+        backend = inner
 
 
 def is_compiled_call(frame: FrameType) -> bool:
