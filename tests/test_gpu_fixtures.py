@@ -1,4 +1,4 @@
-"""Tests that need a GPU are skipped here, and a fixture that one of them lacks would not be seen before it runs on one."""
+"""Tests that need a GPU are skipped here: a fixture that one of them lacks would not be seen before it runs on one."""
 
 from __future__ import annotations
 
