@@ -10,7 +10,6 @@ import torch.nn.functional as F
 import cggr_compile
 from cggr_compile.ops.predictor import SUMS, fit_reference, new_predictor, predict_reference
 
-pytestmark = pytest.mark.usefixtures("launches_do_not_count")
 LEARNED = {"scoring": "learned", "selection": "importance", "min_tokens_ratio": 0.25, "compiler": "inductor"}
 BATCH = models.make_batch(4, 64)
 TARGET = F.pad(BATCH["labels"], (0, 1), value=-100)[:, 1:]
