@@ -35,9 +35,14 @@ def cards(device: str) -> list[str]:
 
 
 def wait_for_turn(answers: TextIO) -> None:
-    """In a process that `in_turns` began: says that it has prepared, and waits until the others wait or have ended."""
+    """In a process that `in_turns` began: says that it has prepared, and waits until the others wait or have ended.
+
+    Raises:
+        SystemExit: whoever began it has ended, and would no longer keep the others waiting.
+    """
     print(json.dumps({"ready": True}), file=answers, flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        raise SystemExit("nobody waits for the measurement any more")
 
 
 def in_turns(

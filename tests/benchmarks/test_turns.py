@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import torch
@@ -44,6 +45,12 @@ def test_so_many_at_once(tmp_path):
 def test_one_that_prepares_for_too_long_is_ended(tmp_path):
     found = dict(in_turns(commands(["slow", "fails"]), [""], tmp_path, within=5))
     assert found == {"slow": {"error": "it had not prepared in time"}, "fails": {"error": "no memory"}}
+
+
+def test_one_that_nobody_waits_for_measures_nothing():
+    (command,) = commands(["a"]).values()
+    found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout == '{"ready": true}\n' and "nobody waits" in found.stderr
 
 
 def test_the_cards(monkeypatch):
