@@ -48,7 +48,8 @@ def install(scope: Mapping[str, Any], named: frozenset[str] = frozenset()) -> li
         asked |= {
             name for name, value in names.items() if _is_output(name) and value is not None and value is not False
         }
-    roots = (value for value in values if isinstance(value, Module))
+    # a module whose constructor is the frame has no children yet, not even none
+    roots = (value for value in values if isinstance(value, Module) and "_modules" in vars(value))
     models = dict.fromkeys(model for root in roots for model in _outermost(root))
     found = [model for model in models if _records(model, asked) and not any(map(_has_hooks, model.modules()))]
     for model in found:

@@ -66,6 +66,11 @@ def test_others_are_left_alone(scope: dict[str, Any]) -> None:
     assert install({"self": model, **scope} if "model" not in scope else scope) == [] and not hooks(model)
 
 
+def test_a_module_under_construction_is_left_alone() -> None:
+    module = nn.Module.__new__(nn.Module)
+    assert install({"self": module, "output_router_logits": True}) == []
+
+
 def test_a_model_whose_inner_one_has_them_is_left_alone() -> None:
     model = mixtral()
     model.model(IDS, output_router_logits=True)
